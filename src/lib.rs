@@ -1,0 +1,1 @@
+//! lfs-broker: the claim check for Kafka.

