@@ -1,1 +1,6 @@
 //! lfs-broker: the claim check for Kafka.
+
+#![allow(dead_code)]
+
+pub mod policy;
+pub mod session;

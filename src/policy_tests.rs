@@ -1,0 +1,160 @@
+//! Shapes, policies, and how an upload is cut.
+
+use super::*;
+use lfs_broker_client::api::{Headers, Integrity};
+use proptest::prelude::*;
+use time::macros::datetime;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+fn request(size: u64) -> OpenUpload {
+    OpenUpload { topic: "videos".into(), size, ..OpenUpload::default() }
+}
+
+fn places(request: OpenUpload) -> Vec<String> {
+    match shape(request) {
+        Err(Refusal::Invalid(errors)) => errors.into_iter().map(|error| error.pointer).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn cut(request: OpenUpload) -> Layout {
+    let (promise, _) = admit(shape(request).unwrap(), &Policy::default(), &Settings::default(), None).unwrap();
+    promise.layout
+}
+
+fn refused(request: OpenUpload, policy: &Policy) -> Refusal {
+    admit(shape(request).unwrap(), policy, &Settings::default(), None).unwrap_err()
+}
+
+#[test]
+fn every_wrong_member_is_named() {
+    let hash = Sha256::of(b"x");
+    let base = || request(20 * MIB);
+    let cases: Vec<(OpenUpload, &str)> = vec![
+        (OpenUpload { topic: "a/b".into(), ..base() }, "/topic"),
+        (OpenUpload { topic: "..".into(), ..base() }, "/topic"),
+        (OpenUpload { topic: "x".repeat(250), ..base() }, "/topic"),
+        (request(MAX_OBJECT_BYTES + 1), "/size"),
+        (OpenUpload { partition: Some(-1), ..base() }, "/partition"),
+        (OpenUpload { key: Some("k".repeat(4097)), ..base() }, "/key"),
+        (OpenUpload { key_base64: Some("%".into()), ..base() }, "/key_base64"),
+        (OpenUpload { key: Some("a".into()), key_base64: Some("YQ==".into()), ..base() }, "/key_base64"),
+        (OpenUpload { content_type: Some("html".into()), ..base() }, "/content_type"),
+        (OpenUpload { content_type: Some("a/b\r\nx: y".into()), ..base() }, "/content_type"),
+        (OpenUpload { filename: Some("../etc/passwd".into()), ..base() }, "/filename"),
+        (OpenUpload { filename: Some("a\nb".into()), ..base() }, "/filename"),
+        (OpenUpload { headers: Headers(vec![("LFS-upload-id".into(), "x".into())]), ..base() }, "/headers/LFS-upload-id"),
+        (OpenUpload { headers: Headers(vec![("a/b".into(), String::new()), (String::new(), String::new())]), ..base() }, "/headers/"),
+        (OpenUpload { sha256: Some(hash), checksum: Some("00".into()), ..base() }, "/checksum"),
+        (OpenUpload { checksum: Some("00".into()), ..base() }, "/checksum_alg"),
+        (OpenUpload { checksum_alg: Some(Algorithm::Crc32), ..base() }, "/checksum"),
+        (OpenUpload { checksum_alg: Some(Algorithm::Crc32), checksum: Some("0".into()), ..base() }, "/checksum"),
+        (OpenUpload { part_sha256: Some(vec![hash]), ..base() }, "/part_size"),
+        (OpenUpload { part_sha256: Some(vec![hash]), part_size: Some(5 * MIB), ..base() }, "/part_sha256"),
+        (OpenUpload { part_size: Some(5 * MIB - 1), ..base() }, "/part_size"),
+        (OpenUpload { part_size: Some(5 * MIB), ..request(60_000 * MIB) }, "/part_size"),
+    ];
+    for (request, place) in cases {
+        assert!(places(request.clone()).iter().any(|found| found == place), "{place}: {request:?}");
+    }
+    let large = OpenUpload { headers: Headers(vec![("a".into(), "x".repeat(8192))]), ..base() };
+    assert_eq!(shape(large).unwrap_err(), Refusal::RecordTooLarge(8193));
+}
+
+#[test]
+fn uploads_are_cut_as_promised() {
+    assert_eq!(cut(request(0)), Layout::Single);
+    assert_eq!(cut(request(64 * MIB)), Layout::Single);
+    let parts = |request| match cut(request) {
+        Layout::Multipart { part_bytes, parts, .. } => (part_bytes, parts),
+        Layout::Single => panic!("single"),
+    };
+    assert_eq!(parts(request(64 * MIB + 1)), (16 * MIB, 5));
+    assert_eq!(parts(OpenUpload { part_size: Some(8 * MIB), ..request(41_943_041) }), (8 * MIB, 6));
+    assert_eq!(cut(OpenUpload { part_size: Some(8 * MIB), ..request(8 * MIB) }), Layout::Single);
+    assert_eq!(parts(OpenUpload { part_hashes: Some(PartHashes::Deferred), ..request(1) }), (16 * MIB, 1));
+    let (part_bytes, count) = parts(request(5 << 40));
+    assert!(count <= 10_000 && part_bytes % MIB == 0, "{count} parts of {part_bytes}");
+}
+
+#[test]
+fn a_policy_refuses_what_it_says() {
+    let policy = Policy { max_bytes: 10, content_types: vec!["video/*".into(), "text/plain".into()], ..Policy::default() };
+    assert_eq!(refused(request(11), &policy), Refusal::TooLarge { size: 11, max: 10 });
+    assert!(matches!(refused(request(1), &policy), Refusal::ContentTypeNotAllowed(_)));
+    for good in ["video/mp4", "VIDEO/MP4; codecs=x", "text/plain; charset=utf-8"] {
+        let request = OpenUpload { content_type: Some(good.into()), ..request(1) };
+        assert!(admit(shape(request).unwrap(), &policy, &Settings::default(), None).is_ok(), "{good}");
+    }
+    let disabled = Policy { enabled: false, ..Policy::default() };
+    assert_eq!(refused(request(1), &disabled), Refusal::TopicNotEnabled("videos".into()));
+    let crc = OpenUpload { checksum_alg: Some(Algorithm::Crc32), checksum: Some("cbf43926".into()), ..request(9) };
+    assert!(matches!(refused(crc.clone(), &Policy::default()), Refusal::ChecksumNotAllowed(_)));
+    let gated = Policy { checksums: Algorithm::ALL.to_vec(), ..Policy::default() };
+    assert!(matches!(refused(crc.clone(), &gated), Refusal::ChecksumNotAllowed(_)), "crc32 cannot reach parts-sha256");
+    let lenient = Policy { min_integrity: Integrity::Size, ..gated };
+    assert!(admit(shape(crc).unwrap(), &lenient, &Settings::default(), None).is_ok());
+    let md5 = OpenUpload { checksum_alg: Some(Algorithm::Md5), checksum: Some("0".repeat(32)), ..request(65 * MIB) };
+    assert!(matches!(refused(md5, &lenient), Refusal::ChecksumNotAllowed(_)), "md5 proves single PUTs only");
+}
+
+#[test]
+fn a_policy_that_contradicts_itself_is_told_where() {
+    let wrong: Vec<(Policy, &str)> = vec![
+        (Policy { session_seconds: 0, ..Policy::default() }, "/session_seconds"),
+        (Policy { url_seconds: 604_801, ..Policy::default() }, "/url_seconds"),
+        (Policy { checksums: vec![], ..Policy::default() }, "/checksums"),
+        (Policy { checksums: vec![Algorithm::Crc32], ..Policy::default() }, "/min_integrity"),
+        (Policy { prefix: Some("a/../b".into()), ..Policy::default() }, "/prefix"),
+        (Policy { prefix: Some("/a".into()), ..Policy::default() }, "/prefix"),
+        (Policy { bucket: Some("A_b".into()), ..Policy::default() }, "/bucket"),
+        (Policy { content_types: vec!["video".into()], ..Policy::default() }, "/content_types"),
+    ];
+    for (policy, place) in wrong {
+        assert_eq!(check(&policy).first().map(|error| error.pointer.as_str()), Some(place));
+    }
+    assert_eq!(check(&Policy::default()), []);
+}
+
+#[test]
+fn keys_name_their_owner_and_nobody_else() {
+    let id = Uuid::from_u128(1);
+    let key = object_key(Some("eu/one"), "acme", "videos", id, datetime!(2026-01-02 23:30 -3));
+    assert_eq!(key, format!("eu/one/acme/videos/lfs/2026/01/03/{id}"));
+    assert_eq!(owner_of(Some("eu/one"), &key), Some(("acme", "videos")));
+    for bad in ["acme/videos/lfs", "acme/videos/lfs/../x", "acme/videos/other/x", "/videos/lfs/x", "acme/../lfs/x", "acme/videos/lfs//x"] {
+        assert_eq!(owner_of(None, bad), None, "{bad}");
+    }
+    assert_eq!(owner_of(Some("eu/one"), "eu/onemore/acme/videos/lfs/x"), None);
+}
+
+proptest! {
+    #[test]
+    fn any_admitted_cut_keeps_s3s_limits(size in 0u64..=MAX_OBJECT_BYTES, part_size in proptest::option::of(0u64..6 << 30)) {
+        let asked = OpenUpload { part_size, ..request(size) };
+        if let Ok(shaped) = shape(asked) {
+            let (promise, _) = admit(shaped, &Policy::default(), &Settings::default(), None).unwrap();
+            if let Layout::Multipart { parts, .. } = promise.layout {
+                prop_assert!((1..=10_000).contains(&parts));
+                let mut end = 0;
+                for number in [1, 2, parts - 1, parts] {
+                    if let Some((offset, bytes)) = promise.layout.part(number, size) {
+                        prop_assert!(bytes > 0 && (number == parts || bytes >= MIN_PART_BYTES) && bytes <= MAX_PART_BYTES);
+                        end = end.max(offset + bytes);
+                    }
+                }
+                prop_assert_eq!(end, size);
+            } else {
+                prop_assert!(size <= 64 << 20);
+            }
+        }
+    }
+
+    #[test]
+    fn no_text_makes_the_shape_check_panic(topic in ".*", key in proptest::option::of(".*"), name in ".*", content_type in ".*") {
+        let asked = OpenUpload { topic, key_base64: key, filename: Some(name), content_type: Some(content_type), ..request(1) };
+        let _ = shape(asked);
+    }
+}

@@ -1,0 +1,526 @@
+//! The session: what was promised, where it stands, and which moves are legal.
+//!
+//! Pure: no I/O, no clock, no randomness. A state carries exactly what is known once it is reached, a move
+//! takes `self` and gives back the next session or a [`Refusal`], and every move answers every state.
+
+use lfs_broker_client::api::{FieldError, Integrity, UploadState};
+use lfs_broker_client::checksum::{Algorithm, Digest, Sha256, composite};
+use lfs_broker_client::pointer::Pointer;
+use time::{Duration, OffsetDateTime};
+use uuid::Uuid;
+
+/// Most parts of a multipart upload (Amazon S3, "Multipart upload limits").
+pub const MAX_PARTS: u64 = 10_000;
+/// The smallest part but the last, in bytes (ibid.).
+pub const MIN_PART_BYTES: u64 = 5 << 20;
+/// The largest part, and the largest single PUT, in bytes (ibid.).
+pub const MAX_PUT_BYTES: u64 = 5 << 30;
+/// The largest part in bytes: a part is a PUT.
+pub const MAX_PART_BYTES: u64 = MAX_PUT_BYTES;
+
+/// What the client promised at open; it never changes but for a sha256 that complete may bring.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Promise {
+    pub(crate) topic: String,
+    pub(crate) key: Option<Vec<u8>>,
+    pub(crate) partition: Option<i32>,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) traceparent: Option<String>,
+    pub(crate) content_type: String,
+    pub(crate) filename: Option<String>,
+    pub(crate) size_bytes: u64,
+    pub(crate) algorithm: Algorithm,
+    /// None for [`Algorithm::None`], and for a sha256 that is still to come.
+    pub(crate) digest: Option<Digest>,
+    pub(crate) min_integrity: Integrity,
+    pub(crate) layout: Layout,
+    pub(crate) kms_key_id: Option<String>,
+    pub(crate) url_seconds: u32,
+    pub(crate) session_seconds: u32,
+    pub(crate) session_max_seconds: u32,
+}
+
+/// One PUT or parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Single,
+    Multipart { part_bytes: u64, parts: u32, hashes: Hashes },
+}
+
+/// Whether part hashes were promised, and when they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hashes {
+    None,
+    Given,
+    Deferred,
+}
+
+impl Layout {
+    /// Where part `number` begins, and its size, in bytes.
+    pub(crate) fn part(&self, number: u32, size_bytes: u64) -> Option<(u64, u64)> {
+        match *self {
+            Self::Multipart { part_bytes, parts, .. } if (1..=parts).contains(&number) => {
+                let offset = u64::from(number - 1) * part_bytes;
+                Some((offset, part_bytes.min(size_bytes - offset)))
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn has_part_hashes(&self) -> bool {
+        matches!(self, Self::Multipart { hashes: Hashes::Given | Hashes::Deferred, .. })
+    }
+}
+
+/// Who completes a session, until when, and how often that was tried.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Lease {
+    pub(crate) owner: Uuid,
+    pub(crate) until: OffsetDateTime,
+    pub(crate) attempt: i32,
+}
+
+/// What S3 says it holds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Object {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The write token in its metadata.
+    pub token: Option<String>,
+    /// The ETag with its quotes removed.
+    pub etag: Option<String>,
+    /// The version, in a versioned bucket.
+    pub version_id: Option<String>,
+    /// SHA-256 of the whole, where S3 computed it over the whole.
+    pub sha256: Option<Sha256>,
+    /// The composite SHA-256 of the parts, `<base64>-N`.
+    pub composite_sha256: Option<String>,
+    /// Other checksums of the whole.
+    pub checksums: Vec<Digest>,
+}
+
+/// What was proved, and the pointer that says so.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Proof {
+    pub(crate) verified_at: OffsetDateTime,
+    pub(crate) integrity: Integrity,
+    pub(crate) etag: Option<String>,
+    pub(crate) version_id: Option<String>,
+    /// The record's value, byte for byte.
+    pub(crate) pointer: String,
+}
+
+/// Where the record is in Kafka.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Place {
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    pub(crate) at: OffsetDateTime,
+}
+
+/// Why something went wrong, in a form that is stored and shown.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Trouble {
+    pub(crate) code: String,
+    pub(crate) detail: String,
+    pub(crate) items: Vec<FieldError>,
+}
+
+/// Where a session stands.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum State {
+    Open,
+    /// `must_read`: the object is whole, its bytes must be read to prove them.
+    Completing {
+        lease: Lease,
+        must_read: bool,
+    },
+    Verified(Proof),
+    Published(Proof, Place),
+    Aborted,
+    Expired,
+    Rejected(Trouble),
+}
+
+impl State {
+    pub(crate) fn name(&self) -> UploadState {
+        match self {
+            Self::Open => UploadState::Open,
+            Self::Completing { .. } => UploadState::Completing,
+            Self::Verified(_) => UploadState::Verified,
+            Self::Published(..) => UploadState::Published,
+            Self::Aborted => UploadState::Aborted,
+            Self::Expired => UploadState::Expired,
+            Self::Rejected(_) => UploadState::Rejected,
+        }
+    }
+}
+
+/// An upload as the broker keeps it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Session {
+    pub(crate) id: Uuid,
+    pub(crate) tenant: String,
+    pub(crate) subject: String,
+    pub(crate) version: i64,
+    pub(crate) promise: Promise,
+    pub(crate) bucket: String,
+    pub(crate) object_key: String,
+    pub(crate) s3_upload_id: Option<String>,
+    pub(crate) state: State,
+    pub(crate) created_at: OffsetDateTime,
+    pub(crate) updated_at: OffsetDateTime,
+    pub(crate) expires_at: OffsetDateTime,
+    pub(crate) expires_latest_at: OffsetDateTime,
+    /// Why it went back to open, or is not published yet.
+    pub(crate) trouble: Option<Trouble>,
+}
+
+/// Why a move is refused: the caller's doing, told to the caller.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Refusal {
+    /// Nothing is in S3 under the session's key.
+    #[error("no object was put: send the bytes, then complete again")]
+    ObjectMissing,
+    /// Some parts are not in S3.
+    #[error("{} of {parts} parts are missing", missing.len())]
+    PartsIncomplete {
+        /// The numbers that are missing.
+        missing: Vec<u32>,
+        /// How many there should be.
+        parts: u32,
+    },
+    /// The object has another size.
+    #[error("promised {promised} bytes, found {found}")]
+    Size {
+        /// Bytes promised.
+        promised: u64,
+        /// Bytes found.
+        found: u64,
+    },
+    /// The object has other bytes.
+    #[error("promised {promised}, found {found}")]
+    Checksum {
+        /// The digest promised.
+        promised: String,
+        /// The digest found.
+        found: String,
+    },
+    /// The object does not bear our write token: somebody else wrote it.
+    #[error("the object does not bear this upload's write token")]
+    Foreign,
+    /// The sha256 is missing, or is another one than promised.
+    #[error("{0}")]
+    Sha256(&'static str),
+    /// Somebody completes it at this moment.
+    #[error("a completion is at work")]
+    InProgress,
+    /// The time to complete is over.
+    #[error("the upload expired at {0}")]
+    Expired(OffsetDateTime),
+    /// It was taken back.
+    #[error("the upload was aborted")]
+    Aborted,
+    /// It was rejected before; the same answer again.
+    #[error("{}", .0.detail)]
+    Rejected(Box<Rejection>),
+    /// The state does not allow it.
+    #[error("the upload is {0}")]
+    State(UploadState),
+    /// The state would allow it, the parts asked for do not.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+/// A stored rejection.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rejection {
+    /// The code of the first answer.
+    pub code: String,
+    /// Its detail.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// The code of API.md's error table.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::ObjectMissing => "object-missing",
+            Self::PartsIncomplete { .. } => "parts-incomplete",
+            Self::Size { .. } => "size-mismatch",
+            Self::Checksum { .. } => "checksum-mismatch",
+            Self::Foreign => "object-foreign",
+            Self::Sha256(_) => "validation-failed",
+            Self::InProgress => "completion-in-progress",
+            Self::Expired(_) => "upload-expired",
+            Self::Aborted => "upload-aborted",
+            Self::Rejected(rejection) => &rejection.code,
+            Self::State(_) | Self::Conflict(_) => "state-conflict",
+        }
+    }
+
+    fn items(&self) -> Vec<FieldError> {
+        match self {
+            // A page of them is enough to go on with; the rest is in GET's `missing_parts`.
+            Self::PartsIncomplete { missing, .. } => missing
+                .iter()
+                .take(100)
+                .map(|number| FieldError { pointer: format!("/parts/{}", number - 1), detail: format!("part {number} is missing") })
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The form that is stored.
+    pub(crate) fn trouble(&self) -> Trouble {
+        Trouble { code: self.code().to_owned(), detail: self.to_string(), items: self.items() }
+    }
+}
+
+impl Session {
+    /// Opens a session under a fresh id.
+    pub(crate) fn open(id: Uuid, tenant: &str, subject: &str, place: (String, String), promise: Promise, now: OffsetDateTime) -> Self {
+        let latest = now + Duration::seconds(promise.session_max_seconds.max(promise.session_seconds).into());
+        Self {
+            id,
+            tenant: tenant.to_owned(),
+            subject: subject.to_owned(),
+            version: 1,
+            bucket: place.0,
+            object_key: place.1,
+            s3_upload_id: None,
+            state: State::Open,
+            created_at: now,
+            updated_at: now,
+            expires_at: now + Duration::seconds(promise.session_seconds.into()),
+            expires_latest_at: latest,
+            trouble: None,
+            promise,
+        }
+    }
+
+    /// Whether the time to put bytes is over.
+    pub(crate) fn is_overdue(&self, now: OffsetDateTime) -> bool {
+        self.state == State::Open && now >= self.expires_at
+    }
+
+    /// How long a URL signed now may live: no longer than its session.
+    pub(crate) fn url_life(&self, now: OffsetDateTime) -> std::time::Duration {
+        let left = (self.expires_at - now).whole_seconds().max(1).unsigned_abs();
+        std::time::Duration::from_secs(left.min(self.promise.url_seconds.into()))
+    }
+
+    /// Where an open session's end slides to when parts are signed.
+    pub(crate) fn slid(&self, now: OffsetDateTime) -> OffsetDateTime {
+        (now + Duration::seconds(self.promise.session_seconds.into())).min(self.expires_latest_at).max(self.expires_at)
+    }
+
+    /// Answers a caller who wants to put bytes: only an open session may.
+    pub(crate) fn must_be_open(&self) -> Result<(), Refusal> {
+        match &self.state {
+            State::Open => Ok(()),
+            State::Aborted => Err(Refusal::Aborted),
+            State::Expired => Err(Refusal::Expired(self.expires_at)),
+            State::Completing { .. } | State::Verified(_) | State::Published(..) | State::Rejected(_) => {
+                Err(Refusal::State(self.state.name()))
+            }
+        }
+    }
+
+    /// Takes the sha256 that complete brings, where open did not.
+    pub(crate) fn promise_sha256(mut self, brought: Option<Sha256>) -> Result<Self, Refusal> {
+        let promised = self.promise.digest.as_ref().and_then(Digest::sha256);
+        match (self.promise.algorithm, promised, brought) {
+            (Algorithm::Sha256, None, None) => Err(Refusal::Sha256("sha256 is required here: open did not bring it")),
+            (Algorithm::Sha256, Some(promised), Some(brought)) if promised != brought => {
+                Err(Refusal::Sha256("sha256 is not the one promised at open"))
+            }
+            (Algorithm::Sha256, None, Some(brought)) => {
+                self.promise.digest = Some(brought.into());
+                Ok(self)
+            }
+            _ => Ok(self),
+        }
+    }
+
+    /// Takes the session to complete it; a lease that ran out is taken over.
+    pub(crate) fn claim(self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Self, Refusal> {
+        match self.state {
+            State::Open if now >= self.expires_at => Err(Refusal::Expired(self.expires_at)),
+            State::Open => Ok(Self {
+                state: State::Completing { lease: Lease { owner, until, attempt: 1 }, must_read: false },
+                trouble: None,
+                ..self
+            }),
+            State::Completing { ref lease, must_read } if lease.until <= now => {
+                let lease = Lease { owner, until, attempt: lease.attempt + 1 };
+                Ok(Self { state: State::Completing { lease, must_read }, trouble: None, ..self })
+            }
+            State::Completing { .. } => Err(Refusal::InProgress),
+            State::Verified(_) | State::Published(..) => Err(Refusal::State(self.state.name())),
+            State::Aborted => Err(Refusal::Aborted),
+            State::Expired => Err(Refusal::Expired(self.expires_at)),
+            State::Rejected(trouble) => Err(Refusal::Rejected(Box::new(trouble.into()))),
+        }
+    }
+
+    /// Holds what S3 says it has against the promise. Where S3's word is not proof enough, the bytes must be read.
+    pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, Refusal> {
+        let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
+        if found.token.as_deref() != Some(self.id.to_string().as_str()) {
+            return Err(Refusal::Foreign);
+        }
+        if found.size_bytes != self.promise.size_bytes {
+            return Err(Refusal::Size { promised: self.promise.size_bytes, found: found.size_bytes });
+        }
+        match proof_by_s3(&self.promise, found, parts)? {
+            Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
+            _ => Ok(self.to_be_read()),
+        }
+    }
+
+    /// Holds the digest of bytes that were read back against the promise.
+    pub(crate) fn verify_read(self, found: &Object, read: &Digest, read_bytes: u64, now: OffsetDateTime) -> Result<Self, Refusal> {
+        let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
+        if read_bytes != self.promise.size_bytes {
+            return Err(Refusal::Size { promised: self.promise.size_bytes, found: read_bytes });
+        }
+        match &self.promise.digest {
+            Some(promised) if promised == read => {
+                let integrity = reachable(self.promise.algorithm);
+                Ok(self.proved(integrity, found, now))
+            }
+            Some(promised) => Err(Refusal::Checksum { promised: format!("{promised:?}"), found: format!("{read:?}") }),
+            None => Err(Refusal::Sha256("sha256 was never promised")),
+        }
+    }
+
+    fn to_be_read(self) -> Self {
+        match self.state {
+            State::Completing { lease, .. } => Self { state: State::Completing { lease, must_read: true }, ..self },
+            _ => self,
+        }
+    }
+
+    fn proved(self, integrity: Integrity, found: &Object, now: OffsetDateTime) -> Self {
+        let none = Digest { algorithm: Algorithm::None, value: Vec::new() };
+        let promise = &self.promise;
+        let digest = promise.digest.as_ref().unwrap_or(&none);
+        let pointer = Pointer::new(&self.bucket, &self.object_key, promise.size_bytes, digest, &promise.content_type, now);
+        let proof = Proof {
+            verified_at: now,
+            integrity,
+            etag: found.etag.clone(),
+            version_id: found.version_id.clone(),
+            pointer: pointer.to_json(),
+        };
+        Self { state: State::Verified(proof), trouble: None, ..self }
+    }
+
+    /// Gives a session back to its client: bytes or parts are missing.
+    pub(crate) fn reopen(self, why: &Refusal) -> Result<Self, Refusal> {
+        match self.state {
+            State::Completing { .. } => Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self }),
+            State::Open
+            | State::Verified(_)
+            | State::Published(..)
+            | State::Aborted
+            | State::Expired
+            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+        }
+    }
+
+    /// Rejects a session for good: the bytes are not what was promised.
+    pub(crate) fn reject(self, why: &Refusal) -> Result<Self, Refusal> {
+        match self.state {
+            State::Completing { .. } => Ok(Self { state: State::Rejected(why.trouble()), ..self }),
+            State::Open
+            | State::Verified(_)
+            | State::Published(..)
+            | State::Aborted
+            | State::Expired
+            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+        }
+    }
+
+    /// Takes an upload back. `None`: it is over already, and nothing is left to do.
+    pub(crate) fn abort(self) -> Result<Option<Self>, Refusal> {
+        match self.state {
+            State::Open | State::Completing { must_read: true, .. } => Ok(Some(Self { state: State::Aborted, ..self })),
+            State::Aborted | State::Expired | State::Rejected(_) => Ok(None),
+            State::Completing { must_read: false, .. } => Err(Refusal::InProgress),
+            State::Verified(_) | State::Published(..) => Err(Refusal::State(self.state.name())),
+        }
+    }
+
+    /// Ends an open session whose time is over. `None`: there is nothing to end.
+    pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
+        self.is_overdue(now).then(|| Self { state: State::Expired, ..self })
+    }
+}
+
+/// The level that S3's own word proves; `None` where it says nothing.
+fn proof_by_s3(promise: &Promise, found: &Object, parts: &[Sha256]) -> Result<Option<Integrity>, Refusal> {
+    let compare = |promised: String, found: String, level: Integrity| match promised == found {
+        true => Ok(Some(level)),
+        false => Err(Refusal::Checksum { promised, found }),
+    };
+    match (&promise.digest, promise.layout.has_part_hashes()) {
+        (_, true) => match &found.composite_sha256 {
+            Some(found) => compare(composite(parts), found.clone(), Integrity::PartsSha256),
+            None => Ok(None),
+        },
+        (Some(promised), false) if promised.algorithm == Algorithm::Sha256 => match found.sha256 {
+            Some(found) => compare(promised.hex(), found.to_string(), Integrity::Sha256),
+            None => Ok(None),
+        },
+        (Some(promised), false) if promised.algorithm == Algorithm::Md5 => {
+            // S3 checked the signed Content-MD5; an ETag of another shape (KMS) only fails to repeat it.
+            match &found.etag {
+                Some(etag) if *etag == promised.hex() => Ok(Some(Integrity::Checksum)),
+                _ => Ok(None),
+            }
+        }
+        (Some(promised), false) => match found.checksums.iter().find(|found| found.algorithm == promised.algorithm) {
+            Some(found) => compare(promised.hex(), found.hex(), Integrity::Checksum),
+            None => Ok(None),
+        },
+        (None, false) if promise.algorithm == Algorithm::None => Ok(Some(Integrity::Size)),
+        (None, false) => Ok(None),
+    }
+}
+
+/// The best level that a promise by `algorithm` can be proved to.
+pub(crate) fn reachable(algorithm: Algorithm) -> Integrity {
+    match algorithm {
+        Algorithm::Sha256 => Integrity::Sha256,
+        Algorithm::Crc64nvme | Algorithm::Crc32c | Algorithm::Crc32 | Algorithm::Md5 => Integrity::Checksum,
+        Algorithm::None => Integrity::Size,
+    }
+}
+
+impl From<Trouble> for Rejection {
+    fn from(trouble: Trouble) -> Self {
+        Self { code: trouble.code, detail: trouble.detail }
+    }
+}
+
+/// The shard of a record: records of one topic and key always share one, keyless ones are spread by session.
+pub(crate) fn shard(topic: &str, key: Option<&[u8]>, id: Uuid, shards: i32) -> i32 {
+    let hash = ordering(topic, key).unwrap_or_else(|| first_eight(Sha256::of(id.as_bytes())));
+    i32::try_from(hash.rem_euclid(i64::from(shards))).expect("a remainder is smaller than the shards")
+}
+
+/// What records of one topic and key have in common; `None` for keyless ones, which have no order.
+pub(crate) fn ordering(topic: &str, key: Option<&[u8]>) -> Option<i64> {
+    // A topic cannot contain a NUL, so no two pairs collide by concatenation.
+    key.map(|key| first_eight(Sha256::of(&[topic.as_bytes(), b"\0", key].concat())))
+}
+
+fn first_eight(digest: Sha256) -> i64 {
+    i64::from_be_bytes(digest.0[..8].try_into().expect("a SHA-256 has more than eight bytes"))
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
