@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# The servers that lfs-broker lives beside, each a real one on a free port of 127.0.0.1.
+# Sourced by `run`; on its own, for work at the desk:
+#   bash .ci/neighbours.sh up DIRECTORY postgres kafka minio|versitygw   (then: . DIRECTORY/env)
+#   bash .ci/neighbours.sh down DIRECTORY
+# $NEIGHBOURS holds every server's data, log and pid; $NEIGHBOURS/env says how the tests reach them.
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=.ci/versions.sh
+. "$here/versions.sh"
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# share NAME VALUE: exports to this shell and to whoever reads $NEIGHBOURS/env.
+share() {
+    export "$1=$2"
+    printf 'export %s=%q\n' "$1" "$2" >>"$NEIGHBOURS/env"
+}
+
+# launch NAME COMMAND...: starts a server in a session of its own and remembers its pid.
+launch() {
+    local name=$1
+    shift
+    setsid "$@" >"$NEIGHBOURS/$name.log" 2>&1 </dev/null &
+    echo $! >"$NEIGHBOURS/$name.pid"
+}
+
+# await NAME SECONDS COMMAND...: until the command succeeds; fails early when the server is gone.
+await() {
+    local name=$1 until=$((SECONDS + $2)) pid
+    shift 2
+    pid=$(<"$NEIGHBOURS/$name.pid")
+    until timeout 20 "$@" >/dev/null 2>&1; do
+        if ! kill -0 "$pid" 2>/dev/null || ((SECONDS >= until)); then
+            echo "$name does not answer; its log ends:" >&2
+            tail -n 30 "$NEIGHBOURS/$name.log" >&2
+            return 1
+        fi
+        sleep 0.2
+    done
+    echo "$name answers (pid $pid)"
+}
+
+# PostgreSQL refuses to run as root, so root hands it to a user that owns nothing else.
+start_postgres() {
+    local bin data=$NEIGHBOURS/postgres port as=()
+    bin=$(postgres_bin) && port=${LFS_CI_POSTGRES_PORT:-$(free_port)} || return
+    mkdir -p "$data"
+    if [ "$(id -u)" = 0 ]; then
+        local owner=nobody
+        ! id postgres >/dev/null 2>&1 || owner=postgres
+        chmod 711 "$NEIGHBOURS" && chown "$owner" "$data" || return
+        as=(setpriv "--reuid=$owner" "--regid=$(id -g "$owner")" --clear-groups)
+    fi
+    echo lfs >"$data/password"
+    (cd "$data" && "${as[@]}" "$bin/initdb" -D "$data/data" -U lfs -A scram-sha-256 --pwfile=password -E UTF8 --no-locale) \
+        >"$NEIGHBOURS/initdb.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/initdb.log" >&2; return 1; }
+    # The machine is not going to lose power during a test, so nothing waits for the disk.
+    launch postgres "${as[@]}" "$bin/postgres" -D "$data/data" -c listen_addresses=127.0.0.1 -c "port=$port" \
+        -c "unix_socket_directories=$data" -c fsync=off -c full_page_writes=off -c max_connections=400
+    await postgres 30 "$bin/pg_isready" -h 127.0.0.1 -p "$port" || return
+    share LFS_TEST_DATABASE_URL "postgres://lfs:lfs@127.0.0.1:$port/postgres"
+}
+
+# One node that is broker and controller. A topic that nobody made stays missing, as in most clusters.
+start_kafka() {
+    local data=$NEIGHBOURS/kafka port control config
+    port=${LFS_CI_KAFKA_PORT:-$(free_port)} && control=$(free_port) || return
+    mkdir -p "$data" && config=$data/server.properties
+    cat >"$config" <<PROPERTIES
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:$control
+controller.listener.names=CONTROLLER
+listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$control
+advertised.listeners=PLAINTEXT://127.0.0.1:$port
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs=$data/log
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+PROPERTIES
+    local java=(java -Xmx320m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp "$KAFKA_HOME/*")
+    "${java[@]}" kafka.tools.StorageTool format -t AAAAAAAAAAAAAAAAAAAAAQ -c "$config" \
+        >"$NEIGHBOURS/kafka-format.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/kafka-format.log" >&2; return 1; }
+    launch kafka "${java[@]}" kafka.Kafka "$config"
+    await kafka 60 "${java[@]}" org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$port" --list || return
+    share LFS_TEST_KAFKA "127.0.0.1:$port"
+}
+
+# share_s3 FLAVOUR PORT ACCESS_KEY SECRET
+share_s3() {
+    share LFS_TEST_S3_FLAVOUR "$1"
+    share LFS_TEST_S3_ENDPOINT "http://127.0.0.1:$2"
+    share LFS_TEST_S3_ACCESS_KEY_ID "$3"
+    share LFS_TEST_S3_SECRET_ACCESS_KEY "$4"
+}
+
+start_minio() {
+    local port
+    port=${LFS_CI_MINIO_PORT:-$(free_port)} || return
+    mkdir -p "$NEIGHBOURS/minio"
+    MINIO_ROOT_USER=minio-test MINIO_ROOT_PASSWORD=minio-test-secret MINIO_BROWSER=off MINIO_UPDATE=off \
+        launch minio "$MINIO_HOME/minio" server --address "127.0.0.1:$port" "$NEIGHBOURS/minio"
+    await minio 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/minio/health/ready" || return
+    share_s3 minio "$port" minio-test minio-test-secret
+}
+
+# It keeps what S3 knows about an object in the file's extended attributes, or beside it where there are none.
+start_versitygw() {
+    local data=$NEIGHBOURS/versitygw port keep=()
+    port=${LFS_CI_VERSITYGW_PORT:-$(free_port)} || return
+    mkdir -p "$data/objects"
+    if ! python3 -c 'import os, sys; os.setxattr(sys.argv[1], "user.probe", b"1")' "$data/objects" 2>/dev/null; then
+        mkdir -p "$data/attributes"
+        keep=(--sidecar "$data/attributes")
+    fi
+    launch versitygw "$VERSITYGW_HOME/versitygw" --port "127.0.0.1:$port" --access versity-test --secret versity-test-secret \
+        --health /health posix "${keep[@]}" "$data/objects"
+    await versitygw 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/health" || return
+    share_s3 versitygw "$port" versity-test versity-test-secret
+}
+
+# Ends the servers that were launched here, by pid, politely first; PostgreSQL's word for "now" is INT.
+stop_all() {
+    local file pid signal
+    for file in "$NEIGHBOURS"/*.pid; do
+        [ -e "$file" ] || continue
+        signal=TERM
+        [ "$(basename "$file")" != postgres.pid ] || signal=INT
+        kill "-$signal" "$(<"$file")" 2>/dev/null
+    done
+    for file in "$NEIGHBOURS"/*.pid; do
+        [ -e "$file" ] || continue
+        pid=$(<"$file")
+        for _ in {1..100}; do
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "$pid" 2>/dev/null
+        rm -f "$file"
+    done
+    return 0
+}
+
+main() {
+    local verb=${1:?up or down} server
+    NEIGHBOURS=$(mkdir -p "${2:?a directory}" && cd "$2" && pwd) || exit
+    shift 2
+    [ "$verb" != down ] || { stop_all; exit; }
+    for server in "$@"; do
+        [ "$server" = postgres ] || bash "$here/tools.sh" "$server" || exit
+        "start_$server" || exit
+    done
+    echo ". $NEIGHBOURS/env"
+}
+[ "${BASH_SOURCE[0]}" != "$0" ] || main "$@"

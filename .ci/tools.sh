@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
+#   bash .ci/tools.sh debian|kafka|minio|versitygw|openapi ...
+# Each tool's directory carries its version, and appears whole or not at all.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=.ci/versions.sh
+. "$here/versions.sh"
+
+# Debian's own packages; only where CI=true says that the machine is ours to change.
+fetch_debian() {
+    local missing=()
+    command -v shellcheck >/dev/null || missing+=(shellcheck)
+    postgres_bin >/dev/null || missing+=(postgresql)
+    command -v jq >/dev/null || missing+=(jq)
+    command -v curl >/dev/null || missing+=(curl)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "${CI:-}" != true ] || [ "$(id -u)" != 0 ]; then
+        echo "missing: ${missing[*]} (installed only as root with CI=true)" >&2
+        return 1
+    fi
+    # The package would otherwise start a server of its own on the usual port.
+    mkdir -p /etc/postgresql-common
+    [ -e /etc/postgresql-common/createcluster.conf ] || echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+# go_install DIRECTORY MODULE@VERSION
+go_install() {
+    [ ! -d "$1" ] || return 0
+    rm -rf "$1.part"
+    GOBIN="$1.part" go install "$2"
+    mv "$1.part" "$1"
+}
+
+fetch_minio() { go_install "$MINIO_HOME" "github.com/minio/minio@$MINIO_VERSION"; }
+fetch_versitygw() { go_install "$VERSITYGW_HOME" "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"; }
+
+fetch_kafka() {
+    [ ! -d "$KAFKA_HOME" ] || return 0
+    rm -rf "$KAFKA_HOME.part"
+    mvn -q -B -f "$here/pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$KAFKA_HOME.part"
+    mv "$KAFKA_HOME.part" "$KAFKA_HOME"
+}
+
+fetch_openapi() {
+    [ ! -d "$OPENAPI_HOME" ] || return 0
+    rm -rf "$OPENAPI_HOME.part"
+    python3 -m pip install -q --target "$OPENAPI_HOME.part" "openapi-spec-validator==$OPENAPI_VERSION"
+    mv "$OPENAPI_HOME.part" "$OPENAPI_HOME"
+}
+
+mkdir -p "$LFS_CI_TOOLS"
+for tool in "$@"; do
+    echo "$tool: $(date +%T)"
+    "fetch_$tool"
+done

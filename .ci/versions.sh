@@ -1,0 +1,22 @@
+# shellcheck shell=bash disable=SC2034 # Read by the scripts that source this.
+# What CI runs against, and where it lives.
+LFS_CI_TOOLS=${LFS_CI_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/lfs-broker-ci}
+
+KAFKA_VERSION=4.3.1 # And in pom.xml.
+MINIO_VERSION=v0.0.0-20260212201848-7aac2a2c5b7c # The last one: its repository is archived.
+VERSITYGW_VERSION=v1.8.0
+OPENAPI_VERSION=0.9.0
+
+KAFKA_HOME=$LFS_CI_TOOLS/kafka-$KAFKA_VERSION
+MINIO_HOME=$LFS_CI_TOOLS/minio-$MINIO_VERSION
+VERSITYGW_HOME=$LFS_CI_TOOLS/versitygw-$VERSITYGW_VERSION
+OPENAPI_HOME=$LFS_CI_TOOLS/openapi-spec-validator-$OPENAPI_VERSION
+
+# Where PostgreSQL's server programs are.
+postgres_bin() {
+    local found
+    for found in /usr/lib/postgresql/*/bin/postgres "$(command -v postgres)"; do
+        [ ! -x "$found" ] || { dirname "$found"; return; }
+    done
+    return 1
+}

@@ -1,0 +1,21 @@
+# syntax=docker/dockerfile:1
+FROM rust:1.95-bookworm AS build
+WORKDIR /src
+COPY . .
+# The caches survive between builds on one machine; the program is copied out because they are not part of the layer.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked --bin lfs-broker \
+    && cp target/release/lfs-broker /usr/local/bin/
+
+FROM debian:bookworm-slim
+# The certificates are for Kafka's and S3's TLS, curl for health checks.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates curl \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 65532 --no-create-home --shell /usr/sbin/nologin lfs-broker
+COPY --from=build /usr/local/bin/lfs-broker /usr/local/bin/
+USER 65532:65532
+EXPOSE 8080
+ENTRYPOINT ["lfs-broker"]
+CMD ["serve"]
