@@ -4,3 +4,4 @@
 
 pub mod policy;
 pub mod session;
+pub mod store;

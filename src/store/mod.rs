@@ -1,0 +1,174 @@
+//! The store: the one room that speaks SQL.
+//!
+//! It hides PostgreSQL behind verbs on sessions, the outbox and topics. Every write of a session names the
+//! version it read, so that nothing is ever overwritten unseen. No S3 or Kafka call happens inside a transaction.
+
+mod outbox;
+mod sessions;
+mod topics;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{PgPool, query, query_scalar};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+pub(crate) use outbox::{Ownership, Placed, Waiting};
+pub use sessions::Quota;
+pub(crate) use sessions::{Created, Filter, Move, Page, Transition};
+
+/// Where PostgreSQL is, and how much of it is used.
+#[derive(Clone)]
+pub struct Settings {
+    /// `DATABASE_URL`.
+    pub url: String,
+    /// Most connections of this replica.
+    pub max_connections: u32,
+}
+
+impl Settings {
+    /// Settings for `url` with the default number of connections.
+    pub fn new(url: &str) -> Self {
+        // 20 connections keep two cores of PostgreSQL busy and leave room for other replicas under its default of 100.
+        Self { url: url.to_owned(), max_connections: 20 }
+    }
+}
+
+/// What the store cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody else moved the session first; read it again.
+    #[error("session {0} was moved by somebody else")]
+    Moved(Uuid),
+    /// A row breaks the rules of its state.
+    #[error("session {id} breaks the rules of its state: {what}")]
+    Corrupt {
+        /// The row.
+        id: Uuid,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Another request holds what this one needs.
+    #[error("another request holds the same key")]
+    Busy,
+    /// The database is not there, or did not do it.
+    #[error("database: {0}")]
+    Database(#[source] sqlx::Error),
+    /// The schema could not be brought up to date.
+    #[error("migration: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    /// `DATABASE_URL` cannot be read.
+    #[error("DATABASE_URL is not a PostgreSQL URL")]
+    Url,
+    /// The schema is not the one that this program was built for.
+    #[error("the database schema is at version {found}, this program needs {needed}: run `lfs-broker migrate`")]
+    Schema {
+        /// Applied.
+        found: i64,
+        /// Needed.
+        needed: i64,
+    },
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        // 55P03: lock_timeout ran out while another transaction held the row (PostgreSQL, appendix A).
+        match error.as_database_error().and_then(|error| error.code()) {
+            Some(code) if code == "55P03" => Self::Busy,
+            _ => Self::Database(error),
+        }
+    }
+}
+
+/// The identity that every replica on one database shares.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deployment {
+    pub(crate) id: Uuid,
+    pub(crate) shards: i32,
+}
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// A handle on the database; cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    pool: PgPool,
+    shift_ms: Arc<AtomicI64>,
+}
+
+impl Store {
+    /// A store on a database that is reached when it is first needed.
+    ///
+    /// # Errors
+    /// [`Error::Url`] when the URL cannot be read.
+    pub fn connect(settings: &Settings) -> Result<Self, Error> {
+        let options: PgConnectOptions = settings.url.parse().map_err(|_| Error::Url)?;
+        // Bounds: a caller hears within 2 s, and a transaction whose owner froze gives its locks back.
+        let options = options.application_name("lfs-broker").options([
+            ("statement_timeout", "10s"),
+            ("lock_timeout", "1500ms"),
+            ("idle_in_transaction_session_timeout", "10s"),
+        ]);
+        let pool = PgPoolOptions::new()
+            .max_connections(settings.max_connections)
+            .acquire_timeout(Duration::from_millis(1500))
+            .connect_lazy_with(options);
+        Ok(Self { pool, shift_ms: Arc::default() })
+    }
+
+    /// Brings the schema up to date; several may run at once.
+    ///
+    /// # Errors
+    /// When the database is not there or a migration fails.
+    pub async fn migrate(&self) -> Result<(), Error> {
+        Ok(MIGRATIONS.run(&self.pool).await?)
+    }
+
+    /// Checks that the schema is the one this program was built for.
+    ///
+    /// # Errors
+    /// [`Error::Schema`] when it is older.
+    pub async fn check_schema(&self) -> Result<(), Error> {
+        let needed = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
+        let applied = sqlx::query_scalar::<_, Option<i64>>("select max(version) from _sqlx_migrations where success");
+        let found = match applied.fetch_one(&self.pool).await {
+            Ok(found) => found.unwrap_or(0),
+            // 42P01: there is no such table, so nothing was ever migrated.
+            Err(error) if error.as_database_error().and_then(|error| error.code()).as_deref() == Some("42P01") => 0,
+            Err(error) => return Err(error.into()),
+        };
+        if found < needed { Err(Error::Schema { found, needed }) } else { Ok(()) }
+    }
+
+    /// The time, which is the database's: replicas with wrong clocks agree on it.
+    pub(crate) async fn now(&self) -> Result<OffsetDateTime, Error> {
+        let now = query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(&self.pool).await?;
+        Ok(now + time::Duration::milliseconds(self.shift_ms.load(Ordering::Relaxed)))
+    }
+
+    /// Pushes the clock of this handle and its clones, for tests.
+    pub fn push_clock(&self, by: Duration) {
+        let by_ms = i64::try_from(by.as_millis()).expect("a test pushes by less than 292 million years");
+        self.shift_ms.fetch_add(by_ms, Ordering::Relaxed);
+    }
+
+    /// Whether the database answers.
+    pub(crate) async fn reachable(&self) -> Result<(), Error> {
+        query!("select 1 as one").fetch_one(&self.pool).await?;
+        Ok(())
+    }
+
+    /// The identity of this deployment.
+    pub(crate) async fn deployment(&self) -> Result<Deployment, Error> {
+        let row = query!("select id, shards from deployment").fetch_one(&self.pool).await?;
+        Ok(Deployment { id: row.id, shards: row.shards })
+    }
+
+    /// Closes every connection.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}

@@ -1,0 +1,245 @@
+//! The outbox: pointers that Kafka has not acknowledged, and who may send them.
+
+use sqlx::query;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Error, Store};
+
+/// A pointer that waits for Kafka.
+#[derive(Debug, Clone)]
+pub(crate) struct Waiting {
+    pub(crate) number: i64,
+    pub(crate) session_id: Uuid,
+    pub(crate) topic: String,
+    pub(crate) partition: Option<i32>,
+    pub(crate) key: Option<Vec<u8>>,
+    pub(crate) value: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) attempts: i32,
+    pub(crate) batch: Option<i64>,
+}
+
+/// A pointer that Kafka holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Placed {
+    pub(crate) session_id: Uuid,
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    pub(crate) at: OffsetDateTime,
+}
+
+/// The right to relay one shard: good while nobody took it over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ownership {
+    pub(crate) shard: i32,
+    pub(crate) owner: Uuid,
+    pub(crate) epoch: i64,
+}
+
+impl Store {
+    /// Takes every shard that is free or was ours, and renews the lease to `until`.
+    pub(crate) async fn own_shards(&self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Vec<Ownership>, Error> {
+        let rows = query!(
+            "update relay_shards set owner = $1, until = $3,
+                 epoch = epoch + case when owner is distinct from $1 or until <= $2 then 1 else 0 end
+             where owner is null or owner = $1 or until <= $2
+             returning shard, epoch",
+            owner,
+            now,
+            until
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let mut owned: Vec<Ownership> =
+            rows.into_iter().map(|row| Ownership { shard: row.shard, owner, epoch: row.epoch }).collect();
+        owned.sort_by_key(|owned| owned.shard);
+        Ok(owned)
+    }
+
+    /// Gives a replica's shards back, so that another need not wait for the lease to end.
+    pub(crate) async fn disown_shards(&self, owner: Uuid) -> Result<(), Error> {
+        query!("update relay_shards set owner = null, until = null where owner = $1", owner).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Rows of a shard that were stamped and not settled: sent, or about to be, when their relay stopped.
+    pub(crate) async fn stamped(&self, shard: i32) -> Result<Vec<Waiting>, Error> {
+        let rows = sqlx::query_as!(
+            Row,
+            r#"select number, session_id, topic, partition, key, value, headers as "headers: Json<Vec<(String, String)>>", attempts, batch
+               from outbox where shard = $1 and batch is not null order by number"#,
+            shard
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows.into_iter().map(Waiting::from).collect())
+    }
+
+    /// Stamps the next batch of a shard with a fresh number, under the shard's row lock.
+    ///
+    /// `None` when nothing is due, or when the shard is not ours any more. A row waits while an earlier one of
+    /// its topic and key is parked.
+    pub(crate) async fn stamp(&self, owned: Ownership, limit: i64, now: OffsetDateTime) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
+        let mut tx = self.pool.begin().await?;
+        let shard = query!(
+            "select last_batch from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update",
+            owned.shard,
+            owned.owner,
+            owned.epoch
+        )
+        .fetch_optional(&mut *tx)
+        .await?;
+        let Some(shard) = shard else { return Ok(None) };
+        let batch = shard.last_batch + 1;
+        let rows = sqlx::query_as!(
+            Row,
+            r#"update outbox set batch = $3, attempts = attempts + 1
+               where number in (
+                   select due.number from outbox due
+                   where due.shard = $1 and due.batch is null and due.next_try_at <= $4
+                     and not exists (
+                         select from outbox parked
+                         where parked.shard = $1 and parked.error is not null and parked.next_try_at > $4
+                           and parked.ordering = due.ordering and parked.number < due.number)
+                   order by due.number limit $2)
+               returning number, session_id, topic, partition, key, value,
+                         headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
+            owned.shard,
+            limit,
+            batch,
+            now
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        query!("update relay_shards set last_batch = $2 where shard = $1", owned.shard, batch).execute(&mut *tx).await?;
+        tx.commit().await?;
+        let mut rows: Vec<Waiting> = rows.into_iter().map(Waiting::from).collect();
+        rows.sort_by_key(|row| row.number);
+        Ok(Some((batch, rows)))
+    }
+
+    /// Takes a batch's stamp back: Kafka does not hold it.
+    pub(crate) async fn unstamp(&self, shard: i32, batch: i64) -> Result<(), Error> {
+        query!("update outbox set batch = null where shard = $1 and batch = $2", shard, batch).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Parks a row, and with it the later ones of its topic and key: Kafka refused it.
+    pub(crate) async fn park(&self, row: &Waiting, error: &str, next_try_at: OffsetDateTime, now: OffsetDateTime) -> Result<(), Error> {
+        let mut tx = self.pool.begin().await?;
+        query!(
+            "update outbox set batch = null, error = $2, next_try_at = $3 where number = $1 and batch is not distinct from $4",
+            row.number,
+            error,
+            next_try_at,
+            row.batch
+        )
+        .execute(&mut *tx)
+        .await?;
+        query!(
+            "update upload_sessions set error_code = 'not-published-yet', error_detail = $2, version = version + 1, updated_at = $3
+             where id = $1 and state = 'verified' and error_detail is distinct from $2",
+            row.session_id,
+            error,
+            now
+        )
+        .execute(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Writes down what Kafka holds. Saying it twice changes nothing.
+    pub(crate) async fn published(&self, placed: &[Placed], now: OffsetDateTime) -> Result<(), Error> {
+        let ids: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
+        let partitions: Vec<i32> = placed.iter().map(|placed| placed.partition).collect();
+        let offsets: Vec<i64> = placed.iter().map(|placed| placed.offset).collect();
+        let times: Vec<OffsetDateTime> = placed.iter().map(|placed| placed.at).collect();
+        query!(
+            "with placed as (
+                 select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
+             moved as (
+                 update upload_sessions session
+                 set state = 'published', version = version + 1, updated_at = $5, error_code = null, error_detail = null,
+                     published_partition = placed.partition, published_offset = placed.number, published_at = placed.at
+                 from placed where session.id = placed.id and session.state = 'verified'
+                 returning session.id, session.version),
+             told as (
+                 insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
+                 select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved)
+             delete from outbox where session_id = any($1)",
+            &ids,
+            &partitions,
+            &offsets,
+            &times,
+            now
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.
+    pub(crate) async fn published_records(&self) -> Result<Vec<(Placed, Waiting)>, Error> {
+        let rows = query!(
+            r#"select id, topic, record_key, pointer as "pointer!", record_headers as "headers: Json<Vec<(String, String)>>", integrity as "integrity!",
+                      object_version_id, traceparent,
+                      published_partition as "partition!", published_offset as "offset!", published_at as "at!"
+               from upload_sessions where state = 'published' order by topic, published_partition, published_offset"#
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let headers = super::sessions::record_headers(row.id, &row.integrity, row.object_version_id, row.traceparent, row.headers.0);
+                let placed = Placed { session_id: row.id, partition: row.partition, offset: row.offset, at: row.at };
+                let waiting = Waiting {
+                    number: 0,
+                    session_id: row.id,
+                    topic: row.topic,
+                    partition: Some(row.partition),
+                    key: row.record_key,
+                    value: row.pointer,
+                    headers,
+                    attempts: 1,
+                    batch: None,
+                };
+                (placed, waiting)
+            })
+            .collect())
+    }
+}
+
+struct Row {
+    number: i64,
+    session_id: Uuid,
+    topic: String,
+    partition: Option<i32>,
+    key: Option<Vec<u8>>,
+    value: String,
+    headers: Json<Vec<(String, String)>>,
+    attempts: i32,
+    batch: Option<i64>,
+}
+
+impl From<Row> for Waiting {
+    fn from(row: Row) -> Self {
+        Self {
+            number: row.number,
+            session_id: row.session_id,
+            topic: row.topic,
+            partition: row.partition,
+            key: row.key,
+            value: row.value,
+            headers: row.headers.0,
+            attempts: row.attempts,
+            batch: row.batch,
+        }
+    }
+}

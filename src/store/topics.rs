@@ -1,0 +1,50 @@
+//! Topic policies.
+
+use lfs_broker_client::api::Policy;
+use sqlx::types::Json;
+use sqlx::{query, query_scalar};
+use time::OffsetDateTime;
+
+use super::{Error, Store};
+
+impl Store {
+    /// A topic's stored policy.
+    pub(crate) async fn policy(&self, topic: &str) -> Result<Option<Policy>, Error> {
+        let policy = query_scalar!(r#"select policy as "policy: Json<Policy>" from topics where topic = $1"#, topic)
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(policy.map(|Json(policy)| policy))
+    }
+
+    /// Stores a topic's policy whole.
+    pub(crate) async fn put_policy(&self, topic: &str, policy: &Policy, now: OffsetDateTime) -> Result<(), Error> {
+        query!(
+            "insert into topics (topic, policy, updated_at) values ($1, $2, $3)
+             on conflict (topic) do update set policy = excluded.policy, updated_at = excluded.updated_at",
+            topic,
+            Json(policy) as _,
+            now
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Forgets a topic's policy, if there is one.
+    pub(crate) async fn delete_policy(&self, topic: &str) -> Result<(), Error> {
+        query!("delete from topics where topic = $1", topic).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Stored policies by name, after `after`.
+    pub(crate) async fn policies(&self, after: &str, limit: i64) -> Result<Vec<(String, Policy)>, Error> {
+        let rows = query!(
+            r#"select topic, policy as "policy: Json<Policy>" from topics where topic > $1 order by topic limit $2"#,
+            after,
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows.into_iter().map(|row| (row.topic, row.policy.0)).collect())
+    }
+}
