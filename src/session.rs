@@ -87,7 +87,7 @@ pub struct Object {
     pub size_bytes: u64,
     /// The write token in its metadata.
     pub token: Option<String>,
-    /// The ETag with its quotes removed.
+    /// The ETag with its quotes, as `If-Match` takes it.
     pub etag: Option<String>,
     /// The version, in a versioned bucket.
     pub version_id: Option<String>,
@@ -343,7 +343,12 @@ impl Session {
         }
     }
 
-    /// Takes the session to complete it; a lease that ran out is taken over.
+    /// Whether a lease was given back because S3 gave no verdict.
+    pub(crate) fn is_released(&self) -> bool {
+        matches!(self.state, State::Completing { .. }) && self.trouble.is_some()
+    }
+
+    /// Takes the session to complete it; a lease that ran out or was given back is taken over.
     pub(crate) fn claim(self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Self, Refusal> {
         match self.state {
             State::Open if now >= self.expires_at => Err(Refusal::Expired(self.expires_at)),
@@ -352,7 +357,7 @@ impl Session {
                 trouble: None,
                 ..self
             }),
-            State::Completing { ref lease, must_read } if lease.until <= now => {
+            State::Completing { ref lease, must_read } if lease.until <= now || self.trouble.is_some() => {
                 let lease = Lease { owner, until, attempt: lease.attempt + 1 };
                 Ok(Self { state: State::Completing { lease, must_read }, trouble: None, ..self })
             }
@@ -375,7 +380,7 @@ impl Session {
         }
         match proof_by_s3(&self.promise, found, parts)? {
             Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
-            _ => Ok(self.to_be_read()),
+            _ => Ok(self.to_be_read(now)),
         }
     }
 
@@ -395,9 +400,12 @@ impl Session {
         }
     }
 
-    fn to_be_read(self) -> Self {
+    /// The lease ends here: whoever reads takes one of its own.
+    fn to_be_read(self, now: OffsetDateTime) -> Self {
         match self.state {
-            State::Completing { lease, .. } => Self { state: State::Completing { lease, must_read: true }, ..self },
+            State::Completing { lease, .. } => {
+                Self { state: State::Completing { lease: Lease { until: now, ..lease }, must_read: true }, ..self }
+            }
             _ => self,
         }
     }
@@ -477,7 +485,7 @@ fn proof_by_s3(promise: &Promise, found: &Object, parts: &[Sha256]) -> Result<Op
         (Some(promised), false) if promised.algorithm == Algorithm::Md5 => {
             // S3 checked the signed Content-MD5; an ETag of another shape (KMS) only fails to repeat it.
             match &found.etag {
-                Some(etag) if *etag == promised.hex() => Ok(Some(Integrity::Checksum)),
+                Some(etag) if etag.trim_matches('"') == promised.hex() => Ok(Some(Integrity::Checksum)),
                 _ => Ok(None),
             }
         }

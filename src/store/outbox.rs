@@ -1,6 +1,6 @@
 //! The outbox: pointers that Kafka has not acknowledged, and who may send them.
 
-use sqlx::query;
+use sqlx::{query, query_scalar};
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -62,6 +62,12 @@ impl Store {
     pub(crate) async fn disown_shards(&self, owner: Uuid) -> Result<(), Error> {
         query!("update relay_shards set owner = null, until = null where owner = $1", owner).execute(&self.pool).await?;
         Ok(())
+    }
+
+    /// Whether a shard has anything to send or to settle.
+    pub(crate) async fn has_waiting(&self, shard: i32) -> Result<bool, Error> {
+        let waiting = query_scalar!(r#"select exists (select from outbox where shard = $1) as "waiting!""#, shard);
+        Ok(waiting.fetch_one(&self.pool).await?)
     }
 
     /// Rows of a shard that were stamped and not settled: sent, or about to be, when their relay stopped.
