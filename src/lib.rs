@@ -1,1 +1,3 @@
 //! lfs-broker: the claim check for Kafka.
+
+pub mod kafka;
