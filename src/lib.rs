@@ -1,3 +1,4 @@
 //! lfs-broker: the claim check for Kafka.
 
+pub mod dev;
 pub mod kafka;
