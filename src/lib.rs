@@ -1,1 +1,2 @@
 //! lfs-broker: the claim check for Kafka.
+pub mod objects;
