@@ -2,16 +2,18 @@
 
 #![allow(dead_code)]
 
+pub mod app;
 pub mod auth;
-mod broker;
-pub mod dev;
-mod finish;
+pub mod broker;
+pub mod config;
+pub mod finish;
+pub mod http;
 pub mod kafka;
 pub mod objects;
 pub mod policy;
 mod relay;
 pub mod session;
 pub mod store;
-mod sweeper;
+pub mod sweeper;
 mod verifier;
 mod wakes;

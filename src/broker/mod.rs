@@ -56,6 +56,8 @@ pub(crate) enum Error {
     PolicyNotFound(String),
     #[error("the token does not allow topic {0}")]
     TopicForbidden(String),
+    #[error("an Idempotency-Key has 1 to 255 visible ASCII characters and comes once")]
+    KeyInvalid,
     #[error("this Idempotency-Key opened another upload")]
     KeyReused,
     #[error("a request with this Idempotency-Key is being stored")]

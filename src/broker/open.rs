@@ -19,7 +19,8 @@ use crate::store::Created;
 /// What comes beside the body of an open.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct OpenContext {
-    pub(crate) idempotency_key: Option<String>,
+    /// `Some(None)`: there is one, but it has the wrong shape.
+    pub(crate) idempotency_key: Option<Option<String>>,
     pub(crate) traceparent: Option<String>,
 }
 
@@ -38,11 +39,12 @@ impl Broker {
         if !caller.may_use(&topic) {
             return Err(Error::TopicForbidden(topic));
         }
-        if let Some(replayed) = self.replay(caller, &context, &digest).await? {
+        let key = context.idempotency_key.map(|key| key.ok_or(Error::KeyInvalid)).transpose()?;
+        if let Some(replayed) = self.replay(caller, key.as_deref(), &digest).await? {
             return Ok(replayed);
         }
         let policy = self.policy_of(&topic).await?;
-        let (promise, hashes) = policy::admit(shaped, &policy, &self.policy, context.traceparent.clone())?;
+        let (promise, hashes) = policy::admit(shaped, &policy, &self.policy, context.traceparent)?;
         let bucket = policy.bucket.as_deref().or(self.objects.default_bucket());
         let bucket = bucket.ok_or_else(|| policy::Refusal::NoBucket(topic.clone()))?;
         let partitions = self.kafka.partitions(&topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
@@ -52,12 +54,12 @@ impl Broker {
         }
         let now = self.store.now().await?;
         let id = new_id(now);
-        let key = policy::object_key(policy.prefix.as_deref(), &caller.tenant, &topic, id, now);
-        let session = Session::open(id, &caller.tenant, &caller.subject, (bucket.to_owned(), key), promise, now);
-        let idempotency = context.idempotency_key.as_deref().map(|key| (key, digest.0.as_slice()));
+        let object_key = policy::object_key(policy.prefix.as_deref(), &caller.tenant, &topic, id, now);
+        let session = Session::open(id, &caller.tenant, &caller.subject, (bucket.to_owned(), object_key), promise, now);
+        let idempotency = key.as_deref().map(|key| (key, digest.0.as_slice()));
         match self.store.create(&session, &hashes, idempotency, self.settings.quota).await? {
             Created::New => {}
-            Created::KeyTaken => return self.replay(caller, &context, &digest).await?.ok_or(Error::KeyInFlight),
+            Created::KeyTaken => return self.replay(caller, key.as_deref(), &digest).await?.ok_or(Error::KeyInFlight),
             Created::TooManySessions => return Err(Error::TooManySessions),
             Created::TooManyBytes => return Err(Error::TooManyBytes),
         }
@@ -65,8 +67,8 @@ impl Broker {
         Ok(Opened { upload, fresh: true })
     }
 
-    async fn replay(&self, caller: &Caller, context: &OpenContext, digest: &Sha256) -> Result<Option<Opened>, Error> {
-        let Some(key) = context.idempotency_key.as_deref() else { return Ok(None) };
+    async fn replay(&self, caller: &Caller, key: Option<&str>, digest: &Sha256) -> Result<Option<Opened>, Error> {
+        let Some(key) = key else { return Ok(None) };
         let Some((id, opened_by)) = self.store.idempotent(&caller.tenant, &caller.subject, key).await? else { return Ok(None) };
         if opened_by != digest.0 {
             return Err(Error::KeyReused);

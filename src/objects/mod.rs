@@ -18,6 +18,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
 
+use crate::session::Object;
+
 mod connect;
 mod download;
 mod multipart;
@@ -54,27 +56,6 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.bucket, self.key)
     }
-}
-
-/// What S3 says about an object that it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// Its size in bytes.
-    pub size_bytes: u64,
-    /// The session that it was written for.
-    pub token: Option<String>,
-    /// The entity tag with its quotes, as If-Match wants it.
-    pub etag: Option<String>,
-    /// The version, where the bucket keeps versions.
-    pub version_id: Option<String>,
-    /// SHA-256 of the whole, computed by S3.
-    pub sha256: Option<Sha256>,
-    /// The digest of the parts' digests (`<base64>-<parts>`), which says nothing about the whole by itself.
-    pub composite_sha256: Option<String>,
-    /// Other checksums of the whole, computed by S3.
-    pub checksums: Vec<Digest>,
-    /// The media type.
-    pub content_type: Option<String>,
 }
 
 /// Why S3 did not do what it was asked.
@@ -139,7 +120,7 @@ impl Objects {
     ///
     /// # Errors
     /// Where S3 does not answer, or refuses: without `s3:ListBucket` it refuses instead of saying "nothing".
-    pub async fn head(&self, place: &Place, version_id: Option<&str>) -> Result<Option<Found>, Error> {
+    pub async fn head(&self, place: &Place, version_id: Option<&str>) -> Result<Option<Object>, Error> {
         let answer = self
             .0
             .calls
@@ -221,7 +202,7 @@ impl Reading {
 
 /// Reads what HEAD says. A SHA-256 counts as the whole's only where nothing marks it as composite: some stores
 /// leave the type out, but every composite ends in `-<parts>`.
-fn found(output: &HeadObjectOutput) -> Found {
+fn found(output: &HeadObjectOutput) -> Object {
     let composite = matches!(output.checksum_type(), Some(ChecksumType::Composite));
     let whole = |text: Option<&str>, algorithm: Algorithm| match text {
         Some(text) if !composite => digest(text, algorithm),
@@ -232,7 +213,7 @@ fn found(output: &HeadObjectOutput) -> Found {
         whole(output.checksum_crc32_c(), Algorithm::Crc32c),
         whole(output.checksum_crc32(), Algorithm::Crc32),
     ];
-    Found {
+    Object {
         size_bytes: output.content_length().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0),
         token: output.metadata().and_then(|metadata| metadata.get(TOKEN)).cloned(),
         etag: output.e_tag().map(str::to_owned),
@@ -241,7 +222,6 @@ fn found(output: &HeadObjectOutput) -> Found {
         sha256: whole(output.checksum_sha256(), Algorithm::Sha256).and_then(|digest| digest.sha256()),
         composite_sha256: output.checksum_sha256().filter(|text| text.contains('-')).map(str::to_owned),
         checksums: checksums.into_iter().flatten().collect(),
-        content_type: output.content_type().map(str::to_owned),
     }
 }
 
@@ -331,7 +311,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
 
-    fn answer(sha256: &str, kind: Option<ChecksumType>) -> Found {
+    fn answer(sha256: &str, kind: Option<ChecksumType>) -> Object {
         found(&HeadObjectOutput::builder().content_length(5).checksum_sha256(sha256).set_checksum_type(kind).build())
     }
 

@@ -15,7 +15,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::sign::Signer;
-use super::{Error, Found, Objects, Place, Put, Signed, chain};
+use crate::session::Object;
+use super::{Error, Objects, Place, Put, Signed, chain};
 
 /// What the probe promises and sends.
 const BYTES: &[u8] = b"hello";
@@ -142,7 +143,7 @@ impl Trial<'_> {
         ))
     }
 
-    async fn put_honestly(&self, signer: &Signer, place: &Place, digest: &Digest) -> Result<Found, Error> {
+    async fn put_honestly(&self, signer: &Signer, place: &Place, digest: &Digest) -> Result<Object, Error> {
         let status = self.send(&signer.put(&promise(place, Some(digest)), LIFE).await?, BYTES, None).await?;
         if !status.is_success() {
             let message = format!("a presigned PUT that keeps every promise was answered {status}");
@@ -164,7 +165,7 @@ impl Trial<'_> {
         Ok(!status.is_success() && self.objects.head(&place, None).await?.is_none())
     }
 
-    async fn refuses_overwrite(&self, signer: &Signer, place: &Place, digest: &Digest, found: &Found) -> Result<bool, Error> {
+    async fn refuses_overwrite(&self, signer: &Signer, place: &Place, digest: &Digest, found: &Object) -> Result<bool, Error> {
         let again = Put { token: "again", ..promise(place, Some(digest)) };
         let status = self.send(&signer.put(&again, LIFE).await?, BYTES, None).await?;
         Ok(!status.is_success() && self.objects.head(place, None).await?.as_ref() == Some(found))

@@ -20,7 +20,7 @@ impl Objects {
     pub async fn abort_uploads(&self, place: &Place, known: Option<&str>) -> Result<u32, Error> {
         let mut aborted = 0;
         if let Some(s3_upload_id) = known {
-            aborted += self.abort(place, s3_upload_id).await?;
+            aborted += self.abort_upload(place, s3_upload_id).await?;
         }
         let (mut key_marker, mut id_marker) = (None, None);
         for _ in 0..MAX_PAGES {
@@ -43,7 +43,7 @@ impl Objects {
             };
             for upload in page.uploads().iter().filter(|upload| upload.key() == Some(&place.key)) {
                 if let Some(s3_upload_id) = upload.upload_id() {
-                    aborted += self.abort(place, s3_upload_id).await?;
+                    aborted += self.abort_upload(place, s3_upload_id).await?;
                 }
             }
             if page.is_truncated() != Some(true) {
@@ -55,7 +55,11 @@ impl Objects {
         Err(Error::Unavailable(format!("ListMultipartUploads: more than {MAX_PAGES} pages for one key")))
     }
 
-    async fn abort(&self, place: &Place, s3_upload_id: &str) -> Result<u32, Error> {
+    /// Aborts one multipart upload; 0 when S3 knows none of that id.
+    ///
+    /// # Errors
+    /// Where S3 does not answer or does not let us.
+    pub async fn abort_upload(&self, place: &Place, s3_upload_id: &str) -> Result<u32, Error> {
         let call = self.0.calls.abort_multipart_upload().bucket(&place.bucket).key(&place.key).upload_id(s3_upload_id);
         match call.customize().config_override(patient(REMOVING)).send().await {
             Ok(_) => Ok(1),

@@ -1,0 +1,91 @@
+//! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
+
+mod edge;
+mod extract;
+mod pages;
+mod pointers;
+mod problem;
+mod topics;
+mod uploads;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::HeaderMap;
+use axum::routing::get;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_swagger_ui::{Config, SwaggerUi};
+
+use crate::auth::{self, Auth, Caller};
+use crate::broker::Broker;
+use problem::Problem;
+
+/// What every handler may use.
+#[derive(Clone)]
+pub(crate) struct App {
+    pub(crate) broker: Broker,
+    pub(crate) auth: Arc<Auth>,
+    /// Base of `Location`, without a slash at its end; empty for a path alone.
+    pub(crate) public_url: Arc<str>,
+}
+
+impl App {
+    fn caller(&self, headers: &HeaderMap) -> Result<Caller, Problem> {
+        let token = headers.get(axum::http::header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
+        self.auth.caller(token).map_err(|error| match error {
+            auth::Error::Unauthenticated => Problem::new("unauthenticated", "the request has no bearer token"),
+            auth::Error::Invalid(reason) => Problem::new("invalid-token", reason),
+        })
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "lfs-broker",
+        description = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    security(("bearer" = [])),
+    tags(
+        (name = "uploads", description = "Open, put, complete"),
+        (name = "pointers", description = "From the record in Kafka back to the bytes"),
+        (name = "topics", description = "What is allowed on a topic"),
+        (name = "operations", description = "Health and help"),
+    )
+)]
+struct Document;
+
+fn api() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .merge(uploads::routes())
+        .merge(pointers::routes())
+        .merge(topics::routes())
+        .merge(pages::routes())
+}
+
+/// The OpenAPI 3.1 document of these routes.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    let (_, mut document) = api().split_for_parts();
+    let bearer = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build());
+    document.components.get_or_insert_default().add_security_scheme("bearer", bearer);
+    document
+}
+
+/// The whole service.
+pub(crate) fn router(app: App) -> Router {
+    let (routes, _) = api().split_for_parts();
+    let contract = openapi().to_pretty_json().expect("the document has only strings and numbers");
+    let contract: Arc<str> = contract.into();
+    let docs = SwaggerUi::new("/docs").config(Config::from("/openapi.json").validator_url("none"));
+    routes
+        .route("/openapi.json", get(move || async move { ([("content-type", "application/json")], contract.to_string()) }))
+        .merge(docs)
+        .fallback(async || Problem::new("not-found", "no such route"))
+        .layer(CatchPanicLayer::custom(edge::panicked))
+        .layer(axum::middleware::from_fn(edge::edge))
+        .with_state(app)
+}
