@@ -5,7 +5,9 @@
 pub mod app;
 pub mod auth;
 pub mod broker;
+pub mod cli;
 pub mod config;
+pub mod dev;
 pub mod finish;
 pub mod http;
 pub mod kafka;

@@ -257,11 +257,12 @@ impl Client {
         known(parse(&self.call(&self.get(&["lfs", "topics", topic])).await?)?)
     }
 
-    /// Replaces a topic's policy and gives back the one in force.
+    /// Replaces a topic's policy and gives back the one in force. A [`Policy`], or JSON with some of its members:
+    /// the broker gives the others their defaults.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn put_topic(&self, topic: &str, policy: &Policy) -> Result<Policy, Error> {
+    pub async fn put_topic(&self, topic: &str, policy: &impl serde::Serialize) -> Result<Policy, Error> {
         let call = self.request(Method::PUT, &["lfs", "topics", topic], json(policy)?);
         known(parse(&self.call(&call).await?)?)
     }

@@ -105,7 +105,7 @@ impl Error {
             Self::App(app::Error::OpenToTheWorld(_)) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
             Self::App(app::Error::Auth(_)) => Some("for a first look, `lfs-broker dev` needs no tokens"),
             Self::Config(config::Error::Missing(_)) => Some("the README has a table of all settings"),
-            Self::Client(client::Error::Unreachable(_)) => Some("is the broker running there? see --broker and LFS_BROKER_URL"),
+            Self::Client(client::Error::Unreachable { .. }) => Some("is the broker running there? see --broker and LFS_BROKER_URL"),
             _ => None,
         }
     }
@@ -113,9 +113,9 @@ impl Error {
 
 fn client_exit_code(error: &client::Error) -> u8 {
     match error {
-        client::Error::Refused(_) => 3,
+        client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden(_) => 3,
         client::Error::Corrupt { .. } => 4,
-        client::Error::Unreachable(_) => 5,
+        client::Error::Unreachable { .. } => 5,
         _ => 1,
     }
 }

@@ -45,7 +45,7 @@ enum Verb {
 pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
     let mut client = Client::new(&arguments.broker)?;
     if let Some(token) = arguments.token {
-        client = client.with_token(&token);
+        client = client.with_token(token);
     }
     match arguments.verb {
         Verb::List => {
