@@ -16,12 +16,12 @@ use crate::finish::{self, Finisher};
 use crate::http::{self, App};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
+use crate::policy;
 use crate::relay::Relay;
 use crate::store::{self, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
 use crate::wakes::Wakes;
-use crate::policy;
 
 /// How often the relay and the verifier look by themselves; they are woken sooner.
 const LOOK: Duration = Duration::from_millis(500);

@@ -256,7 +256,11 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             single_put_max_bytes: file.single_put_max_bytes.unwrap_or(policies.single_put_max_bytes),
             part_size_bytes: file.part_size_bytes.unwrap_or(policies.part_size_bytes),
             session_seconds: seconds("LFS_BROKER_SESSION_SECONDS", file.session_seconds, policies.session_seconds)?,
-            session_max_seconds: seconds("LFS_BROKER_SESSION_MAX_SECONDS", file.session_max_seconds, policies.session_max_seconds)?,
+            session_max_seconds: seconds(
+                "LFS_BROKER_SESSION_MAX_SECONDS",
+                file.session_max_seconds,
+                policies.session_max_seconds,
+            )?,
             url_seconds: seconds("LFS_BROKER_URL_SECONDS", file.url_seconds, policies.url_seconds)?,
         },
         broker: broker::Settings {
@@ -279,7 +283,8 @@ mod tests {
     use super::*;
 
     fn with(pairs: &[(&str, &str)]) -> Result<app::Settings, Error> {
-        let pairs: BTreeMap<String, String> = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let pairs: BTreeMap<String, String> =
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         load(None, |name| pairs.get(name).cloned())
     }
 
@@ -299,7 +304,11 @@ mod tests {
     #[test]
     fn the_environment_wins_over_the_file_and_mistakes_are_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "listen = '127.0.0.1:1'\n[s3]\nbucket = 'file'\n[kafka.properties]\n'security.protocol' = 'ssl'\n").unwrap();
+        std::fs::write(
+            file.path(),
+            "listen = '127.0.0.1:1'\n[s3]\nbucket = 'file'\n[kafka.properties]\n'security.protocol' = 'ssl'\n",
+        )
+        .unwrap();
         let environment = |name: &str| match name {
             "LFS_BROKER_S3_BUCKET" => Some("environment".to_owned()),
             _ => NEEDED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()),

@@ -54,7 +54,14 @@ pub(crate) enum Error {
 }
 
 impl Relay {
-    pub(crate) fn new(store: Store, kafka: Kafka, wakes: Arc<Wakes>, deployment: Deployment, owner: Uuid, lease: Duration) -> Self {
+    pub(crate) fn new(
+        store: Store,
+        kafka: Kafka,
+        wakes: Arc<Wakes>,
+        deployment: Deployment,
+        owner: Uuid,
+        lease: Duration,
+    ) -> Self {
         Self { store, kafka, wakes, deployment, owner, lease, owned: Vec::new(), held: HashMap::new(), renewed_at: None }
     }
 
@@ -173,7 +180,9 @@ impl Relay {
                 let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
                 for refusal in refused.iter().filter(|refusal| refusal.permanent || rows.len() == 1) {
                     if let Some(row) = rows.iter().find(|row| row.session_id == refusal.upload_id) {
-                        let wait = time::Duration::seconds((1i64 << row.attempts.clamp(1, 6).saturating_sub(1)).min(LONGEST_PARK_SECONDS));
+                        let wait = time::Duration::seconds(
+                            (1i64 << row.attempts.clamp(1, 6).saturating_sub(1)).min(LONGEST_PARK_SECONDS),
+                        );
                         warn!(session.id = %row.session_id, topic = row.topic, reason = refusal.reason, "Kafka refused the pointer of {}", row.session_id);
                         self.store.park(row, &refusal.reason, now + wait, now).await?;
                         self.wakes.changed(row.session_id);

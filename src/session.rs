@@ -265,7 +265,10 @@ impl Refusal {
             Self::PartsIncomplete { missing, .. } => missing
                 .iter()
                 .take(100)
-                .map(|number| FieldError { pointer: format!("/parts/{}", number - 1), detail: format!("part {number} is missing") })
+                .map(|number| FieldError {
+                    pointer: format!("/parts/{}", number - 1),
+                    detail: format!("part {number} is missing"),
+                })
                 .collect(),
             _ => Vec::new(),
         }
@@ -279,7 +282,14 @@ impl Refusal {
 
 impl Session {
     /// Opens a session under a fresh id.
-    pub(crate) fn open(id: Uuid, tenant: &str, subject: &str, place: (String, String), promise: Promise, now: OffsetDateTime) -> Self {
+    pub(crate) fn open(
+        id: Uuid,
+        tenant: &str,
+        subject: &str,
+        place: (String, String),
+        promise: Promise,
+        now: OffsetDateTime,
+    ) -> Self {
         let latest = now + Duration::seconds(promise.session_max_seconds.max(promise.session_seconds).into());
         Self {
             id,
@@ -385,7 +395,13 @@ impl Session {
     }
 
     /// Holds the digest of bytes that were read back against the promise.
-    pub(crate) fn verify_read(self, found: &Object, read: &Digest, read_bytes: u64, now: OffsetDateTime) -> Result<Self, Refusal> {
+    pub(crate) fn verify_read(
+        self,
+        found: &Object,
+        read: &Digest,
+        read_bytes: u64,
+        now: OffsetDateTime,
+    ) -> Result<Self, Refusal> {
         let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
         if read_bytes != self.promise.size_bytes {
             return Err(Refusal::Size { promised: self.promise.size_bytes, found: read_bytes });
@@ -429,12 +445,9 @@ impl Session {
     pub(crate) fn reopen(self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {
             State::Completing { .. } => Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self }),
-            State::Open
-            | State::Verified(_)
-            | State::Published(..)
-            | State::Aborted
-            | State::Expired
-            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+            State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
+                Err(Refusal::State(self.state.name()))
+            }
         }
     }
 
@@ -442,12 +455,9 @@ impl Session {
     pub(crate) fn reject(self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {
             State::Completing { .. } => Ok(Self { state: State::Rejected(why.trouble()), ..self }),
-            State::Open
-            | State::Verified(_)
-            | State::Published(..)
-            | State::Aborted
-            | State::Expired
-            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+            State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
+                Err(Refusal::State(self.state.name()))
+            }
         }
     }
 

@@ -155,13 +155,18 @@ impl Broker {
     }
 
     /// The hashes to sign: promised at open, or promised by this call and from now on.
-    async fn standing_hashes(&self, session: &Session, wanted: Vec<(u32, Option<Sha256>)>) -> Result<Vec<(u32, Option<Sha256>)>, Error> {
+    async fn standing_hashes(
+        &self,
+        session: &Session,
+        wanted: Vec<(u32, Option<Sha256>)>,
+    ) -> Result<Vec<(u32, Option<Sha256>)>, Error> {
         let Layout::Multipart { hashes, .. } = session.promise.layout else { return Ok(wanted) };
         let standing: BTreeMap<u32, Sha256> = match hashes {
             Hashes::None => return Ok(wanted),
             Hashes::Given => self.store.part_hashes(session.id).await?.into_iter().collect(),
             Hashes::Deferred => {
-                let brought: Vec<(u32, Sha256)> = wanted.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
+                let brought: Vec<(u32, Sha256)> =
+                    wanted.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
                 self.store.promise_parts(session.id, &brought).await?.into_iter().collect()
             }
         };
@@ -188,7 +193,8 @@ impl Broker {
         let life = session.url_life(now);
         let mut parts = Vec::with_capacity(wanted.len());
         for (number, sha256) in wanted {
-            let (offset, size) = session.promise.layout.part(*number, session.promise.size_bytes).expect("the numbers were checked");
+            let (offset, size) =
+                session.promise.layout.part(*number, session.promise.size_bytes).expect("the numbers were checked");
             let signed = self.objects.sign_part(&place, upload_id, *number, size, sha256.as_ref(), life).await?;
             parts.push(SignedPart { part_number: *number, offset, size, request: request(signed, now) });
         }
@@ -220,7 +226,9 @@ fn wanted_parts(session: &Session, request: SignParts) -> Result<Vec<(u32, Optio
             return invalid(&place, format!("part {number} is asked for twice"));
         }
         match (hashes, sha256) {
-            (Hashes::Deferred, None) => return invalid(&place, format!("part {number} needs its sha256: part hashes were deferred")),
+            (Hashes::Deferred, None) => {
+                return invalid(&place, format!("part {number} needs its sha256: part hashes were deferred"));
+            }
             (Hashes::None, Some(_)) => return invalid(&place, format!("part {number} brings a sha256, but none was promised")),
             (Hashes::Given | Hashes::Deferred, Some(_)) | (Hashes::None | Hashes::Given, None) => {}
         }

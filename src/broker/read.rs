@@ -55,7 +55,8 @@ impl Broker {
                     },
                     Layout::Multipart { parts, .. } => {
                         let uploaded = self.uploaded(session).await?;
-                        let missing = ranges((1..=parts).filter(|number| !uploaded.iter().any(|part| part.part_number == *number)));
+                        let missing =
+                            ranges((1..=parts).filter(|number| !uploaded.iter().any(|part| part.part_number == *number)));
                         let next = if missing.is_empty() { Next::Complete } else { Next::Parts };
                         upload.uploaded_parts = Some(uploaded);
                         upload.missing_parts = Some(missing);
@@ -122,7 +123,9 @@ impl Broker {
             (true, tenant) => tenant.clone(),
             (false, None) => Some(caller.tenant.clone()),
             (false, Some(tenant)) if *tenant == caller.tenant => Some(caller.tenant.clone()),
-            (false, Some(_)) => return Err(policy::Refusal::Invalid(vec![wrong("/tenant", "only administrators may ask for a tenant")]).into()),
+            (false, Some(_)) => {
+                return Err(policy::Refusal::Invalid(vec![wrong("/tenant", "only administrators may ask for a tenant")]).into());
+            }
         };
         let filter = Filter {
             tenant,
@@ -207,7 +210,13 @@ pub(super) fn record(session: &Session, place: &Place) -> Record {
 
 fn all_parts(session: &Session) -> Vec<UploadedPart> {
     let Layout::Multipart { parts, .. } = session.promise.layout else { return Vec::new() };
-    let part = |number| session.promise.layout.part(number, session.promise.size_bytes).map(|(_, size)| UploadedPart { part_number: number, size });
+    let part = |number| {
+        session
+            .promise
+            .layout
+            .part(number, session.promise.size_bytes)
+            .map(|(_, size)| UploadedPart { part_number: number, size })
+    };
     (1..=parts).filter_map(part).collect()
 }
 

@@ -60,7 +60,9 @@ impl Broker {
         // The topic is in the key, behind a prefix that only the topic's policy knows: try each place it can be.
         let segments: Vec<&str> = pointer.key.split('/').collect();
         for lfs in segments.iter().enumerate().filter(|(_, segment)| **segment == "lfs").map(|(index, _)| index) {
-            let Some(topic) = lfs.checked_sub(1).map(|index| segments[index]).filter(|topic| policy::is_topic(topic)) else { continue };
+            let Some(topic) = lfs.checked_sub(1).map(|index| segments[index]).filter(|topic| policy::is_topic(topic)) else {
+                continue;
+            };
             let policy = self.policy_of(topic).await?;
             let Some((tenant, named)) = policy::owner_of(policy.prefix.as_deref(), &pointer.key) else { continue };
             let bucket = policy.bucket.as_deref().or(self.objects.default_bucket());
@@ -68,7 +70,9 @@ impl Broker {
                 continue;
             }
             if !caller.is_admin() && (tenant != caller.tenant || !caller.may_use(topic)) {
-                return Err(Error::PointerForbidden("the pointer is another tenant's, or of a topic that the token does not name"));
+                return Err(Error::PointerForbidden(
+                    "the pointer is another tenant's, or of a topic that the token does not name",
+                ));
             }
             return Ok(policy);
         }

@@ -38,7 +38,8 @@ pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
 
 fn tell(dev: &Dev) {
     let places = dev.places();
-    let kafka = if dev.has_embedded_kafka() { "embedded, in memory, at least once; --kafka HOST:PORT takes a real one" } else { "yours" };
+    let kafka =
+        if dev.has_embedded_kafka() { "embedded, in memory, at least once; --kafka HOST:PORT takes a real one" } else { "yours" };
     let store = format!("{}/{}", places.s3_endpoint, places.bucket);
     eprintln!(
         "\n\

@@ -13,7 +13,11 @@ use lfs_broker_client as client;
 use crate::{app, config, http, objects, store};
 
 #[derive(Parser)]
-#[command(name = "lfs-broker", version, about = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka")]
+#[command(
+    name = "lfs-broker",
+    version,
+    about = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -105,7 +109,9 @@ impl Error {
             Self::App(app::Error::OpenToTheWorld(_)) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
             Self::App(app::Error::Auth(_)) => Some("for a first look, `lfs-broker dev` needs no tokens"),
             Self::Config(config::Error::Missing(_)) => Some("the README has a table of all settings"),
-            Self::Client(client::Error::Unreachable { .. }) => Some("is the broker running there? see --broker and LFS_BROKER_URL"),
+            Self::Client(client::Error::Unreachable { .. }) => {
+                Some("is the broker running there? see --broker and LFS_BROKER_URL")
+            }
             _ => None,
         }
     }

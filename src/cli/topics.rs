@@ -1,8 +1,8 @@
 //! `topics`: policies through the API of any broker.
 
 use clap::Subcommand;
-use lfs_broker_client::api::{ListTopics, Policy};
 use lfs_broker_client::Client;
+use lfs_broker_client::api::{ListTopics, Policy};
 
 use super::Error;
 

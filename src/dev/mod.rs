@@ -114,8 +114,11 @@ pub async fn start(settings: Settings) -> Result<Dev, Error> {
     std::fs::create_dir_all(&dir).map_err(|error| Error::File(dir.clone(), error))?;
     let dir = dir.canonicalize().map_err(|error| Error::File(dir.clone(), error))?;
     let lock = lock(&dir)?;
-    let postgres =
-        postgres::Server::start(&postgres::Settings { ephemeral: settings.ephemeral, ..postgres::Settings::new(dir.join("postgres")) }).await?;
+    let postgres = postgres::Server::start(&postgres::Settings {
+        ephemeral: settings.ephemeral,
+        ..postgres::Settings::new(dir.join("postgres"))
+    })
+    .await?;
     let s3 = start_s3(&dir).await?;
     let store_settings = store::Settings::new(&postgres.url());
     let store = Store::connect(&store_settings)?;
@@ -222,11 +225,8 @@ struct S3 {
 async fn start_s3(dir: &Path) -> Result<S3, Error> {
     let path = dir.join("s3.json");
     let known = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
-    let kept = known.unwrap_or_else(|| Kept {
-        s3_port: 0,
-        access_key_id: format!("dev{}", random(9)),
-        secret_access_key: random(30),
-    });
+    let kept =
+        known.unwrap_or_else(|| Kept { s3_port: 0, access_key_id: format!("dev{}", random(9)), secret_access_key: random(30) });
     let settings = |port| s3::Settings {
         listen: SocketAddr::from(([127, 0, 0, 1], port)),
         root: dir.join("s3"),
@@ -273,7 +273,8 @@ async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
 fn write_secret<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let failed = |error| Error::File(path.to_owned(), error);
     let fresh = path.with_extension("new");
-    let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh).map_err(failed)?;
+    let mut file =
+        std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh).map_err(failed)?;
     serde_json::to_writer_pretty(&mut file, value).map_err(|error| failed(error.into()))?;
     file.sync_all().map_err(failed)?;
     std::fs::rename(&fresh, path).map_err(failed)

@@ -45,16 +45,22 @@ pub(super) async fn edge(request: Request, next: Next) -> Response {
 /// The caller's own id where it is harmless in a log, else a fresh one.
 fn request_id(headers: &HeaderMap) -> String {
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
-    let harmless = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte));
+    let harmless = |id: &&str| {
+        (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte))
+    };
     given.filter(harmless).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
 }
 
 fn check_sizes(headers: &HeaderMap) -> Result<(), Problem> {
     let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     if bytes > HEADERS_BYTES {
-        return Err(Problem::new("headers-too-large", format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed")));
+        return Err(Problem::new(
+            "headers-too-large",
+            format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed"),
+        ));
     }
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
+    let length =
+        headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
     if length.is_some_and(|length| length > HASHES_BYTES) { Err(too_large(HASHES_BYTES)) } else { Ok(()) }
 }
 

@@ -82,7 +82,10 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         match AxumQuery::<T>::from_request_parts(parts, app).await {
             Ok(AxumQuery(query)) => Ok(Self(query)),
-            Err(rejection) => Err(Problem::invalid(vec![wrong("", std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string))])),
+            Err(rejection) => Err(Problem::invalid(vec![wrong(
+                "",
+                std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string),
+            )])),
         }
     }
 }
@@ -309,7 +312,9 @@ mod tests {
     fn code(json: &str) -> String {
         match parse::<OpenUpload>(json.as_bytes()) {
             Ok(_) => "ok".to_owned(),
-            Err(problem) => format!("{} {}", problem.code, problem.errors.first().map(|error| error.pointer.as_str()).unwrap_or_default()),
+            Err(problem) => {
+                format!("{} {}", problem.code, problem.errors.first().map(|error| error.pointer.as_str()).unwrap_or_default())
+            }
         }
     }
 
@@ -339,7 +344,8 @@ mod tests {
     #[test]
     fn filters_are_read_or_named() {
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-        let list = filters(vec![pair("state", "open"), pair("state", "verified"), pair("created_after", "2026-11-21T00:00:00Z")]).unwrap();
+        let list = filters(vec![pair("state", "open"), pair("state", "verified"), pair("created_after", "2026-11-21T00:00:00Z")])
+            .unwrap();
         assert_eq!(list.state, [UploadState::Open, UploadState::Verified]);
         assert!(list.created_after.is_some());
         for bad in [pair("state", "x"), pair("limit", "-1"), pair("created_before", "yesterday"), pair("nonsense", "1")] {

@@ -5,7 +5,8 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    self, CompleteUpload, Completed, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage, UploadState,
+    self, CompleteUpload, Completed, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
+    UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -86,7 +87,11 @@ async fn get_upload(
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
-async fn list_uploads(State(app): State<App>, Reader(caller): Reader, Filters(query): Filters) -> Result<Json<UploadPage>, Problem> {
+async fn list_uploads(
+    State(app): State<App>,
+    Reader(caller): Reader,
+    Filters(query): Filters,
+) -> Result<Json<UploadPage>, Problem> {
     Ok(Json(app.broker.list(&caller, &query).await?))
 }
 
@@ -102,7 +107,11 @@ async fn list_uploads(State(app): State<App>, Reader(caller): Reader, Filters(qu
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
-async fn get_upload_history(State(app): State<App>, Reader(caller): Reader, UploadId(id): UploadId) -> Result<Json<History>, Problem> {
+async fn get_upload_history(
+    State(app): State<App>,
+    Reader(caller): Reader,
+    UploadId(id): UploadId,
+) -> Result<Json<History>, Problem> {
     Ok(Json(app.broker.history(&caller, id).await?))
 }
 
@@ -189,9 +198,13 @@ fn idempotency_key(headers: &HeaderMap) -> Option<Option<String>> {
 fn traceparent(headers: &HeaderMap) -> Option<String> {
     let value = headers.get("traceparent")?.to_str().ok()?;
     let fields: Vec<&str> = value.split('-').collect();
-    let hex = |text: &str, length: usize| text.len() == length && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    let hex = |text: &str, length: usize| {
+        text.len() == length && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    };
     match fields.as_slice() {
-        [version, trace, parent, flags] if hex(version, 2) && hex(trace, 32) && hex(parent, 16) && hex(flags, 2) => Some(value.to_owned()),
+        [version, trace, parent, flags] if hex(version, 2) && hex(trace, 32) && hex(parent, 16) && hex(flags, 2) => {
+            Some(value.to_owned())
+        }
         _ => None,
     }
 }

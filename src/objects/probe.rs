@@ -15,8 +15,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::sign::Signer;
-use crate::session::Object;
 use super::{Error, Objects, Place, Put, Signed, chain};
+use crate::session::Object;
 
 /// What the probe promises and sends.
 const BYTES: &[u8] = b"hello";

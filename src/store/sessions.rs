@@ -274,7 +274,8 @@ impl Store {
             .await?;
         rows.into_iter()
             .map(|row| {
-                let sha256 = row.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
+                let sha256 =
+                    row.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
                 Ok((row.part_number.unsigned_abs(), Sha256(sha256)))
             })
             .collect()
@@ -534,4 +535,3 @@ async fn promise_pointer(tx: &mut PgConnection, session: &Session, shards: i32, 
     .await?;
     Ok(())
 }
-

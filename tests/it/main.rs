@@ -1,0 +1,8 @@
+//! Every test through the front door, in one binary.
+//!
+//! Hermetic by default: a real PostgreSQL, an S3 server that checks signatures and checksums, and a broker that speaks
+//! Kafka, all embedded. With the variables `LFS_TEST_*` (see `harness::servers`) the same tests run against real ones.
+
+mod harness;
+
+mod single;
