@@ -10,7 +10,6 @@ use lfs_broker_client::api::{
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use uuid::Uuid;
 
 use super::App;
 use super::extract::{Filters, LargeBody, MaybeBody, Query, Reader, UploadId, Writer};
