@@ -9,7 +9,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use lfs_broker::app::{self, Running};
 use lfs_broker::kafka::Delivery;
 use lfs_broker::store::{self, Store};
-use lfs_broker::{auth, broker, finish, kafka, objects, policy, sweeper};
+use lfs_broker::{auth, broker, finish, http, kafka, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::checksum::Sha256;
@@ -128,6 +128,7 @@ impl House {
                 delivery: if servers.real_kafka { Delivery::ExactlyOnce } else { Delivery::AtLeastOnce },
                 create_topics: false,
             },
+            http: http::Settings::default(),
             auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
             policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
             broker: broker::Settings { complete_wait: Duration::from_secs(20), ..broker::Settings::default() },
