@@ -184,6 +184,7 @@ fn app_settings(listen: SocketAddr, store: store::Settings, s3: &S3, bootstrap: 
     app::Settings {
         listen,
         public_url: None,
+        cors_origins: Vec::new(),
         store,
         objects: objects::Settings {
             bucket: Some(BUCKET.to_owned()),

@@ -113,6 +113,7 @@ impl House {
         let mut settings = app::Settings {
             listen: ([127, 0, 0, 1], 0).into(),
             public_url: None,
+            cors_origins: Vec::new(),
             store: store::Settings { max_connections: 8, ..store::Settings::new(&url) },
             objects: objects::Settings {
                 bucket: Some(bucket.clone()),
