@@ -5,4 +5,8 @@
 
 mod harness;
 
+mod idempotency;
+mod listing;
+mod order;
+mod problems;
 mod single;

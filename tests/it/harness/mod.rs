@@ -84,6 +84,9 @@ impl Answer {
         assert_eq!(self.json["status"], status);
         assert_eq!(self.json["type"], format!("/problems/{code}"));
         assert_eq!(self.json["request_id"].as_str().unwrap(), self.headers["x-request-id"].to_str().unwrap());
+        for secret in servers().secrets() {
+            assert!(!self.text.contains(&secret), "{secret} is in {}", self.text);
+        }
         self
     }
 }
@@ -184,6 +187,16 @@ impl House {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await.unwrap();
         Answer { status, headers, json: serde_json::from_str(&text).unwrap_or(Value::Null), text }
+    }
+
+    /// A request of any kind, to be given headers and a body.
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method.parse().unwrap(), format!("{}{path}", self.url()))
+    }
+
+    /// Sends a body as it is, under `application/json`.
+    pub(crate) async fn send_json(&self, method: &str, path: &str, body: impl Into<reqwest::Body>) -> Answer {
+        self.send(self.request(method, path).header("content-type", "application/json").body(body)).await
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
