@@ -229,6 +229,10 @@ fn too_large(limit: usize) -> Problem {
 /// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new("malformed-json", error.to_string()))?;
+    // Left to itself serde also reads a struct from an array, by position.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let pointer: String = error.path().iter().map(segment).collect();
@@ -348,6 +352,7 @@ mod tests {
         assert_eq!(code(r#"{"topic":"t","size":1,"state":"published"}"#), "validation-failed /state");
         assert_eq!(code(r#"{"topic":"t","size":1,"part_sha256":["x"]}"#), "validation-failed /part_sha256/0");
         assert_eq!(code("[]"), "validation-failed ");
+        assert_eq!(code(r#"["t",1]"#), "validation-failed ");
         assert_eq!(code("null"), "validation-failed ");
     }
 

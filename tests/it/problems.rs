@@ -114,7 +114,7 @@ async fn an_idempotency_key_has_1_to_255_visible_ascii_characters_and_comes_once
 #[tokio::test]
 async fn an_unknown_upload_is_not_found_on_every_route_whatever_its_id_looks_like() {
     let house = House::new().await;
-    for id in [UNKNOWN, "nope", "00000000-0000-0000-0000-000000000000", "%FF", "%2e%2e"] {
+    for id in [UNKNOWN, "nope", "00000000-0000-0000-0000-000000000000", "%FF", "%2F"] {
         house.get(&format!("/lfs/uploads/{id}")).await.expect_problem(404, "upload-not-found");
         house.get(&format!("/lfs/uploads/{id}/history")).await.expect_problem(404, "upload-not-found");
         house.delete(&format!("/lfs/uploads/{id}")).await.expect_problem(404, "upload-not-found");
