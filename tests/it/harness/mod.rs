@@ -18,6 +18,8 @@ use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use servers::{Flavour, servers};
@@ -101,6 +103,13 @@ pub(crate) fn bytes(length: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; length];
     random.fill(&mut bytes);
     bytes
+}
+
+/// A time of an answer, which is in UTC.
+pub(crate) fn time(value: &Value) -> OffsetDateTime {
+    let text = value.as_str().expect("a time");
+    assert!(text.ends_with('Z'), "{text} is not in UTC");
+    OffsetDateTime::parse(text, &Rfc3339).expect("a time of RFC 3339")
 }
 
 impl House {
