@@ -13,7 +13,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::kafka::Delivery;
-use crate::{app, auth, broker, finish, kafka, objects, policy, store, sweeper};
+use crate::{app, auth, broker, finish, http, kafka, objects, policy, store, sweeper};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -269,6 +269,7 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             },
             create_topics: false,
         },
+        http: http::Settings::default(),
         auth: auth::Settings {
             mode: match file.auth.mode {
                 None | Some(ModeName::Jwt) => auth::Mode::Jwt,

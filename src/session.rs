@@ -270,6 +270,7 @@ impl Refusal {
                     detail: format!("part {number} is missing"),
                 })
                 .collect(),
+            Self::Sha256(detail) => vec![FieldError { pointer: "/sha256".to_owned(), detail: (*detail).to_owned() }],
             _ => Vec::new(),
         }
     }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::app::{self, Running};
 use crate::kafka::Delivery;
 use crate::store::{self, Store};
-use crate::{auth, broker, finish, objects, policy, relay, sweeper};
+use crate::{auth, broker, finish, http, objects, policy, relay, sweeper};
 
 /// The bucket of `dev`.
 const BUCKET: &str = "lfs-dev";
@@ -201,6 +201,7 @@ fn app_settings(listen: SocketAddr, store: store::Settings, s3: &S3, bootstrap: 
             delivery: if embedded { Delivery::AtLeastOnce } else { Delivery::ExactlyOnce },
             create_topics: true,
         },
+        http: http::Settings::default(),
         auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
         policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
         broker: broker::Settings::default(),

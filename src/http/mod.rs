@@ -9,10 +9,10 @@ mod topics;
 mod uploads;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
-use axum::routing::get;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
 use utoipa::OpenApi;
@@ -24,6 +24,19 @@ use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
 use problem::Problem;
 
+/// How patient the door is.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long a body may take to arrive: one of 64 KiB takes as much on 50 kbit/s.
+    pub body_time: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { body_time: Duration::from_secs(10) }
+    }
+}
+
 /// What every handler may use.
 #[derive(Clone)]
 pub(crate) struct App {
@@ -31,6 +44,7 @@ pub(crate) struct App {
     pub(crate) auth: Arc<Auth>,
     /// Base of `Location`, without a slash at its end; empty for a path alone.
     pub(crate) public_url: Arc<str>,
+    pub(crate) settings: Settings,
 }
 
 impl App {
@@ -94,11 +108,8 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Pages of `cors_origins` may call it from a browser; an origin that is not one is left out.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let contract = openapi().to_pretty_json().expect("the document has only strings and numbers");
-    let contract: Arc<str> = contract.into();
     let docs = SwaggerUi::new("/docs").config(Config::from("/openapi.json").validator_url("none"));
     routes
-        .route("/openapi.json", get(move || async move { ([("content-type", "application/json")], contract.to_string()) }))
         .merge(docs)
         .fallback(async || Problem::new("not-found", "no such route"))
         .layer(cors(cors_origins))

@@ -5,4 +5,12 @@
 
 mod harness;
 
+mod abort;
+mod idempotency;
+mod listing;
+mod order;
+mod parts;
+mod problems;
+mod reading;
 mod single;
+mod topics;

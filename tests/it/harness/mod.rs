@@ -9,7 +9,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use lfs_broker::app::{self, Running};
 use lfs_broker::kafka::Delivery;
 use lfs_broker::store::{self, Store};
-use lfs_broker::{auth, broker, finish, kafka, objects, policy, sweeper};
+use lfs_broker::{auth, broker, finish, http, kafka, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::checksum::Sha256;
@@ -18,6 +18,8 @@ use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use servers::{Flavour, servers};
@@ -84,6 +86,9 @@ impl Answer {
         assert_eq!(self.json["status"], status);
         assert_eq!(self.json["type"], format!("/problems/{code}"));
         assert_eq!(self.json["request_id"].as_str().unwrap(), self.headers["x-request-id"].to_str().unwrap());
+        for secret in servers().secrets() {
+            assert!(!self.text.contains(&secret), "{secret} is in {}", self.text);
+        }
         self
     }
 }
@@ -98,6 +103,13 @@ pub(crate) fn bytes(length: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; length];
     random.fill(&mut bytes);
     bytes
+}
+
+/// A time of an answer, which is in UTC.
+pub(crate) fn time(value: &Value) -> OffsetDateTime {
+    let text = value.as_str().expect("a time");
+    assert!(text.ends_with('Z'), "{text} is not in UTC");
+    OffsetDateTime::parse(text, &Rfc3339).expect("a time of RFC 3339")
 }
 
 impl House {
@@ -129,6 +141,7 @@ impl House {
                 delivery: if servers.real_kafka { Delivery::ExactlyOnce } else { Delivery::AtLeastOnce },
                 create_topics: false,
             },
+            http: http::Settings::default(),
             auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
             policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
             broker: broker::Settings { complete_wait: Duration::from_secs(20), ..broker::Settings::default() },
@@ -183,6 +196,16 @@ impl House {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await.unwrap();
         Answer { status, headers, json: serde_json::from_str(&text).unwrap_or(Value::Null), text }
+    }
+
+    /// A request of any kind, to be given headers and a body.
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method.parse().unwrap(), format!("{}{path}", self.url()))
+    }
+
+    /// Sends a body as it is, under `application/json`.
+    pub(crate) async fn send_json(&self, method: &str, path: &str, body: impl Into<reqwest::Body>) -> Answer {
+        self.send(self.request(method, path).header("content-type", "application/json").body(body)).await
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
