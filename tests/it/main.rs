@@ -5,4 +5,8 @@
 
 mod harness;
 
+mod integrity;
+mod multipart;
+mod peer;
+mod resolve;
 mod single;
