@@ -168,7 +168,7 @@ async fn a_part_url_that_is_still_valid_cannot_change_what_was_published() {
     let opened = house.open_parts(&content, json!({})).await.expect(201);
     house.put_parts(&opened.json["parts"], &content).await;
     house.complete_and_wait(&opened.id(), json!({})).await;
-    let late = house.put(&opened.json["parts"][0], &bytes(PART, 99)).await;
+    let late = house.put(&opened.json["parts"][1], &bytes(7, 99)).await;
     assert_eq!(late.status, 404, "{}", late.text);
     assert!(house.only_record().await.1 == content);
 }
