@@ -350,6 +350,8 @@ fn consumer() -> BaseConsumer {
         .set("isolation.level", "read_committed")
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
+        // The end of a partition is told when a fetch comes back empty: by default half a second later.
+        .set("fetch.wait.max.ms", "10")
         .create()
         .expect("a consumer is made")
 }
