@@ -7,10 +7,14 @@ mod harness;
 
 mod abort;
 mod idempotency;
+mod integrity;
 mod listing;
+mod multipart;
 mod order;
 mod parts;
+mod peer;
 mod problems;
 mod reading;
+mod resolve;
 mod single;
 mod topics;

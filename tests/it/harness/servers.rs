@@ -181,3 +181,13 @@ pub(crate) async fn make_topic(topic: &str, partitions: i32) {
     let outcome = admin.create_topics(&[new], &AdminOptions::new()).await.expect("Kafka answers");
     outcome[0].as_ref().expect("the topic is made");
 }
+
+/// Deletes a topic of a real Kafka; the embedded one keeps what it has.
+pub(crate) async fn delete_topic(topic: &str) {
+    use rdkafka::admin::{AdminClient, AdminOptions};
+    use rdkafka::client::DefaultClientContext;
+    let admin: AdminClient<DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).create().expect("an admin client is made");
+    let outcome = admin.delete_topics(&[topic], &AdminOptions::new()).await.expect("Kafka answers");
+    outcome[0].as_ref().expect("the topic is deleted");
+}
