@@ -8,6 +8,7 @@
 mod harness;
 
 mod abort;
+mod client;
 mod idempotency;
 mod integrity;
 mod listing;
