@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod dev;
 pub mod policy;
 pub mod session;
 pub mod store;

@@ -1,0 +1,3 @@
+//! What `lfs-broker dev` brings along so that one machine needs nothing else.
+
+pub mod s3;
