@@ -6,9 +6,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends where it is")]
 
 mod harness;
+mod stores;
 
 mod abort;
 mod client;
+mod conformance;
+mod embedded;
 mod idempotency;
 mod integrity;
 mod listing;

@@ -8,6 +8,7 @@ use crc_fast::CrcAlgorithm;
 use hyper::HeaderMap;
 use s3s::checksum::ChecksumHasher;
 use s3s::crypto::{Checksum as _, Crc32, Crc32c, Crc64Nvme, Md5, Sha1, Sha256};
+use s3s::dto::Checksum as Sums;
 use s3s::{S3Error, S3Result, TrailingHeaders, s3_error};
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub(super) enum Algorithm {
     Crc32,
     Crc32c,
-    Crc64Nvme,
+    Crc64nvme,
     Sha1,
     Sha256,
 }
@@ -38,7 +39,7 @@ pub(super) struct Checksum {
 }
 
 impl Algorithm {
-    const ALL: [Self; 5] = [Self::Crc32, Self::Crc32c, Self::Crc64Nvme, Self::Sha1, Self::Sha256];
+    const ALL: [Self; 5] = [Self::Crc32, Self::Crc32c, Self::Crc64nvme, Self::Sha1, Self::Sha256];
 
     /// Reads S3's name of it, as in `x-amz-checksum-algorithm`.
     pub(super) fn parse(name: &str) -> S3Result<Self> {
@@ -50,7 +51,7 @@ impl Algorithm {
         match self {
             Self::Crc32 => "CRC32",
             Self::Crc32c => "CRC32C",
-            Self::Crc64Nvme => "CRC64NVME",
+            Self::Crc64nvme => "CRC64NVME",
             Self::Sha1 => "SHA1",
             Self::Sha256 => "SHA256",
         }
@@ -63,7 +64,7 @@ impl Algorithm {
     fn size_bytes(self) -> usize {
         match self {
             Self::Crc32 | Self::Crc32c => 4,
-            Self::Crc64Nvme => 8,
+            Self::Crc64nvme => 8,
             Self::Sha1 => 20,
             Self::Sha256 => 32,
         }
@@ -74,7 +75,7 @@ impl Algorithm {
         match self {
             Self::Crc32 => Some(CrcAlgorithm::Crc32IsoHdlc),
             Self::Crc32c => Some(CrcAlgorithm::Crc32Iscsi),
-            Self::Crc64Nvme => Some(CrcAlgorithm::Crc64Nvme),
+            Self::Crc64nvme => Some(CrcAlgorithm::Crc64Nvme),
             Self::Sha1 | Self::Sha256 => None,
         }
     }
@@ -82,11 +83,11 @@ impl Algorithm {
     /// The kind a multipart upload has when it asks for `kind`, by AWS's table of what goes with what.
     pub(super) fn kind(self, kind: Option<Kind>) -> S3Result<Kind> {
         match (self, kind) {
-            (Self::Sha1 | Self::Sha256, Some(Kind::FullObject)) | (Self::Crc64Nvme, Some(Kind::Composite)) => {
+            (Self::Sha1 | Self::Sha256, Some(Kind::FullObject)) | (Self::Crc64nvme, Some(Kind::Composite)) => {
                 Err(s3_error!(InvalidRequest, "the checksum type does not go with {}", self.name()))
             }
             (_, Some(kind)) => Ok(kind),
-            (Self::Crc64Nvme, None) => Ok(Kind::FullObject),
+            (Self::Crc64nvme, None) => Ok(Kind::FullObject),
             (_, None) => Ok(Kind::Composite),
         }
     }
@@ -144,7 +145,7 @@ macro_rules! declared {
         $crate::dev::s3::checksum::single([
             ($crate::dev::s3::checksum::Algorithm::Crc32, &$input.checksum_crc32),
             ($crate::dev::s3::checksum::Algorithm::Crc32c, &$input.checksum_crc32c),
-            ($crate::dev::s3::checksum::Algorithm::Crc64Nvme, &$input.checksum_crc64nvme),
+            ($crate::dev::s3::checksum::Algorithm::Crc64nvme, &$input.checksum_crc64nvme),
             ($crate::dev::s3::checksum::Algorithm::Sha1, &$input.checksum_sha1),
             ($crate::dev::s3::checksum::Algorithm::Sha256, &$input.checksum_sha256),
         ])
@@ -158,7 +159,7 @@ macro_rules! show {
         let checksum: &$crate::dev::s3::checksum::Checksum = $checksum;
         $output.checksum_crc32 = checksum.of($crate::dev::s3::checksum::Algorithm::Crc32);
         $output.checksum_crc32c = checksum.of($crate::dev::s3::checksum::Algorithm::Crc32c);
-        $output.checksum_crc64nvme = checksum.of($crate::dev::s3::checksum::Algorithm::Crc64Nvme);
+        $output.checksum_crc64nvme = checksum.of($crate::dev::s3::checksum::Algorithm::Crc64nvme);
         $output.checksum_sha1 = checksum.of($crate::dev::s3::checksum::Algorithm::Sha1);
         $output.checksum_sha256 = checksum.of($crate::dev::s3::checksum::Algorithm::Sha256);
     }};
@@ -218,10 +219,10 @@ impl Claim {
         let Some(value) = self.value.clone().or_else(behind) else {
             return Err(s3_error!(InvalidRequest, "the trailer {} did not come", algorithm.header()));
         };
-        if value != found.checksum.value {
-            return Err(mismatch(algorithm));
+        match found.checksum(algorithm) {
+            Some(found) if found.value == value => Ok(()),
+            _ => Err(mismatch(algorithm)),
         }
-        Ok(())
     }
 }
 
@@ -230,61 +231,64 @@ pub(super) fn mismatch(algorithm: Algorithm) -> S3Error {
     s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", algorithm.name())
 }
 
-/// Both digests of a body.
+/// The digests of a body.
 pub(super) struct Digests {
     pub(super) md5: [u8; 16],
-    pub(super) checksum: Checksum,
+    sums: Sums,
 }
 
-/// Computes both digests of a body in one pass.
+impl Digests {
+    /// The checksum, if its algorithm was among those that were asked for.
+    pub(super) fn checksum(&self, algorithm: Algorithm) -> Option<Checksum> {
+        let value = match algorithm {
+            Algorithm::Crc32 => &self.sums.checksum_crc32,
+            Algorithm::Crc32c => &self.sums.checksum_crc32c,
+            Algorithm::Crc64nvme => &self.sums.checksum_crc64nvme,
+            Algorithm::Sha1 => &self.sums.checksum_sha1,
+            Algorithm::Sha256 => &self.sums.checksum_sha256,
+        };
+        value.clone().map(|value| Checksum { algorithm, value })
+    }
+}
+
+/// Computes the digests of a body in one pass: its MD5, and the checksums that were asked for.
+#[derive(Default)]
 pub(super) struct Hasher {
     md5: Md5,
-    algorithm: Algorithm,
-    chosen: ChecksumHasher,
+    sums: ChecksumHasher,
 }
 
 impl Hasher {
-    pub(super) fn new(algorithm: Algorithm) -> Self {
-        Self { md5: Md5::new(), algorithm, chosen: hasher(algorithm) }
+    /// Asks for one more checksum.
+    pub(super) fn with(mut self, algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::Crc32 => self.sums.crc32 = Some(Crc32::new()),
+            Algorithm::Crc32c => self.sums.crc32c = Some(Crc32c::new()),
+            Algorithm::Crc64nvme => self.sums.crc64nvme = Some(Crc64Nvme::new()),
+            Algorithm::Sha1 => self.sums.sha1 = Some(Sha1::new()),
+            Algorithm::Sha256 => self.sums.sha256 = Some(Sha256::new()),
+        }
+        self
     }
 
     pub(super) fn update(&mut self, bytes: &[u8]) {
         self.md5.update(bytes);
-        self.chosen.update(bytes);
+        self.sums.update(bytes);
     }
 
     pub(super) fn finish(self) -> Digests {
-        Digests { md5: self.md5.finalize(), checksum: finish(self.algorithm, self.chosen) }
+        Digests { md5: self.md5.finalize(), sums: self.sums.finalize() }
     }
-}
-
-fn hasher(algorithm: Algorithm) -> ChecksumHasher {
-    let mut hasher = ChecksumHasher::default();
-    match algorithm {
-        Algorithm::Crc32 => hasher.crc32 = Some(Crc32::new()),
-        Algorithm::Crc32c => hasher.crc32c = Some(Crc32c::new()),
-        Algorithm::Crc64Nvme => hasher.crc64nvme = Some(Crc64Nvme::new()),
-        Algorithm::Sha1 => hasher.sha1 = Some(Sha1::new()),
-        Algorithm::Sha256 => hasher.sha256 = Some(Sha256::new()),
-    }
-    hasher
-}
-
-fn finish(algorithm: Algorithm, hasher: ChecksumHasher) -> Checksum {
-    let sums = hasher.finalize();
-    let found = [sums.checksum_crc32, sums.checksum_crc32c, sums.checksum_crc64nvme, sums.checksum_sha1, sums.checksum_sha256];
-    let value = found.into_iter().flatten().next().expect("exactly one of the five was asked for");
-    Checksum { algorithm, value }
 }
 
 /// The checksum of the parts' checksums.
 pub(super) fn composite<'a>(algorithm: Algorithm, parts: impl ExactSizeIterator<Item = &'a Checksum>) -> Checksum {
     let count = parts.len();
-    let mut hasher = hasher(algorithm);
+    let mut hasher = Hasher::default().with(algorithm);
     for part in parts {
         hasher.update(&part.bytes());
     }
-    let Checksum { value, .. } = finish(algorithm, hasher);
+    let Checksum { value, .. } = hasher.finish().checksum(algorithm).expect("it was asked for");
     Checksum { algorithm, value: format!("{value}-{count}") }
 }
 
@@ -313,14 +317,14 @@ mod tests {
     use super::*;
 
     fn checksum(algorithm: Algorithm, bytes: &[u8]) -> Checksum {
-        let mut hasher = Hasher::new(algorithm);
+        let mut hasher = Hasher::default().with(algorithm);
         hasher.update(bytes);
-        hasher.finish().checksum
+        hasher.finish().checksum(algorithm).unwrap()
     }
 
     #[test]
     fn the_crc_of_the_whole_follows_from_its_parts() {
-        for algorithm in [Algorithm::Crc32, Algorithm::Crc32c, Algorithm::Crc64Nvme] {
+        for algorithm in [Algorithm::Crc32, Algorithm::Crc32c, Algorithm::Crc64nvme] {
             let parts = [b"the first part, ".as_slice(), b"", b"another one, ", b"and the end"];
             let sums = parts.map(|part| (checksum(algorithm, part), part.len() as u64));
             let whole = combined(algorithm, sums.iter().map(|(sum, size)| (sum, *size)));
@@ -336,15 +340,15 @@ mod tests {
 
     #[test]
     fn two_checksums_in_one_request_are_refused() {
-        let (sha256, crc32) = (checksum(Algorithm::Sha256, b"x").value, checksum(Algorithm::Crc32, b"x").value);
-        let none = None;
-        let members = |sha256: Option<&String>, crc32: Option<&String>| {
-            let (sha256, crc32) = (sha256.cloned(), crc32.cloned());
-            let (crc32c, crc64, sha1) = ((Algorithm::Crc32c, &none), (Algorithm::Crc64Nvme, &none), (Algorithm::Sha1, &none));
-            single([(Algorithm::Crc32, &crc32), crc32c, crc64, sha1, (Algorithm::Sha256, &sha256)])
+        let value = |algorithm| Some(checksum(algorithm, b"x").value);
+        let (crc32, sha256, short, none) = (value(Algorithm::Crc32), value(Algorithm::Sha256), Some("c2hvcnQ=".to_owned()), None);
+        let read = |crc32, sha256| {
+            let [_, crc32c, crc64nvme, sha1, _] = Algorithm::ALL.map(|algorithm| (algorithm, &none));
+            single([(Algorithm::Crc32, crc32), crc32c, crc64nvme, sha1, (Algorithm::Sha256, sha256)])
         };
-        assert!(members(Some(&sha256), None).unwrap().is_some());
-        assert!(members(Some(&sha256), Some(&crc32)).is_err());
-        assert!(members(Some(&"c2hvcnQ=".to_owned()), None).is_err());
+        assert_eq!(read(&none, &sha256).unwrap().unwrap().algorithm, Algorithm::Sha256);
+        assert!(read(&none, &none).unwrap().is_none());
+        assert!(read(&crc32, &sha256).is_err());
+        assert!(read(&none, &short).is_err());
     }
 }

@@ -80,19 +80,19 @@ pub(super) struct Received {
     pub(super) checksum: Checksum,
 }
 
-/// Writes a body to disk and holds it against its claim; `fallback` is the checksum where the claim names none.
+/// Writes a body to disk and holds it against its claim; `algorithm` is the checksum that the store keeps.
 pub(super) async fn receive<S>(
     directory: &Path,
     body: S,
     size_bytes: u64,
     claim: &Claim,
-    fallback: Algorithm,
+    algorithm: Algorithm,
 ) -> S3Result<Received>
 where
     S: Stream<Item = Result<Bytes, StdError>> + Unpin,
 {
     let path = directory.join(Uuid::new_v4().simple().to_string());
-    let hasher = Hasher::new(claim.algorithm.unwrap_or(fallback));
+    let hasher = Hasher::default().with(algorithm).with(claim.algorithm.unwrap_or(algorithm));
     let mut body = body;
     let mut came = 0;
     let mut working = tokio::task::spawn_blocking(move || Sink::create(path, hasher));
@@ -106,7 +106,8 @@ where
         if ended {
             let (segment, digests) = done(tokio::task::spawn_blocking(move || sink.write(batch)?.finish()).await)?;
             claim.check(&digests)?;
-            return Ok(Received { segment, etag: hex::encode(digests.md5), checksum: digests.checksum });
+            let checksum = digests.checksum(algorithm).expect("it was asked for");
+            return Ok(Received { segment, etag: hex::encode(digests.md5), checksum });
         }
         working = tokio::task::spawn_blocking(move || sink.write(batch));
     }
@@ -175,6 +176,8 @@ impl Sink {
 
     fn finish(self) -> io::Result<(Arc<Segment>, Digests)> {
         self.file.sync_all()?;
+        // Its name has to survive a crash as well as its bytes.
+        File::open(self.segment.path.parent().expect("it is in a directory"))?.sync_all()?;
         Ok((Arc::new(self.segment), self.hasher.finish()))
     }
 }

@@ -35,7 +35,8 @@ impl Front {
 
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Result<HttpResponse, HttpError> {
         let foreign = request.headers().contains_key(header::ORIGIN);
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        join_encodings(&mut parts.headers);
         let body = Patient(Some(body));
         let mut response = if parts.method == Method::OPTIONS {
             preflight(&parts.headers)
@@ -84,6 +85,17 @@ fn preflight(asked: &HeaderMap) -> HttpResponse {
     }
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("3000"));
     response
+}
+
+/// SDKs announce their chunking in a second `Content-Encoding`, and s3s takes no header twice. The signature is made
+/// over the joined value in either form.
+fn join_encodings(headers: &mut HeaderMap) {
+    let encodings: Vec<&[u8]> = headers.get_all(header::CONTENT_ENCODING).iter().map(HeaderValue::as_bytes).collect();
+    if encodings.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&encodings.join(&b','))
+    {
+        headers.insert(header::CONTENT_ENCODING, joined);
+    }
 }
 
 /// Refuses what AWS refuses before it looks at a signature, and what the store does not do at all.

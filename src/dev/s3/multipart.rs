@@ -138,21 +138,20 @@ impl Api {
     }
 }
 
-/// Whether a part brings the checksum that its upload was begun with.
+/// Whether a part brings the checksum that its upload was begun with. Where none was declared it may bring any, for the
+/// SDKs add one by themselves.
 fn agree(declared: Option<(Algorithm, Kind)>, sent: Option<Algorithm>) -> S3Result<()> {
-    let expected = declared.map(|(algorithm, _)| algorithm);
-    // A CRC of the whole follows from the bytes; only hashes of hashes need every part's.
-    let optional = declared.is_none_or(|(_, kind)| kind == Kind::FullObject);
-    if expected == sent || (sent.is_none() && optional) {
-        return Ok(());
+    let Some((expected, kind)) = declared else { return Ok(()) };
+    match sent {
+        Some(sent) if sent == expected => Ok(()),
+        // A CRC of the whole follows from the bytes; only hashes of hashes need every part's.
+        None if kind == Kind::FullObject => Ok(()),
+        sent => {
+            let (expected, sent) = (expected.name(), sent.map_or("null", Algorithm::name));
+            let what = "Checksum Type mismatch occurred";
+            Err(s3_error!(InvalidRequest, "{what}, expected checksum Type: {expected}, actual checksum Type: {sent}"))
+        }
     }
-    let name =
-        |algorithm: Option<Algorithm>| algorithm.map_or("null".to_owned(), |algorithm| algorithm.name().to_ascii_lowercase());
-    let (expected, sent) = (name(expected), name(sent));
-    Err(s3_error!(
-        InvalidRequest,
-        "Checksum Type mismatch occurred, expected checksum Type: {expected}, actual checksum Type: {sent}"
-    ))
 }
 
 /// The object that an upload becomes, if everything that is said of it is so.

@@ -29,7 +29,8 @@ impl Api {
         self.store.bucket(&input.bucket, |_| Ok(()))?;
         let claim = Claim::read(declared!(input)?, input.content_md5.as_deref(), &headers, trailing_headers)?;
         let body = input.body.ok_or_else(|| s3_error!(IncompleteBody, "there is no body"))?;
-        let received = content::receive(&self.store.content(), body, size_bytes, &claim, Algorithm::Crc64Nvme).await?;
+        let algorithm = claim.algorithm.unwrap_or(Algorithm::Crc64nvme);
+        let received = content::receive(&self.store.content(), body, size_bytes, &claim, algorithm).await?;
         let object = whole(input.key, received, labels);
         let bucket = input.bucket;
         let object = self.blocking(move |store| store.put(&bucket, object, &condition)).await?;

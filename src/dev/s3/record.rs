@@ -116,7 +116,7 @@ pub(super) struct UploadFacts {
 impl UploadFacts {
     /// The checksum that every part gets, and what it covers in the end.
     pub(super) fn checksum(&self) -> (Algorithm, Kind) {
-        self.declared.unwrap_or((Algorithm::Crc64Nvme, Kind::FullObject))
+        self.declared.unwrap_or((Algorithm::Crc64nvme, Kind::FullObject))
     }
 }
 

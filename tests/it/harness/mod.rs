@@ -23,7 +23,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use servers::{Flavour, servers};
+use servers::servers;
 
 /// One broker, and what is around it.
 pub(crate) struct House {
@@ -341,10 +341,6 @@ impl House {
     /// A second replica on the same database, S3 and Kafka.
     pub(crate) async fn replica(&self) -> Running {
         app::start(self.settings.clone()).await.expect("a second replica starts")
-    }
-
-    pub(crate) fn flavour(&self) -> Flavour {
-        servers().s3.flavour
     }
 }
 

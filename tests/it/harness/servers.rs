@@ -6,39 +6,23 @@
 use std::env::var;
 use std::sync::OnceLock;
 
-use lfs_broker::dev::{kafka, postgres, s3};
+use lfs_broker::dev::{kafka, postgres};
 use lfs_broker::store;
 use sqlx::{Connection as _, Executor as _, PgConnection};
 use uuid::Uuid;
 
-/// Which S3 server the tests talk to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Flavour {
-    Embedded,
-    Minio,
-    Versitygw,
-}
-
-/// Where the S3 server is.
-#[derive(Debug, Clone)]
-pub(crate) struct S3 {
-    pub(crate) endpoint: String,
-    pub(crate) access_key_id: String,
-    pub(crate) secret_access_key: String,
-    pub(crate) flavour: Flavour,
-}
+use crate::stores::Place;
 
 /// Everything that all houses share.
 pub(crate) struct Servers {
     admin_url: String,
     template: String,
-    pub(crate) s3: S3,
+    pub(crate) s3: &'static Place,
     pub(crate) kafka: String,
     /// Whether Kafka is a real one: it has transactions.
     pub(crate) real_kafka: bool,
     // Dropping them would end them; the process does.
     _postgres: Option<postgres::Server>,
-    _s3: Option<s3::Server>,
     _kafka: Option<kafka::Server>,
     _files: tempfile::TempDir,
 }
@@ -72,25 +56,6 @@ async fn start() -> Servers {
         }
     };
     let template = make_template(&admin_url).await;
-    let (s3, s3_server) = match var("LFS_TEST_S3_ENDPOINT") {
-        Ok(endpoint) => (neighbour(endpoint), None),
-        Err(_) => {
-            let settings = s3::Settings {
-                listen: ([127, 0, 0, 1], 0).into(),
-                root: files.path().join("s3"),
-                access_key_id: "embedded".into(),
-                secret_access_key: "embedded-secret".into(),
-            };
-            let server = s3::Server::start(settings.clone()).await.expect("the embedded S3 starts");
-            let s3 = S3 {
-                endpoint: server.endpoint(),
-                access_key_id: settings.access_key_id,
-                secret_access_key: settings.secret_access_key,
-                flavour: Flavour::Embedded,
-            };
-            (s3, Some(server))
-        }
-    };
     let (kafka, real_kafka, kafka_server) = match var("LFS_TEST_KAFKA") {
         Ok(bootstrap) => (bootstrap, true, None),
         Err(_) => {
@@ -101,28 +66,12 @@ async fn start() -> Servers {
     Servers {
         admin_url,
         template,
-        s3,
+        s3: Place::for_tests(),
         kafka,
         real_kafka,
         _postgres: postgres,
-        _s3: s3_server,
         _kafka: kafka_server,
         _files: files,
-    }
-}
-
-fn neighbour(endpoint: String) -> S3 {
-    let needed = |name: &str| var(name).unwrap_or_else(|_| panic!("LFS_TEST_S3_ENDPOINT is set, {name} is not"));
-    let flavour = match needed("LFS_TEST_S3_FLAVOUR").as_str() {
-        "minio" => Flavour::Minio,
-        "versitygw" => Flavour::Versitygw,
-        other => panic!("unknown LFS_TEST_S3_FLAVOUR {other}"),
-    };
-    S3 {
-        endpoint,
-        access_key_id: needed("LFS_TEST_S3_ACCESS_KEY_ID"),
-        secret_access_key: needed("LFS_TEST_S3_SECRET_ACCESS_KEY"),
-        flavour,
     }
 }
 
