@@ -1,3 +1,7 @@
 //! The `lfs-broker` program: hands its arguments to [`lfs_broker::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lfs_broker::cli::main()
+}

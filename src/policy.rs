@@ -178,7 +178,9 @@ fn record_key(request: &OpenUpload, errors: &mut Vec<FieldError>) -> Option<Vec<
 fn promised(request: &OpenUpload, errors: &mut Vec<FieldError>) -> (Algorithm, Option<Digest>) {
     let algorithm = request.checksum_alg.unwrap_or(Algorithm::Sha256);
     match (&request.sha256, request.checksum_alg, &request.checksum) {
-        (Some(_), Some(_), _) | (Some(_), _, Some(_)) => errors.push(wrong("/checksum", "sha256 and checksum exclude each other")),
+        (Some(_), Some(_), _) | (Some(_), _, Some(_)) => {
+            errors.push(wrong("/checksum", "sha256 and checksum exclude each other"))
+        }
         (Some(sha256), None, None) => return (algorithm, Some((*sha256).into())),
         (None, None, None) => {}
         (None, None, Some(_)) => errors.push(wrong("/checksum_alg", "a checksum needs its algorithm")),
@@ -195,7 +197,9 @@ fn promised(request: &OpenUpload, errors: &mut Vec<FieldError>) -> (Algorithm, O
 
 /// RFC 9110, section 8.3.1, as strictly as a header that is signed and stored needs it.
 fn is_media_type(text: &str) -> bool {
-    let token = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$&^_.+-%'*`|~".contains(&byte));
+    let token = |part: &str| {
+        !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$&^_.+-%'*`|~".contains(&byte))
+    };
     let (essence, parameters) = text.split_once(';').map_or((text, ""), |(essence, rest)| (essence, rest));
     let visible = parameters.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     match essence.trim_end().split_once('/') {
@@ -205,7 +209,10 @@ fn is_media_type(text: &str) -> bool {
 }
 
 fn is_filename(name: &str) -> bool {
-    (1..=255).contains(&name.len()) && !name.chars().any(|c| c.is_control() || c == '/' || c == '\\') && name != "." && name != ".."
+    (1..=255).contains(&name.len())
+        && !name.chars().any(|c| c.is_control() || c == '/' || c == '\\')
+        && name != "."
+        && name != ".."
 }
 
 fn headers(request: &OpenUpload, errors: &mut Vec<FieldError>) -> usize {
@@ -250,7 +257,12 @@ fn part_members(request: &OpenUpload, algorithm: Algorithm, errors: &mut Vec<Fie
 }
 
 /// Holds a request against its topic's policy. Gives the promise to keep and the hashes of its parts.
-pub(crate) fn admit(shaped: Shaped, policy: &Policy, settings: &Settings, traceparent: Option<String>) -> Result<(Promise, Vec<Sha256>), Refusal> {
+pub(crate) fn admit(
+    shaped: Shaped,
+    policy: &Policy,
+    settings: &Settings,
+    traceparent: Option<String>,
+) -> Result<(Promise, Vec<Sha256>), Refusal> {
     let request = shaped.request;
     if !policy.enabled {
         return Err(Refusal::TopicNotEnabled(request.topic));
@@ -363,7 +375,11 @@ pub(crate) fn check(policy: &Policy) -> Vec<FieldError> {
     if policy.prefix.as_deref().is_some_and(|prefix| !is_prefix(prefix)) {
         errors.push(wrong("/prefix", "segments of a-z A-Z 0-9 . _ - joined by single slashes, at most 200 characters"));
     }
-    if policy.kms_key_id.as_deref().is_some_and(|key| key.is_empty() || key.len() > 2048 || !key.bytes().all(|b| b.is_ascii_graphic())) {
+    if policy
+        .kms_key_id
+        .as_deref()
+        .is_some_and(|key| key.is_empty() || key.len() > 2048 || !key.bytes().all(|b| b.is_ascii_graphic()))
+    {
         errors.push(wrong("/kms_key_id", "1 to 2048 visible ASCII characters"));
     }
     errors
@@ -371,7 +387,8 @@ pub(crate) fn check(policy: &Policy) -> Vec<FieldError> {
 
 /// Amazon S3, "Bucket naming rules", the part that every store shares.
 fn is_bucket(name: &str) -> bool {
-    (3..=63).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-".contains(&byte))
+    (3..=63).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-".contains(&byte))
 }
 
 fn is_prefix(prefix: &str) -> bool {
@@ -393,7 +410,8 @@ pub(crate) fn owner_of<'a>(prefix: Option<&str>, object_key: &'a str) -> Option<
     };
     let mut segments = rest.split('/');
     let (tenant, topic, lfs) = (segments.next()?, segments.next()?, segments.next()?);
-    let clean = segments.clone().next().is_some() && segments.all(|segment| !segment.is_empty() && segment != "." && segment != "..");
+    let clean =
+        segments.clone().next().is_some() && segments.all(|segment| !segment.is_empty() && segment != "." && segment != "..");
     (lfs == "lfs" && clean && !tenant.is_empty() && is_topic(topic)).then_some((tenant, topic))
 }
 

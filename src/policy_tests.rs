@@ -46,7 +46,10 @@ fn every_wrong_member_is_named() {
         (OpenUpload { filename: Some("../etc/passwd".into()), ..base() }, "/filename"),
         (OpenUpload { filename: Some("a\nb".into()), ..base() }, "/filename"),
         (OpenUpload { headers: Headers(vec![("LFS-upload-id".into(), "x".into())]), ..base() }, "/headers/LFS-upload-id"),
-        (OpenUpload { headers: Headers(vec![("a/b".into(), String::new()), (String::new(), String::new())]), ..base() }, "/headers/"),
+        (
+            OpenUpload { headers: Headers(vec![("a/b".into(), String::new()), (String::new(), String::new())]), ..base() },
+            "/headers/",
+        ),
         (OpenUpload { sha256: Some(hash), checksum: Some("00".into()), ..base() }, "/checksum"),
         (OpenUpload { checksum: Some("00".into()), ..base() }, "/checksum_alg"),
         (OpenUpload { checksum_alg: Some(Algorithm::Crc32), ..base() }, "/checksum"),
@@ -124,7 +127,9 @@ fn keys_name_their_owner_and_nobody_else() {
     let key = object_key(Some("eu/one"), "acme", "videos", id, datetime!(2026-01-02 23:30 -3));
     assert_eq!(key, format!("eu/one/acme/videos/lfs/2026/01/03/{id}"));
     assert_eq!(owner_of(Some("eu/one"), &key), Some(("acme", "videos")));
-    for bad in ["acme/videos/lfs", "acme/videos/lfs/../x", "acme/videos/other/x", "/videos/lfs/x", "acme/../lfs/x", "acme/videos/lfs//x"] {
+    for bad in
+        ["acme/videos/lfs", "acme/videos/lfs/../x", "acme/videos/other/x", "/videos/lfs/x", "acme/../lfs/x", "acme/videos/lfs//x"]
+    {
         assert_eq!(owner_of(None, bad), None, "{bad}");
     }
     assert_eq!(owner_of(Some("eu/one"), "eu/onemore/acme/videos/lfs/x"), None);

@@ -87,7 +87,7 @@ pub struct Object {
     pub size_bytes: u64,
     /// The write token in its metadata.
     pub token: Option<String>,
-    /// The ETag with its quotes removed.
+    /// The ETag with its quotes, as `If-Match` takes it.
     pub etag: Option<String>,
     /// The version, in a versioned bucket.
     pub version_id: Option<String>,
@@ -265,8 +265,12 @@ impl Refusal {
             Self::PartsIncomplete { missing, .. } => missing
                 .iter()
                 .take(100)
-                .map(|number| FieldError { pointer: format!("/parts/{}", number - 1), detail: format!("part {number} is missing") })
+                .map(|number| FieldError {
+                    pointer: format!("/parts/{}", number - 1),
+                    detail: format!("part {number} is missing"),
+                })
                 .collect(),
+            Self::Sha256(detail) => vec![FieldError { pointer: "/sha256".to_owned(), detail: (*detail).to_owned() }],
             _ => Vec::new(),
         }
     }
@@ -279,7 +283,14 @@ impl Refusal {
 
 impl Session {
     /// Opens a session under a fresh id.
-    pub(crate) fn open(id: Uuid, tenant: &str, subject: &str, place: (String, String), promise: Promise, now: OffsetDateTime) -> Self {
+    pub(crate) fn open(
+        id: Uuid,
+        tenant: &str,
+        subject: &str,
+        place: (String, String),
+        promise: Promise,
+        now: OffsetDateTime,
+    ) -> Self {
         let latest = now + Duration::seconds(promise.session_max_seconds.max(promise.session_seconds).into());
         Self {
             id,
@@ -343,7 +354,12 @@ impl Session {
         }
     }
 
-    /// Takes the session to complete it; a lease that ran out is taken over.
+    /// Whether a lease was given back because S3 gave no verdict.
+    pub(crate) fn is_released(&self) -> bool {
+        matches!(self.state, State::Completing { .. }) && self.trouble.is_some()
+    }
+
+    /// Takes the session to complete it; a lease that ran out or was given back is taken over.
     pub(crate) fn claim(self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Self, Refusal> {
         match self.state {
             State::Open if now >= self.expires_at => Err(Refusal::Expired(self.expires_at)),
@@ -352,7 +368,7 @@ impl Session {
                 trouble: None,
                 ..self
             }),
-            State::Completing { ref lease, must_read } if lease.until <= now => {
+            State::Completing { ref lease, must_read } if lease.until <= now || self.trouble.is_some() => {
                 let lease = Lease { owner, until, attempt: lease.attempt + 1 };
                 Ok(Self { state: State::Completing { lease, must_read }, trouble: None, ..self })
             }
@@ -375,12 +391,18 @@ impl Session {
         }
         match proof_by_s3(&self.promise, found, parts)? {
             Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
-            _ => Ok(self.to_be_read()),
+            _ => Ok(self.needing_a_read(now)),
         }
     }
 
     /// Holds the digest of bytes that were read back against the promise.
-    pub(crate) fn verify_read(self, found: &Object, read: &Digest, read_bytes: u64, now: OffsetDateTime) -> Result<Self, Refusal> {
+    pub(crate) fn verify_read(
+        self,
+        found: &Object,
+        read: &Digest,
+        read_bytes: u64,
+        now: OffsetDateTime,
+    ) -> Result<Self, Refusal> {
         let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
         if read_bytes != self.promise.size_bytes {
             return Err(Refusal::Size { promised: self.promise.size_bytes, found: read_bytes });
@@ -395,9 +417,12 @@ impl Session {
         }
     }
 
-    fn to_be_read(self) -> Self {
+    /// The lease ends here: whoever reads takes one of its own.
+    fn needing_a_read(self, now: OffsetDateTime) -> Self {
         match self.state {
-            State::Completing { lease, .. } => Self { state: State::Completing { lease, must_read: true }, ..self },
+            State::Completing { lease, .. } => {
+                Self { state: State::Completing { lease: Lease { until: now, ..lease }, must_read: true }, ..self }
+            }
             _ => self,
         }
     }
@@ -421,12 +446,9 @@ impl Session {
     pub(crate) fn reopen(self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {
             State::Completing { .. } => Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self }),
-            State::Open
-            | State::Verified(_)
-            | State::Published(..)
-            | State::Aborted
-            | State::Expired
-            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+            State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
+                Err(Refusal::State(self.state.name()))
+            }
         }
     }
 
@@ -434,12 +456,9 @@ impl Session {
     pub(crate) fn reject(self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {
             State::Completing { .. } => Ok(Self { state: State::Rejected(why.trouble()), ..self }),
-            State::Open
-            | State::Verified(_)
-            | State::Published(..)
-            | State::Aborted
-            | State::Expired
-            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+            State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
+                Err(Refusal::State(self.state.name()))
+            }
         }
     }
 
@@ -455,7 +474,7 @@ impl Session {
 
     /// Ends an open session whose time is over. `None`: there is nothing to end.
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
-        self.is_overdue(now).then(|| Self { state: State::Expired, ..self })
+        if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 }
 
@@ -477,7 +496,7 @@ fn proof_by_s3(promise: &Promise, found: &Object, parts: &[Sha256]) -> Result<Op
         (Some(promised), false) if promised.algorithm == Algorithm::Md5 => {
             // S3 checked the signed Content-MD5; an ETag of another shape (KMS) only fails to repeat it.
             match &found.etag {
-                Some(etag) if *etag == promised.hex() => Ok(Some(Integrity::Checksum)),
+                Some(etag) if etag.trim_matches('"') == promised.hex() => Ok(Some(Integrity::Checksum)),
                 _ => Ok(None),
             }
         }

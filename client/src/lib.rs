@@ -1,11 +1,78 @@
 //! The contract of lfs-broker as code: what a producer or a consumer builds against.
 //!
-//! [`api`] holds the requests, answers and problems of the HTTP interface, [`pointer`] the value of
-//! the record in Kafka, [`checksum`] the digests that both speak of. Nothing here knows a server.
+//! [`Client::upload`] takes bytes to a pointer in Kafka, [`Client::fetch`] takes a pointer back to verified
+//! bytes. Beneath them [`Client`] has a verb for each route, [`api`] the requests, answers and problems of the
+//! HTTP interface, [`mod@pointer`] the value of the record in Kafka, [`checksum`] the digests that all speak of.
+//! Nothing here knows a server.
 //!
 //! Where this crate says *upload*, the broker's database says *session*, S3 says *object*
 //! and Kafka says *pointer*: one thing at four stations.
+//!
+//! # A producer
+//! ```no_run
+//! use lfs_broker_client::{Client, UploadOptions};
+//!
+//! # async fn produce(token: &str) -> Result<(), lfs_broker_client::Error> {
+//! let client = Client::new("http://127.0.0.1:8080")?.with_token(token);
+//! let completed = client
+//!     .upload(UploadOptions {
+//!         key: Some("order-17".into()),
+//!         content_type: Some("video/mp4".to_owned()),
+//!         wait_published: true,
+//!         ..UploadOptions::to("videos")
+//!     })
+//!     .on_open(|upload| eprintln!("upload {}", upload.id))
+//!     .on_progress(|progress| eprintln!("{} of {} bytes", progress.bytes_done, progress.bytes_total))
+//!     .file("order-17.mp4")
+//!     .await?;
+//! println!("{:?}", completed.record);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # A consumer
+//! ```no_run
+//! use lfs_broker_client::{Client, Value};
+//!
+//! # async fn consume(client: &Client, record_value: &[u8]) -> Result<(), lfs_broker_client::Error> {
+//! match Value::of(record_value)? {
+//!     Value::Inline(data) => println!("{} bytes came with the record", data.len()),
+//!     Value::Pointer(_) => client.fetch(record_value).await?.to_file("order-17.mp4").await?,
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # An upload that was interrupted
+//! ```no_run
+//! # async fn resume(client: lfs_broker_client::Client, id: uuid::Uuid) -> Result<(), lfs_broker_client::Error> {
+//! let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
+//! client.upload("videos").cancelled_by(stop).resume(id, "order-17.mp4").await?;
+//! # Ok(())
+//! # }
+//! ```
+#![deny(missing_docs)]
 
 pub mod api;
 pub mod checksum;
 pub mod pointer;
+
+pub mod http;
+pub mod resolve;
+pub mod upload;
+
+mod error;
+mod options;
+mod parts;
+mod progress;
+mod retry;
+mod source;
+mod storage;
+
+pub use error::Error;
+pub use http::{Client, Settings};
+pub use options::UploadOptions;
+pub use progress::Progress;
+pub use resolve::{Download, Value};
+pub use retry::Retry;
+pub use upload::Uploader;

@@ -133,13 +133,18 @@ impl Loose {
         let sha256 = filled(self.sha256).map(|text| text.parse::<Sha256>()).transpose().map_err(|error| malformed(&error))?;
         let algorithm =
             filled(self.checksum_alg).map(|text| text.parse::<Algorithm>()).transpose().map_err(|error| malformed(&error))?;
+        let checksum = filled(self.checksum);
+        // A checksum that cannot be read would otherwise count as none, and the bytes as not to be checked.
+        if let (None, Some(algorithm), Some(hex)) = (sha256, algorithm, &checksum) {
+            algorithm.digest(hex).map_err(|error| malformed(&error))?;
+        }
         Ok(Pointer {
             kfs_lfs: 1,
             bucket: filled(self.bucket).ok_or(NotAPointer::Missing("bucket"))?,
             key: filled(self.key).ok_or(NotAPointer::Missing("key"))?,
             size: self.size.ok_or(NotAPointer::Missing("size"))?,
             sha256,
-            checksum: filled(self.checksum),
+            checksum,
             checksum_alg: algorithm,
             content_type: filled(self.content_type),
             created_at: filled(self.created_at),
@@ -208,5 +213,11 @@ mod tests {
             assert_eq!(Pointer::parse(value), Err(expected));
         }
         assert!(matches!(Pointer::parse(b"{\"kfs_lfs\":1,"), Err(NotAPointer::Malformed(_))));
+    }
+
+    #[test]
+    fn a_checksum_that_cannot_be_read_is_not_taken_for_none() {
+        let value = br#"{"kfs_lfs":1,"bucket":"b","key":"k","size":9,"checksum":"cbf4","checksum_alg":"crc32"}"#;
+        assert!(matches!(Pointer::parse(value), Err(NotAPointer::Malformed(_))));
     }
 }

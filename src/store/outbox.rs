@@ -1,7 +1,7 @@
 //! The outbox: pointers that Kafka has not acknowledged, and who may send them.
 
-use sqlx::query;
 use sqlx::types::Json;
+use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -40,7 +40,12 @@ pub(crate) struct Ownership {
 
 impl Store {
     /// Takes every shard that is free or was ours, and renews the lease to `until`.
-    pub(crate) async fn own_shards(&self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Vec<Ownership>, Error> {
+    pub(crate) async fn own_shards(
+        &self,
+        owner: Uuid,
+        now: OffsetDateTime,
+        until: OffsetDateTime,
+    ) -> Result<Vec<Ownership>, Error> {
         let rows = query!(
             "update relay_shards set owner = $1, until = $3,
                  epoch = epoch + case when owner is distinct from $1 or until <= $2 then 1 else 0 end
@@ -64,6 +69,12 @@ impl Store {
         Ok(())
     }
 
+    /// Whether a shard has anything to send or to settle.
+    pub(crate) async fn has_waiting(&self, shard: i32) -> Result<bool, Error> {
+        let waiting = query_scalar!(r#"select exists (select from outbox where shard = $1) as "waiting!""#, shard);
+        Ok(waiting.fetch_one(&self.pool).await?)
+    }
+
     /// Rows of a shard that were stamped and not settled: sent, or about to be, when their relay stopped.
     pub(crate) async fn stamped(&self, shard: i32) -> Result<Vec<Waiting>, Error> {
         let rows = sqlx::query_as!(
@@ -81,7 +92,12 @@ impl Store {
     ///
     /// `None` when nothing is due, or when the shard is not ours any more. A row waits while an earlier one of
     /// its topic and key is parked.
-    pub(crate) async fn stamp(&self, owned: Ownership, limit: i64, now: OffsetDateTime) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
+    pub(crate) async fn stamp(
+        &self,
+        owned: Ownership,
+        limit: i64,
+        now: OffsetDateTime,
+    ) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
         let mut tx = self.pool.begin().await?;
         let shard = query!(
             "select last_batch from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update",
@@ -130,7 +146,13 @@ impl Store {
     }
 
     /// Parks a row, and with it the later ones of its topic and key: Kafka refused it.
-    pub(crate) async fn park(&self, row: &Waiting, error: &str, next_try_at: OffsetDateTime, now: OffsetDateTime) -> Result<(), Error> {
+    pub(crate) async fn park(
+        &self,
+        row: &Waiting,
+        error: &str,
+        next_try_at: OffsetDateTime,
+        now: OffsetDateTime,
+    ) -> Result<(), Error> {
         let mut tx = self.pool.begin().await?;
         query!(
             "update outbox set batch = null, error = $2, next_try_at = $3 where number = $1 and batch is not distinct from $4",
@@ -197,7 +219,13 @@ impl Store {
         Ok(rows
             .into_iter()
             .map(|row| {
-                let headers = super::sessions::record_headers(row.id, &row.integrity, row.object_version_id, row.traceparent, row.headers.0);
+                let headers = super::sessions::record_headers(
+                    row.id,
+                    &row.integrity,
+                    row.object_version_id,
+                    row.traceparent,
+                    row.headers.0,
+                );
                 let placed = Placed { session_id: row.id, partition: row.partition, offset: row.offset, at: row.at };
                 let waiting = Waiting {
                     number: 0,

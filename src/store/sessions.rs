@@ -198,16 +198,26 @@ impl Store {
         Ok(renewed.rows_affected() == 1)
     }
 
-    /// Gives a lease back with what went wrong: the next one who asks takes over at once.
-    pub(crate) async fn release_lease(&self, id: Uuid, owner: Uuid, code: &str, detail: &str, now: OffsetDateTime) -> Result<(), Error> {
+    /// Gives a lease back with what went wrong (a code and words); workers leave it alone until `until`.
+    pub(crate) async fn release_lease(
+        &self,
+        id: Uuid,
+        owner: Uuid,
+        attempt: i32,
+        trouble: (&str, &str),
+        now: OffsetDateTime,
+        until: OffsetDateTime,
+    ) -> Result<(), Error> {
         query!(
-            "update upload_sessions set lease_until = $3, error_code = $4, error_detail = $5, version = version + 1, updated_at = $3
-             where id = $1 and state = 'completing' and lease_owner = $2",
+            "update upload_sessions set lease_until = $5, error_code = $6, error_detail = $7, version = version + 1, updated_at = $4
+             where id = $1 and state = 'completing' and lease_owner = $2 and lease_attempt = $3",
             id,
             owner,
+            attempt,
             now,
-            code,
-            detail
+            until,
+            trouble.0,
+            trouble.1
         )
         .execute(&self.pool)
         .await?;
@@ -264,7 +274,8 @@ impl Store {
             .await?;
         rows.into_iter()
             .map(|row| {
-                let sha256 = row.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
+                let sha256 =
+                    row.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
                 Ok((row.part_number.unsigned_abs(), Sha256(sha256)))
             })
             .collect()
@@ -524,4 +535,3 @@ async fn promise_pointer(tx: &mut PgConnection, session: &Session, shards: i32, 
     .await?;
     Ok(())
 }
-

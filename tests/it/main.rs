@@ -1,7 +1,25 @@
-//! What a stranger sees of lfs-broker, through its doors.
+//! Every test through the front door, in one binary.
+//!
+//! Hermetic by default: a real PostgreSQL, an S3 server that checks signatures and checksums, and a broker that speaks
+//! Kafka, all embedded. With the variables `LFS_TEST_*` (see `harness::servers`) the same tests run against real ones.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod harness;
+mod stores;
+
+mod abort;
 mod conformance;
 mod embedded;
-mod stores;
+mod idempotency;
+mod integrity;
+mod listing;
+mod multipart;
+mod order;
+mod parts;
+mod peer;
+mod problems;
+mod reading;
+mod resolve;
+mod single;
+mod topics;

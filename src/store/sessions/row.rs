@@ -203,7 +203,8 @@ pub(super) struct Columns<'a> {
 
 impl<'a> Columns<'a> {
     pub(super) fn of(session: &'a Session, now: OffsetDateTime) -> Self {
-        let mut columns = Self { checksum: session.promise.digest.as_ref().map(|digest| digest.value.as_slice()), ..Self::default() };
+        let mut columns =
+            Self { checksum: session.promise.digest.as_ref().map(|digest| digest.value.as_slice()), ..Self::default() };
         match &session.state {
             State::Open | State::Published(..) => {}
             State::Completing { lease, must_read } => {

@@ -1,0 +1,277 @@
+//! The app: parts wired together, workers kept going, and an orderly end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, Notify, watch};
+use tokio::task::JoinHandle;
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use crate::auth::{self, Auth, Mode};
+use crate::broker::{self, Broker, Parts};
+use crate::finish::{self, Finisher};
+use crate::http::{self, App};
+use crate::kafka::{self, Kafka};
+use crate::objects::{self, Objects};
+use crate::policy;
+use crate::relay::Relay;
+use crate::store::{self, Store};
+use crate::sweeper::{self, Sweeper};
+use crate::verifier::Verifier;
+use crate::wakes::Wakes;
+
+/// How often the relay and the verifier look by themselves; they are woken sooner.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long after a failure a worker tries again.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long requests and workers may take to end once the end was asked for.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Everything that `serve` can be told.
+#[derive(Clone)]
+pub struct Settings {
+    /// `LFS_BROKER_LISTEN`.
+    pub listen: SocketAddr,
+    /// `LFS_BROKER_PUBLIC_URL`: base of `Location`.
+    pub public_url: Option<String>,
+    /// `LFS_BROKER_CORS_ORIGINS`: origins whose pages may call the API.
+    pub cors_origins: Vec<String>,
+    /// PostgreSQL.
+    pub store: store::Settings,
+    /// S3.
+    pub objects: objects::Settings,
+    /// Kafka.
+    pub kafka: kafka::Settings,
+    /// The door.
+    pub http: http::Settings,
+    /// Tokens.
+    pub auth: auth::Settings,
+    /// How uploads are cut.
+    pub policy: policy::Settings,
+    /// Patience and generosity.
+    pub broker: broker::Settings,
+    /// Leases.
+    pub finish: finish::Settings,
+    /// Sweeping.
+    pub sweeper: sweeper::Settings,
+}
+
+/// Why the broker does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {0}: {1}")]
+    Listen(SocketAddr, std::io::Error),
+    /// Without tokens anyone on the network could write.
+    #[error("auth mode none is refused on {0}: it is for loopback only")]
+    OpenToTheWorld(SocketAddr),
+    /// A presigned PUT could copy whatever the broker may read.
+    #[error(
+        "this S3 store accepts an unsigned x-amz-copy-source, so a presigned PUT could copy what the broker may read: \
+         set LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID to a write-only credential, or LFS_BROKER_S3_ALLOW_COPY_SOURCE=true"
+    )]
+    CopySource,
+    /// Tokens cannot be checked.
+    #[error("{0}")]
+    Auth(#[from] auth::BadSettings),
+    /// The database.
+    #[error("{0}")]
+    Store(#[from] store::Error),
+    /// S3.
+    #[error("{0}")]
+    Objects(#[from] objects::Error),
+    /// Kafka.
+    #[error("{0}")]
+    Kafka(#[from] kafka::Error),
+}
+
+/// A broker that runs.
+pub struct Running {
+    address: SocketAddr,
+    store: Store,
+    stop: watch::Sender<bool>,
+    work: Vec<JoinHandle<()>>,
+}
+
+impl Settings {
+    /// Checks what can be checked without any server.
+    ///
+    /// # Errors
+    /// What contradicts itself or is not safe.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.auth.mode == Mode::None && !self.listen.ip().is_loopback() {
+            return Err(Error::OpenToTheWorld(self.listen));
+        }
+        Auth::new(&self.auth)?;
+        Kafka::connect(&self.kafka)?;
+        Store::connect(&self.store)?;
+        Ok(())
+    }
+}
+
+/// Starts the broker: it serves when this returns.
+///
+/// # Errors
+/// When the settings are not safe, the schema is not current, or the address is taken.
+pub async fn start(settings: Settings) -> Result<Running, Error> {
+    settings.check()?;
+    let store = Store::connect(&settings.store)?;
+    start_on(settings, store).await
+}
+
+/// The same on a store that is open already, whose clock a test may push.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error> {
+    store.check_schema().await?;
+    let objects = Objects::connect(&settings.objects).await?;
+    refuse_copy_source(&settings, &objects).await?;
+    let kafka = Kafka::connect(&settings.kafka)?;
+    let deployment = store.deployment().await?;
+    let wakes = Arc::new(Wakes::default());
+    let owner = Uuid::new_v4();
+    let finisher = Finisher {
+        store: store.clone(),
+        objects: objects.clone(),
+        wakes: Arc::clone(&wakes),
+        settings: settings.finish.clone(),
+        shards: deployment.shards,
+        owner,
+    };
+    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner, settings.finish.lease);
+    let sweeper = Sweeper {
+        store: store.clone(),
+        objects: objects.clone(),
+        wakes: Arc::clone(&wakes),
+        settings: settings.sweeper.clone(),
+        lease: settings.finish.lease,
+        shards: deployment.shards,
+    };
+    let broker = Broker::new(Parts {
+        store: store.clone(),
+        objects,
+        kafka,
+        wakes: Arc::clone(&wakes),
+        finisher: finisher.clone(),
+        deployment,
+        policy: settings.policy.clone(),
+        settings: settings.broker.clone(),
+    });
+    let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
+    let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
+    let public_url = settings.public_url.as_deref().unwrap_or_default().trim_end_matches('/').into();
+    let app = App { broker, auth: Arc::new(Auth::new(&settings.auth)?), public_url, settings: settings.http.clone() };
+    let (stop, stopped) = watch::channel(false);
+    let work = vec![
+        tokio::spawn(serve(listener, http::router(app, &settings.cors_origins), stopped.clone())),
+        tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
+        tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
+        tokio::spawn(run_sweeper(sweeper, stopped)),
+    ];
+    info!(%address, "serving on http://{address}");
+    Ok(Running { address, store, stop, work })
+}
+
+impl Running {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Ends it in order: no new requests, those under way finish, the relay finishes its batch and gives its shards back.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        let drained = async {
+            for work in self.work {
+                if let Err(error) = work.await {
+                    error!(%error, "a worker ended badly");
+                }
+            }
+        };
+        if tokio::time::timeout(DRAIN * 2, drained).await.is_err() {
+            warn!("stopped without waiting any longer; leases will run out");
+        }
+        self.store.close().await;
+    }
+
+    /// Drops it as a crash would: nothing is finished, nothing given back.
+    pub fn kill(self) {
+        for work in &self.work {
+            work.abort();
+        }
+    }
+}
+
+async fn refuse_copy_source(settings: &Settings, objects: &Objects) -> Result<(), Error> {
+    let write_only = settings.objects.signing_access_key_id.is_some();
+    if settings.auth.mode == Mode::None || write_only || settings.objects.allow_copy_source {
+        return Ok(());
+    }
+    let Some(bucket) = objects.default_bucket() else { return Ok(()) };
+    if objects.probe(bucket).await?.refuses_copy_source() { Ok(()) } else { Err(Error::CopySource) }
+}
+
+async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::Receiver<bool>) {
+    let mut late = stopped.clone();
+    let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    });
+    tokio::select! {
+        ended = serving => if let Err(error) = ended { error!(%error, "stopped serving") },
+        () = async { let _ = late.wait_for(|stopped| *stopped).await; tokio::time::sleep(DRAIN).await } => {
+            warn!("requests were still under way at the end");
+        }
+    }
+}
+
+async fn run_relay(relay: Relay, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
+    let relay = Arc::new(Mutex::new(relay));
+    let tick = || async { relay.lock().await.tick().await };
+    keep_going("relay", tick, LOOK, &wakes.relay, stopped).await;
+    relay.lock().await.stop().await;
+}
+
+async fn run_verifier(verifier: Verifier, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
+    keep_going("verifier", || verifier.tick(), LOOK, &wakes.verifier, stopped).await;
+}
+
+async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
+    let wakes = Arc::clone(&sweeper.wakes);
+    let every = sweeper.settings.every;
+    keep_going("sweeper", || sweeper.tick(), every, &wakes.sweeper, stopped).await;
+}
+
+/// Runs a worker until the end is asked for: at once again while there is work, else when woken or after `every`.
+async fn keep_going<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, mut stopped: watch::Receiver<bool>)
+where
+    T: FnMut() -> F,
+    F: Future<Output = Result<usize, E>>,
+    E: std::fmt::Display,
+{
+    while !*stopped.borrow() {
+        let pause = match tick().await {
+            Ok(0) => every,
+            Ok(_) => continue,
+            Err(error) => {
+                warn!(%error, "the {name} tries again: {error}");
+                PAUSE
+            }
+        };
+        // Replicas that were started together must not stay in step.
+        let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
+        tokio::select! {
+            () = tokio::time::sleep(jittered) => {}
+            () = wake.notified() => {}
+            _ = stopped.wait_for(|stopped| *stopped) => {}
+        }
+    }
+}

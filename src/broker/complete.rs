@@ -1,0 +1,146 @@
+//! Complete an upload, or take it back.
+
+use std::time::{Duration, Instant};
+
+use lfs_broker_client::api::{CompleteUpload, Completed};
+use lfs_broker_client::checksum::Digest;
+use lfs_broker_client::pointer::Pointer;
+use uuid::Uuid;
+
+use super::read::record;
+use super::{Broker, Error, refused};
+use crate::auth::Caller;
+use crate::session::{Proof, Refusal, Session, State, Trouble};
+use crate::store::{self, Move};
+
+/// S3 may take minutes to join parts; who asked hears before proxies lose patience (60 s is common).
+const FINISH_WAIT: Duration = Duration::from_secs(25);
+
+impl Broker {
+    /// Completes an upload: the object is held against the promise, the pointer promised, and Kafka waited for.
+    ///
+    /// The work is a task of its own, under a lease: who asks only waits for it, and may go away. Asking again
+    /// joins what is under way, or gives the same answer.
+    pub(crate) async fn complete(
+        &self,
+        caller: &Caller,
+        id: Uuid,
+        request: CompleteUpload,
+        traceparent: Option<String>,
+    ) -> Result<Completed, Error> {
+        let deadline = Instant::now() + self.settings.complete_wait;
+        let patience = Instant::now() + self.settings.complete_wait.max(FINISH_WAIT);
+        let mut changes = self.wakes.listen();
+        let mut joined = false;
+        loop {
+            let (session, _) = self.current(caller, id).await?;
+            check_sha256(&session, &request)?;
+            let over = Instant::now() >= deadline;
+            match &session.state {
+                State::Open if joined && session.trouble.is_some() => return Err(stored(&session, session.trouble.clone())),
+                State::Completing { must_read: false, .. } if joined && session.is_released() => {
+                    return Err(stored(&session, session.trouble.clone()));
+                }
+                State::Open | State::Completing { must_read: false, .. } => {
+                    joined |= self.begin(session.clone(), &request, traceparent.clone()).await?;
+                    if Instant::now() >= patience {
+                        return Ok(completing(id, &session));
+                    }
+                }
+                State::Completing { must_read: true, .. } if over => return Ok(completing(id, &session)),
+                State::Completing { must_read: true, .. } => joined = true,
+                State::Verified(_) if !over => {}
+                State::Verified(proof) => return proved(&session, proof),
+                State::Published(proof, place) => {
+                    let record = Some(record(&session, place));
+                    return Ok(Completed { record, ..proved(&session, proof)? });
+                }
+                State::Aborted => return Err(refused(Refusal::Aborted, &session)),
+                State::Expired => return Err(refused(Refusal::Expired(session.expires_at), &session)),
+                State::Rejected(trouble) => return Err(stored(&session, Some(trouble.clone()))),
+            }
+            changes.wait(id).await;
+        }
+    }
+
+    /// Takes the session if it is free, and sets the work off. `true`: a completion is under way, ours or another's.
+    async fn begin(&self, session: Session, request: &CompleteUpload, traceparent: Option<String>) -> Result<bool, Error> {
+        let copy = session.clone();
+        let mut session = match session.state {
+            State::Open => session.promise_sha256(request.sha256).map_err(|refusal| refused(refusal, &copy))?,
+            _ => session,
+        };
+        session.promise.traceparent = session.promise.traceparent.or(traceparent);
+        let by = format!("client:{}", session.subject);
+        match self.finisher.claim(session, &by).await {
+            Ok(Ok(claimed)) => {
+                let finisher = self.finisher.clone();
+                tokio::spawn(async move { finisher.run(claimed).await });
+                Ok(true)
+            }
+            Ok(Err(Refusal::InProgress)) => Ok(true),
+            Ok(Err(refusal)) => Err(refused(refusal, &copy)),
+            // Somebody moved it: look again before saying anything.
+            Err(store::Error::Moved(_)) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes an upload back; what S3 holds of it is removed after.
+    pub(crate) async fn abort(&self, caller: &Caller, id: Uuid) -> Result<(), Error> {
+        loop {
+            let (session, now) = self.current(caller, id).await?;
+            let from = session.state.name();
+            let copy = session.clone();
+            let Some(aborted) = session.abort().map_err(|refusal| refused(refusal, &copy))? else { return Ok(()) };
+            let by = format!("client:{}", caller.subject);
+            let step = Move { from, to: &aborted, reason: "abort was asked for", by: &by, now };
+            match self.store.save(&step, self.deployment.shards).await {
+                Ok(_) => {
+                    self.wakes.changed(id);
+                    self.wakes.sweeper.notify_one();
+                    return Ok(());
+                }
+                Err(store::Error::Moved(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// A sha256 that is brought must be the one that stands.
+fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error> {
+    let standing = session.promise.digest.as_ref().and_then(Digest::sha256);
+    match (standing, request.sha256) {
+        (Some(standing), Some(brought)) if standing != brought => {
+            Err(refused(Refusal::Sha256("sha256 is not the one that was promised"), session))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn stored(session: &Session, trouble: Option<Trouble>) -> Error {
+    let Some(trouble) = trouble else { return Error::Unknown };
+    let items = trouble.items.clone();
+    Error::Session { refusal: Refusal::Rejected(Box::new(trouble.into())), state: session.state.name(), items }
+}
+
+fn completing(id: Uuid, session: &Session) -> Completed {
+    Completed { id, state: session.state.name(), pointer: None, integrity: None, record: None }
+}
+
+fn proved(session: &Session, proof: &Proof) -> Result<Completed, Error> {
+    Ok(Completed {
+        id: session.id,
+        state: session.state.name(),
+        pointer: Some(pointer(session, proof)?),
+        integrity: Some(proof.integrity),
+        record: None,
+    })
+}
+
+/// The pointer as it was stored.
+pub(super) fn pointer(session: &Session, proof: &Proof) -> Result<Pointer, Error> {
+    Pointer::parse(proof.pointer.as_bytes())
+        .map_err(|error| Error::Store(store::Error::Corrupt { id: session.id, what: error.to_string() }))
+}

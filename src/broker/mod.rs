@@ -1,0 +1,155 @@
+//! The broker: what it does when it is asked. One verb a route, each whole.
+//!
+//! It meets the verifier, the relay and the sweeper in the store only, and wakes them to save time.
+
+mod complete;
+mod open;
+mod read;
+mod resolve;
+mod topics;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lfs_broker_client::api::{FieldError, UploadState};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+pub(crate) use open::OpenContext;
+
+use crate::auth::Caller;
+use crate::finish::Finisher;
+use crate::kafka::{self, Kafka};
+use crate::objects::{self, Objects};
+use crate::session::{self, Session};
+use crate::store::{self, Deployment, Quota, Store};
+use crate::wakes::Wakes;
+use crate::{policy, sweeper};
+
+/// How patient the broker is, and how generous.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `LFS_BROKER_COMPLETE_WAIT_SECONDS`: how long complete waits for Kafka before it answers 202.
+    pub complete_wait: Duration,
+    /// What a tenant may hold at once.
+    pub quota: Quota,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { complete_wait: Duration::from_secs(5), quota: Quota::default() }
+    }
+}
+
+/// Why a verb was not done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{refusal}")]
+    Session { refusal: session::Refusal, state: UploadState, items: Vec<FieldError> },
+    #[error("{0}")]
+    Policy(#[from] policy::Refusal),
+    #[error("no such upload")]
+    NotFound,
+    #[error("Kafka has no topic {0}")]
+    TopicNotFound(String),
+    #[error("topic {0} has no policy")]
+    PolicyNotFound(String),
+    #[error("the token does not allow topic {0}")]
+    TopicForbidden(String),
+    #[error("an Idempotency-Key has 1 to 255 visible ASCII characters and comes once")]
+    KeyInvalid,
+    #[error("this Idempotency-Key opened another upload")]
+    KeyReused,
+    #[error("a request with this Idempotency-Key is being stored")]
+    KeyInFlight,
+    #[error("the tenant has as many open uploads as it may")]
+    TooManySessions,
+    #[error("the tenant has as many bytes reserved as it may")]
+    TooManyBytes,
+    #[error("{0}")]
+    PointerInvalid(String),
+    #[error("{0}")]
+    PointerForbidden(&'static str),
+    #[error("the object is gone")]
+    ObjectGone,
+    #[error("the pointer says {promised} bytes, S3 holds {found}")]
+    PointerSize { promised: u64, found: u64 },
+    #[error("the completion's outcome is not known yet; asking again resolves it")]
+    Unknown,
+    #[error("{0}")]
+    Store(store::Error),
+    #[error("{0}")]
+    Objects(#[from] objects::Error),
+    #[error("{0}")]
+    Kafka(#[from] kafka::Error),
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::Busy => Self::KeyInFlight,
+            other => Self::Store(other),
+        }
+    }
+}
+
+/// The verbs; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Broker(Arc<Parts>);
+
+pub(crate) struct Parts {
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) kafka: Kafka,
+    pub(crate) wakes: Arc<Wakes>,
+    pub(crate) finisher: Finisher,
+    pub(crate) deployment: Deployment,
+    pub(crate) policy: policy::Settings,
+    pub(crate) settings: Settings,
+}
+
+impl std::ops::Deref for Broker {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl Broker {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self(Arc::new(parts))
+    }
+
+    /// The caller's session. Another tenant's does not exist, nor one of a topic that the token does not name.
+    async fn session(&self, caller: &Caller, id: Uuid) -> Result<Session, Error> {
+        let session = self.store.session(id).await?.ok_or(Error::NotFound)?;
+        let own = session.tenant == caller.tenant && caller.may_use(&session.promise.topic);
+        if own || caller.is_admin() { Ok(session) } else { Err(Error::NotFound) }
+    }
+
+    /// The same, ended first if its time is over: nobody is shown an open session that is not.
+    async fn current(&self, caller: &Caller, id: Uuid) -> Result<(Session, OffsetDateTime), Error> {
+        let session = self.session(caller, id).await?;
+        let now = self.store.now().await?;
+        self.ended(session, now).await.map(|session| (session, now))
+    }
+
+    async fn ended(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
+        if !session.is_overdue(now) {
+            return Ok(session);
+        }
+        let id = session.id;
+        if sweeper::expire(&self.store, session, now, self.deployment.shards).await? {
+            self.wakes.sweeper.notify_one();
+            self.wakes.changed(id);
+        }
+        self.store.session(id).await?.ok_or(Error::NotFound)
+    }
+}
+
+/// A refusal together with the state it was met in.
+fn refused(refusal: session::Refusal, session: &Session) -> Error {
+    let items = refusal.trouble().items;
+    Error::Session { refusal, state: session.state.name(), items }
+}

@@ -1,0 +1,63 @@
+//! Topic policies: read, stored whole, forgotten.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use lfs_broker_client::api::{ListTopics, Policy, TopicPage, TopicPolicy};
+
+use super::read::{invalid_cursor, page_size};
+use super::{Broker, Error};
+use crate::policy::{self, wrong};
+
+impl Broker {
+    /// The policy that holds for a topic: its own, or the broker's default.
+    pub(super) async fn policy_of(&self, topic: &str) -> Result<Policy, Error> {
+        Ok(self.store.policy(topic).await?.unwrap_or_else(|| self.policy.default_policy()))
+    }
+
+    /// What an absent member of a stored policy means.
+    pub(crate) fn base_policy(&self) -> Policy {
+        self.policy.base_policy()
+    }
+
+    /// A topic's stored policy.
+    pub(crate) async fn topic(&self, topic: &str) -> Result<Policy, Error> {
+        self.store.policy(topic).await?.ok_or_else(|| Error::PolicyNotFound(topic.to_owned()))
+    }
+
+    /// Stores a topic's policy whole; it holds at once, on every replica.
+    pub(crate) async fn put_topic(&self, topic: &str, policy: Policy) -> Result<Policy, Error> {
+        let mut errors = policy::check(&policy);
+        if !policy::is_topic(topic) {
+            errors.push(wrong("", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
+        }
+        if !errors.is_empty() {
+            return Err(policy::Refusal::Invalid(errors).into());
+        }
+        let now = self.store.now().await?;
+        self.store.put_policy(topic, &policy, now).await?;
+        Ok(policy)
+    }
+
+    /// Forgets a topic's policy.
+    pub(crate) async fn delete_topic(&self, topic: &str) -> Result<(), Error> {
+        Ok(self.store.delete_policy(topic).await?)
+    }
+
+    /// A page of stored policies by name.
+    pub(crate) async fn topics(&self, query: &ListTopics) -> Result<TopicPage, Error> {
+        let limit = page_size(query.limit)?;
+        let after = match &query.cursor {
+            Some(cursor) => URL_SAFE_NO_PAD
+                .decode(cursor)
+                .ok()
+                .and_then(|bytes| String::from_utf8(bytes).ok())
+                .ok_or_else(|| invalid_cursor("not a cursor"))?,
+            None => String::new(),
+        };
+        let mut rows = self.store.policies(&after, i64::from(limit) + 1).await?;
+        let more = rows.len() > limit as usize;
+        rows.truncate(limit as usize);
+        let next_cursor = rows.last().filter(|_| more).map(|(topic, _)| URL_SAFE_NO_PAD.encode(topic));
+        Ok(TopicPage { items: rows.into_iter().map(|(topic, policy)| TopicPolicy { topic, policy }).collect(), next_cursor })
+    }
+}

@@ -1,0 +1,198 @@
+//! The command line: data to stdout, talk to stderr.
+
+mod dev;
+mod serve;
+mod topics;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use lfs_broker_client as client;
+
+use crate::{app, config, http, objects, store};
+
+#[derive(Parser)]
+#[command(
+    name = "lfs-broker",
+    version,
+    about = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the API
+    Serve {
+        #[command(flatten)]
+        config: Config,
+        /// Check the settings and end
+        #[arg(long)]
+        check_config: bool,
+    },
+    /// Bring the database schema up to date
+    Migrate {
+        #[command(flatten)]
+        config: Config,
+    },
+    /// Start the whole product on this machine: PostgreSQL, S3 and Kafka included
+    Dev(dev::Arguments),
+    /// Check the store, the database and Kafka, and tell what the store can do
+    Doctor {
+        #[command(flatten)]
+        config: Config,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read and store topic policies
+    Topics(topics::Arguments),
+    /// Print the OpenAPI document
+    Openapi,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(clap::Args)]
+struct Config {
+    /// A TOML file with settings; the environment wins over it
+    #[arg(long, env = "LFS_BROKER_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+impl Config {
+    fn load(&self) -> Result<app::Settings, Error> {
+        Ok(config::load(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+
+    fn load_store(&self) -> Result<store::Settings, Error> {
+        Ok(config::load_store(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+}
+
+/// Why a command failed; the kind decides the exit code.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{0}")]
+    Config(#[from] config::Error),
+    #[error("{0}")]
+    App(#[from] app::Error),
+    #[error("{0}")]
+    Dev(#[from] crate::dev::Error),
+    #[error("{0}")]
+    Store(#[from] store::Error),
+    #[error("{0}")]
+    Objects(#[from] objects::Error),
+    #[error("{0}")]
+    Client(#[from] client::Error),
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Error {
+    /// 1 failed, 2 usage, 3 refused by the broker, 4 integrity, 5 unreachable.
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 2,
+            Self::Client(error) => client_exit_code(error),
+            _ => 1,
+        }
+    }
+
+    fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::App(app::Error::Store(store::Error::Schema { .. })) | Self::Store(store::Error::Schema { .. }) => {
+                Some("run `lfs-broker migrate` with the same DATABASE_URL")
+            }
+            Self::App(app::Error::OpenToTheWorld(_)) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
+            Self::App(app::Error::Auth(_)) => Some("for a first look, `lfs-broker dev` needs no tokens"),
+            Self::Config(config::Error::Missing(_)) => Some("the README has a table of all settings"),
+            Self::Client(client::Error::Unreachable { .. }) => {
+                Some("is the broker running there? see --broker and LFS_BROKER_URL")
+            }
+            _ => None,
+        }
+    }
+}
+
+fn client_exit_code(error: &client::Error) -> u8 {
+    match error {
+        client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden(_) => 3,
+        client::Error::Corrupt { .. } => 4,
+        client::Error::Unreachable { .. } => 5,
+        _ => 1,
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(run(cli.command));
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint() {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<(), Error> {
+    match command {
+        Command::Serve { config, check_config } => serve::serve(config.load()?, check_config).await,
+        Command::Migrate { config } => serve::migrate(config.load_store()?).await,
+        Command::Dev(arguments) => dev::dev(arguments).await,
+        Command::Doctor { config, json } => serve::doctor(config.load()?, json).await,
+        Command::Topics(arguments) => topics::topics(arguments).await,
+        Command::Openapi => {
+            println!("{}", http::openapi().to_pretty_json().expect("the document has only strings and numbers"));
+            Ok(())
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "lfs-broker", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Returns when the program is asked to end.
+async fn asked_to_end() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let interrupt = tokio::signal::ctrl_c();
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            tokio::select! { _ = interrupt => {}, _ = terminate.recv() => {} }
+        }
+        Err(_) => {
+            let _ = interrupt.await;
+        }
+    }
+}
+
+/// Logs to stderr: lines for a terminal, JSON for machines (`LFS_BROKER_LOG_FORMAT=json`), filtered by `RUST_LOG`.
+fn log(default: &str) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match std::env::var("LFS_BROKER_LOG_FORMAT").as_deref() {
+        Ok("json") => builder.json().init(),
+        _ => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+    }
+}

@@ -1,0 +1,271 @@
+//! What is done to a session under a lease: finish the object in S3, look at it, and write the outcome.
+//!
+//! The broker does it when a client completes, the verifier when bytes must be read or a lease ran out. Any of it
+//! may be done twice: a takeover looks before it touches, and the outcome is written under the version that was read.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lfs_broker_client::api::UploadState;
+use lfs_broker_client::checksum::Sha256;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::objects::{self, Finish, Objects, Part, Place};
+use crate::session::{Layout, Object, Refusal, Session, State};
+use crate::store::{self, Move, Store};
+use crate::wakes::Wakes;
+
+/// How long a lease lasts that nobody renews.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `LFS_BROKER_LEASE_SECONDS`: renewed every third of it.
+    pub lease: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { lease: Duration::from_secs(30) }
+    }
+}
+
+/// Whoever holds leases: one a replica.
+#[derive(Clone)]
+pub(crate) struct Finisher {
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) wakes: Arc<Wakes>,
+    pub(crate) settings: Settings,
+    pub(crate) shards: i32,
+    /// This replica.
+    pub(crate) owner: Uuid,
+}
+
+/// Why an examination ended without a verdict on the bytes, or with a bad one.
+enum Stop {
+    Refused(Refusal),
+    Objects(objects::Error),
+    Store(store::Error),
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<objects::Error> for Stop {
+    fn from(error: objects::Error) -> Self {
+        Self::Objects(error)
+    }
+}
+
+impl From<store::Error> for Stop {
+    fn from(error: store::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// Where a session's object is.
+pub(crate) fn place(session: &Session) -> Place {
+    Place { bucket: session.bucket.clone(), key: session.object_key.clone() }
+}
+
+impl Finisher {
+    /// Takes a session to complete it. `by` is who wants it.
+    pub(crate) async fn claim(&self, session: Session, by: &str) -> Result<Result<Session, Refusal>, store::Error> {
+        let now = self.store.now().await?;
+        let from = session.state.name();
+        match session.claim(self.owner, now, now + self.settings.lease) {
+            Ok(claimed) => {
+                let reason = if from == UploadState::Open { "complete was asked for" } else { "the lease had run out" };
+                Ok(Ok(self.store.save(&Move { from, to: &claimed, reason, by, now }, self.shards).await?))
+            }
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+
+    /// Does all that is to be done under a lease just taken, and keeps the lease meanwhile.
+    pub(crate) async fn run(&self, session: Session) {
+        let State::Completing { lease, must_read } = session.state.clone() else { return };
+        let id = session.id;
+        let by = if must_read { "verifier" } else { "broker" };
+        let verdict = async {
+            match must_read {
+                true => self.read(session.clone()).await,
+                false => self.examine(session.clone(), lease.attempt).await,
+            }
+        };
+        let verdict = tokio::select! {
+            verdict = verdict => verdict,
+            () = self.keep_lease(id, lease.attempt) => return warn!(session.id = %id, "lost the lease on {id}"),
+        };
+        match verdict {
+            Ok(next) => self.write(next, by).await,
+            Err(Stop::Refused(refusal)) => self.refuse(session, &refusal, by).await,
+            Err(Stop::Objects(error)) => self.release(&session, lease.attempt, &error).await,
+            Err(Stop::Store(error)) => warn!(session.id = %id, %error, "could not complete {id}; its lease will run out"),
+        }
+        self.wakes.changed(id);
+    }
+
+    /// Renews the lease every third of its length; returns when it is lost.
+    async fn keep_lease(&self, id: Uuid, attempt: i32) {
+        loop {
+            tokio::time::sleep(self.settings.lease / 3).await;
+            let renewed = async {
+                let until = self.store.now().await? + self.settings.lease;
+                self.store.renew_lease(id, self.owner, attempt, until).await
+            };
+            // A database that does not answer decides nothing: the next round asks again.
+            if let Ok(false) = renewed.await {
+                return;
+            }
+        }
+    }
+
+    async fn examine(&self, session: Session, attempt: i32) -> Result<Session, Stop> {
+        let hashes: Vec<(u32, Sha256)> = match session.promise.layout.has_part_hashes() {
+            true => self.store.part_hashes(session.id).await?,
+            false => Vec::new(),
+        };
+        let found = match session.promise.layout {
+            Layout::Single => self.objects.head(&place(&session), None).await?.ok_or(Refusal::ObjectMissing)?,
+            Layout::Multipart { parts, .. } => self.assemble(&session, attempt, parts, &hashes).await?,
+        };
+        let now = self.store.now().await?;
+        let hashes: Vec<Sha256> = hashes.into_iter().map(|(_, sha256)| sha256).collect();
+        Ok(session.verify(&found, &hashes, now)?)
+    }
+
+    /// Makes the object of its parts, unless it is made already.
+    async fn assemble(&self, session: &Session, attempt: i32, parts: u32, hashes: &[(u32, Sha256)]) -> Result<Object, Stop> {
+        let place = place(session);
+        let none = || Refusal::PartsIncomplete { missing: (1..=parts).collect(), parts };
+        // Whoever held the lease before may have finished it.
+        if attempt > 1
+            && let Some(found) = self.objects.head(&place, None).await?
+        {
+            return Ok(found);
+        }
+        let Some(upload_id) = session.s3_upload_id.as_deref() else { return Err(none().into()) };
+        let Some(listed) = self.objects.list_parts(&place, upload_id).await? else {
+            // Finished by somebody, or swept away by a rule of the bucket: only S3 can say which.
+            if let Some(found) = self.objects.head(&place, None).await? {
+                return Ok(found);
+            }
+            self.store.forget_s3_upload(session.id, upload_id).await?;
+            return Err(none().into());
+        };
+        let usable = sound_parts(session, listed, hashes);
+        let missing: Vec<u32> = (1..=parts).filter(|number| !usable.iter().any(|part| part.number == *number)).collect();
+        if !missing.is_empty() {
+            return Err(Refusal::PartsIncomplete { missing, parts }.into());
+        }
+        let with_hashes = session.promise.layout.has_part_hashes();
+        let finished = self.objects.finish(&place, upload_id, &usable, with_hashes, session.promise.size_bytes).await;
+        // Whatever the answer was, or if there was none: what S3 holds decides.
+        match (finished, self.objects.head(&place, None).await?) {
+            (Ok(Finish::Refused(_)), Some(found)) => {
+                self.objects.abort_uploads(&place, Some(upload_id)).await?;
+                Ok(found)
+            }
+            (_, Some(found)) => Ok(found),
+            (Ok(Finish::Refused(why)), None) => {
+                warn!(session.id = %session.id, why, "S3 refused the parts of {}", session.id);
+                Err(none().into())
+            }
+            (Ok(_), None) => Err(objects::Error::Unavailable("the finished object is not to be seen yet".to_owned()).into()),
+            (Err(error), None) => Err(error.into()),
+        }
+    }
+
+    /// Streams the object through the hasher: one piece at a time, of the version that was looked at.
+    async fn read(&self, session: Session) -> Result<Session, Stop> {
+        let place = place(&session);
+        let found = self.objects.head(&place, None).await?.ok_or(Refusal::ObjectMissing)?;
+        let mut hasher = session.promise.algorithm.hasher();
+        let mut read_bytes = 0u64;
+        let mut reading = self.objects.read(&place, found.etag.as_deref(), found.version_id.as_deref()).await?;
+        while let Some(piece) = reading.next().await? {
+            read_bytes += piece.len() as u64;
+            hasher.update(&piece);
+        }
+        let now = self.store.now().await?;
+        Ok(session.verify_read(&found, &hasher.finish(), read_bytes, now)?)
+    }
+
+    async fn refuse(&self, session: Session, refusal: &Refusal, by: &str) {
+        let id = session.id;
+        let next = match refusal {
+            Refusal::ObjectMissing | Refusal::PartsIncomplete { .. } => session.reopen(refusal),
+            _ => session.reject(refusal),
+        };
+        match next {
+            Ok(next) => self.write(next, by).await,
+            Err(error) => warn!(session.id = %id, %error, "could not refuse {id}"),
+        }
+    }
+
+    /// Writes an outcome; a lost answer to COMMIT is settled by whoever reads the row next.
+    async fn write(&self, next: Session, by: &str) {
+        let id = next.id;
+        let (reason, wake) = match &next.state {
+            State::Verified(proof) => (format!("proved to level {}", proof.integrity.name()), Some(&self.wakes.relay)),
+            State::Completing { .. } => ("its bytes must be read".to_owned(), Some(&self.wakes.verifier)),
+            State::Rejected(trouble) => (trouble.detail.clone(), Some(&self.wakes.sweeper)),
+            _ => (next.trouble.as_ref().map(|trouble| trouble.detail.clone()).unwrap_or_default(), None),
+        };
+        let saved = async {
+            let now = self.store.now().await?;
+            self.store.save(&Move { from: UploadState::Completing, to: &next, reason: &reason, by, now }, self.shards).await
+        };
+        match saved.await {
+            Ok(saved) => {
+                info!(session.id = %id, state = %saved.state.name(), reason, "completed a step of {id}");
+                if let Some(wake) = wake {
+                    wake.notify_one();
+                }
+            }
+            Err(store::Error::Moved(_)) => info!(session.id = %id, "{id} was moved meanwhile"),
+            Err(error) => warn!(session.id = %id, %error, "could not write the outcome of {id}; its lease will run out"),
+        }
+    }
+
+    /// Gives the lease back with what went wrong. A client who asks again takes over at once, the verifier later.
+    async fn release(&self, session: &Session, attempt: i32, error: &objects::Error) {
+        let id = session.id;
+        warn!(session.id = %id, %error, "S3 gave no verdict on {id}");
+        let (code, detail) = match session.promise.layout {
+            Layout::Single => ("dependency-unavailable", "object storage did not answer"),
+            Layout::Multipart { .. } => ("completion-unknown", "object storage did not say whether the parts were joined"),
+        };
+        let wait = Duration::from_secs(1 << attempt.clamp(0, 5));
+        let released = async {
+            let now = self.store.now().await?;
+            self.store.release_lease(id, self.owner, attempt, (code, detail), now, now + wait).await
+        };
+        if let Err(error) = released.await {
+            warn!(session.id = %id, %error, "could not give back the lease on {id}; it will run out");
+        }
+    }
+}
+
+/// The listed parts that are what was promised: of the right size, and of the right hash where S3 tells it.
+fn sound_parts(session: &Session, listed: Vec<Part>, hashes: &[(u32, Sha256)]) -> Vec<Part> {
+    let layout = session.promise.layout;
+    let promised = |number: u32| hashes.iter().find(|(part, _)| *part == number).map(|(_, sha256)| *sha256);
+    listed
+        .into_iter()
+        .filter(|part| layout.part(part.number, session.promise.size_bytes).is_some_and(|(_, bytes)| bytes == part.size_bytes))
+        .filter(|part| !layout.has_part_hashes() || (part.sha256.is_some() && part.sha256 == promised(part.number)))
+        .collect()
+}
+
+/// The numbers of a session's parts that S3 holds and that are sound, with their sizes.
+pub(crate) fn present(session: &Session, listed: Vec<Part>, hashes: &[(u32, Sha256)]) -> Vec<(u32, u64)> {
+    let mut present: Vec<(u32, u64)> =
+        sound_parts(session, listed, hashes).into_iter().map(|part| (part.number, part.size_bytes)).collect();
+    present.sort_unstable();
+    present
+}

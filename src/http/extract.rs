@@ -1,0 +1,385 @@
+//! What handlers are given: who asks, for which upload, with what body and query. Each refusal is a [`Problem`].
+
+use std::fmt;
+
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, OriginalUri, Path, Query as AxumQuery, Request};
+use axum::http::request::Parts;
+use axum::http::{Extensions, HeaderMap, header};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use lfs_broker_client::api::{FieldError, ListUploads, UploadState};
+use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+use super::App;
+use super::problem::Problem;
+use crate::auth::{Caller, Scope};
+use crate::policy::wrong;
+
+/// All headers of a request together, names and values, in bytes.
+const HEADERS_BYTES: usize = 16 << 10;
+/// The largest body, in bytes: a request is a few hundred.
+const BODY_BYTES: usize = 64 << 10;
+/// The largest body where part hashes come: 10,000 of them have 670,000 characters.
+const HASHES_BYTES: usize = 1 << 20;
+
+/// The largest body that the matched route takes.
+fn body_limit(extensions: &Extensions) -> usize {
+    match extensions.get::<MatchedPath>().map(MatchedPath::as_str) {
+        Some("/lfs/uploads" | "/lfs/uploads/{id}/parts") => HASHES_BYTES,
+        _ => BODY_BYTES,
+    }
+}
+
+/// A request that is not too large: its headers, and its body where it tells the length before.
+pub(super) struct Fits;
+
+impl FromRequestParts<App> for Fits {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Problem> {
+        check_sizes(parts).map(|()| Self)
+    }
+}
+
+fn check_sizes(parts: &Parts) -> Result<(), Problem> {
+    let bytes: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > HEADERS_BYTES {
+        let detail = format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed");
+        return Err(Problem::new("headers-too-large", detail));
+    }
+    let limit = body_limit(&parts.extensions);
+    let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    let length = length.and_then(|text| text.parse::<u64>().ok());
+    if length.is_some_and(|length| length > limit as u64) { Err(too_large(limit)) } else { Ok(()) }
+}
+
+/// A caller who may write.
+pub(super) struct Writer(pub(super) Caller);
+/// A caller who may write or read.
+pub(super) struct Reader(pub(super) Caller);
+/// A caller who may resolve.
+pub(super) struct Resolver(pub(super) Caller);
+/// A caller who may administer.
+pub(super) struct Admin(#[expect(dead_code, reason = "the scope is what matters")] pub(super) Caller);
+/// Anyone who was let in.
+pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is what matters")] pub(super) Caller);
+
+fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
+    check_sizes(parts)?;
+    let caller = app.caller(&parts.headers)?;
+    if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
+        return Ok(caller);
+    }
+    Err(Problem::new("insufficient-scope", format!("this route needs {scopes:?}").to_lowercase()))
+}
+
+macro_rules! caller {
+    ($($name:ident: $scopes:expr),+) => {$(
+        impl FromRequestParts<App> for $name {
+            type Rejection = Problem;
+
+            async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+                let_in(parts, app, &$scopes).map(Self)
+            }
+        }
+    )+};
+}
+
+caller!(Writer: [Scope::Write], Reader: [Scope::Write, Scope::Read], Resolver: [Scope::Read], Admin: [Scope::Admin], Anyone: []);
+
+/// The upload that the path names. What is not a UUID names none, as the nil UUID does.
+pub(super) struct UploadId(pub(super) Uuid);
+
+impl FromRequestParts<App> for UploadId {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, app).await;
+        Ok(Self(path.ok().and_then(|Path(text)| Uuid::try_parse(&text).ok()).unwrap_or_default()))
+    }
+}
+
+/// A query of known members.
+pub(super) struct Query<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        match AxumQuery::<T>::from_request_parts(parts, app).await {
+            Ok(AxumQuery(query)) => Ok(Self(query)),
+            Err(rejection) => Err(Problem::invalid(vec![wrong(
+                "",
+                std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string),
+            )])),
+        }
+    }
+}
+
+/// The filters of a list, where `state` may repeat.
+pub(super) struct Filters(pub(super) ListUploads);
+
+impl FromRequestParts<App> for Filters {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let Query(pairs) = Query::<Vec<(String, String)>>::from_request_parts(parts, app).await?;
+        filters(pairs).map(Self).map_err(Problem::invalid)
+    }
+}
+
+fn filters(pairs: Vec<(String, String)>) -> Result<ListUploads, Vec<FieldError>> {
+    let mut list = ListUploads::default();
+    let mut errors = Vec::new();
+    for (name, value) in pairs {
+        let place = format!("/{name}");
+        let mut once = |member: &mut Option<String>, value: String| {
+            if member.replace(value).is_some() {
+                errors.push(wrong(&place, "is given twice"));
+            }
+        };
+        match name.as_str() {
+            "topic" => once(&mut list.topic, value),
+            "key_prefix" => once(&mut list.key_prefix, value),
+            "tenant" => once(&mut list.tenant, value),
+            "cursor" => once(&mut list.cursor, value),
+            "state" => match UploadState::ALL.into_iter().find(|state| state.name() == value) {
+                Some(state) => list.state.push(state),
+                None => errors.push(wrong(&place, "not a state")),
+            },
+            "limit" => match value.parse() {
+                Ok(limit) => list.limit = Some(limit),
+                Err(_) => errors.push(wrong(&place, "1 to 200")),
+            },
+            "created_after" | "created_before" => match OffsetDateTime::parse(&value, &Rfc3339) {
+                Ok(at) if name == "created_after" => list.created_after = Some(at),
+                Ok(at) => list.created_before = Some(at),
+                Err(_) => errors.push(wrong(&place, "not an RFC 3339 time; a + in it is written %2B")),
+            },
+            _ => errors.push(wrong(&place, "no such filter")),
+        }
+    }
+    if errors.is_empty() { Ok(list) } else { Err(errors) }
+}
+
+/// A JSON body.
+pub(super) struct Body<T>(pub(super) T);
+/// A JSON body that may be left out.
+pub(super) struct MaybeBody<T>(pub(super) T);
+/// The bytes of a JSON body, to be read elsewhere.
+pub(super) struct RawJson(pub(super) Vec<u8>);
+
+impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        check_media_type(request.headers())?;
+        parse(&read(request, app).await?).map(Self)
+    }
+}
+
+impl<T: DeserializeOwned + Default> FromRequest<App> for MaybeBody<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        let of_json = check_media_type(request.headers());
+        let bytes = read(request, app).await?;
+        if bytes.is_empty() {
+            return Ok(Self(T::default()));
+        }
+        of_json?;
+        parse(&bytes).map(Self)
+    }
+}
+
+impl FromRequest<App> for RawJson {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        check_media_type(request.headers())?;
+        read(request, app).await.map(Self)
+    }
+}
+
+/// `application/json` or any media type with the suffix `+json` (RFC 6839).
+fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let is_json = essence == "application/json" || (essence.contains('/') && essence.ends_with("+json"));
+    if is_json { Ok(()) } else { Err(Problem::new("unsupported-media-type", "the body must be application/json")) }
+}
+
+async fn read(request: Request, app: &App) -> Result<Vec<u8>, Problem> {
+    let (limit, patience) = (body_limit(request.extensions()), app.settings.body_time);
+    match tokio::time::timeout(patience, Limited::new(request.into_body(), limit).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes().into()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+        Ok(Err(_)) => Err(Problem::new("malformed-json", "the body broke off")),
+        Err(_) => Err(Problem::new("request-timeout", format!("the body did not arrive within {} s", patience.as_secs_f32()))),
+    }
+}
+
+fn too_large(limit: usize) -> Problem {
+    Problem::new("request-too-large", format!("the body has more than {limit} bytes"))
+}
+
+/// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new("malformed-json", error.to_string()))?;
+    // Left to itself serde also reads a struct from an array, by position.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let pointer: String = error.path().iter().map(segment).collect();
+        Problem::invalid(vec![wrong(&pointer, error.inner().to_string())])
+    })
+}
+
+fn segment(segment: &serde_path_to_error::Segment) -> String {
+    use serde_path_to_error::Segment;
+    match segment {
+        Segment::Seq { index } => format!("/{index}"),
+        Segment::Map { key } => format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+        Segment::Enum { .. } | Segment::Unknown => String::new(),
+    }
+}
+
+/// Any JSON whose objects name each member once: two parsers must not read two requests.
+struct Strict;
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Walk;
+        impl<'de> Visitor<'de> for Walk {
+            type Value = Strict;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("JSON")
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_unit<E>(self) -> Result<Strict, E> {
+                Ok(Strict)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Strict, A::Error> {
+                while seq.next_element::<Strict>()?.is_some() {}
+                Ok(Strict)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Strict, A::Error> {
+                let mut names = std::collections::HashSet::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    map.next_value::<Strict>()?;
+                    if let Some(name) = names.replace(name) {
+                        return Err(serde::de::Error::custom(format!("member {name:?} is repeated")));
+                    }
+                }
+                Ok(Strict)
+            }
+        }
+        deserializer.deserialize_any(Walk)
+    }
+}
+
+/// The path as the client wrote it, for a policy's topic that may hold anything.
+pub(super) struct TopicName(pub(super) String);
+
+impl FromRequestParts<App> for TopicName {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        match Path::<String>::from_request_parts(parts, app).await {
+            Ok(Path(topic)) => Ok(Self(topic)),
+            Err(_) => {
+                let uri = OriginalUri::from_request_parts(parts, app).await.map(|uri| uri.path().to_owned()).unwrap_or_default();
+                Err(Problem::new("not-found", format!("no such route: {uri}")))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lfs_broker_client::api::OpenUpload;
+    use proptest::prelude::*;
+
+    fn code(json: &str) -> String {
+        match parse::<OpenUpload>(json.as_bytes()) {
+            Ok(_) => "ok".to_owned(),
+            Err(problem) => {
+                format!("{} {}", problem.code, problem.errors.first().map(|error| error.pointer.as_str()).unwrap_or_default())
+            }
+        }
+    }
+
+    #[test]
+    fn malformed_and_invalid_json_are_told_apart() {
+        assert_eq!(code(r#"{"topic":"t","size":1}"#), "ok");
+        assert_eq!(code(r#"{"topic":"t","size":1"#), "malformed-json ");
+        assert_eq!(code(r#"{"topic":"t","size":1,"size":2}"#), "malformed-json ");
+        assert_eq!(code(r#"{"topic":"t","size":1,"headers":{"a":"1","a":"2"}}"#), "malformed-json ");
+        assert_eq!(code(r#"{"topic":"t","size":1,"x":{"y":[{"a":1,"a":2}]}}"#), "malformed-json ");
+        assert_eq!(code(&format!("{}1{}", "[".repeat(200), "]".repeat(200))), "malformed-json ");
+        assert_eq!(code(r#"{"topic":"t","size":1e999}"#), "malformed-json ");
+        assert_eq!(code(r#"{"topic":"t","size":-1}"#), "validation-failed /size");
+        assert_eq!(code(r#"{"topic":"t","size":18446744073709551616}"#), "validation-failed /size");
+        assert_eq!(code(r#"{"topic":"t","size":1,"state":"published"}"#), "validation-failed /state");
+        assert_eq!(code(r#"{"topic":"t","size":1,"part_sha256":["x"]}"#), "validation-failed /part_sha256/0");
+        assert_eq!(code("[]"), "validation-failed ");
+        assert_eq!(code(r#"["t",1]"#), "validation-failed ");
+        assert_eq!(code("null"), "validation-failed ");
+    }
+
+    #[test]
+    fn headers_keep_their_order() {
+        let request: OpenUpload = parse(br#"{"topic":"t","size":1,"headers":{"z":"1","a":"2"}}"#).unwrap();
+        assert_eq!(request.headers.0, [("z".to_owned(), "1".to_owned()), ("a".to_owned(), "2".to_owned())]);
+    }
+
+    #[test]
+    fn filters_are_read_or_named() {
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let list = filters(vec![pair("state", "open"), pair("state", "verified"), pair("created_after", "2026-11-21T00:00:00Z")])
+            .unwrap();
+        assert_eq!(list.state, [UploadState::Open, UploadState::Verified]);
+        assert!(list.created_after.is_some());
+        for bad in [pair("state", "x"), pair("limit", "-1"), pair("created_before", "yesterday"), pair("nonsense", "1")] {
+            let name = format!("/{}", bad.0);
+            assert_eq!(filters(vec![bad]).unwrap_err()[0].pointer, name);
+        }
+        assert_eq!(filters(vec![pair("topic", "a"), pair("topic", "b")]).unwrap_err()[0].pointer, "/topic");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse::<OpenUpload>(&bytes);
+        }
+    }
+}

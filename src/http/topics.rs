@@ -1,0 +1,92 @@
+//! Topics: their policies.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use lfs_broker_client::api::{self, ListTopics, Policy, TopicPage};
+use serde_json::{Map, Value};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::App;
+use super::extract::{Admin, Anyone, Body, Query, TopicName, parse};
+use super::problem::Problem;
+
+/// The routes of this file.
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(list_topics)).routes(routes!(get_topic, put_topic, delete_topic))
+}
+
+/// List topic policies
+///
+/// Those that an administrator stored, by name.
+#[utoipa::path(
+    get, path = "/lfs/topics", operation_id = "listTopics", tag = "topics", params(ListTopics),
+    responses(
+        (status = 200, description = "A page", body = TopicPage),
+        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
+        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn list_topics(State(app): State<App>, _: Anyone, Query(query): Query<ListTopics>) -> Result<Json<TopicPage>, Problem> {
+    Ok(Json(app.broker.topics(&query).await?))
+}
+
+/// Read a topic's policy
+///
+/// 404 where none is stored: the broker's default holds.
+#[utoipa::path(
+    get, path = "/lfs/topics/{topic}", operation_id = "getTopic", tag = "topics",
+    params(("topic" = String, Path, description = "The topic")),
+    responses(
+        (status = 200, description = "The policy", body = Policy),
+        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
+        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn get_topic(State(app): State<App>, _: Anyone, TopicName(topic): TopicName) -> Result<Json<Policy>, Problem> {
+    Ok(Json(app.broker.topic(&topic).await?))
+}
+
+/// Store a topic's policy
+///
+/// Replaces the whole; an absent member gets its default. It holds at once, on every replica.
+#[utoipa::path(
+    put, path = "/lfs/topics/{topic}", operation_id = "putTopic", tag = "topics", request_body = Policy,
+    params(("topic" = String, Path, description = "The topic")),
+    responses(
+        (status = 200, description = "The policy as stored", body = Policy),
+        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
+        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn put_topic(
+    State(app): State<App>,
+    _: Admin,
+    TopicName(topic): TopicName,
+    Body(members): Body<Map<String, Value>>,
+) -> Result<Json<Policy>, Problem> {
+    let mut whole = serde_json::to_value(app.broker.base_policy()).expect("a policy has only strings and numbers");
+    if let Value::Object(base) = &mut whole {
+        base.extend(members);
+    }
+    let policy = parse(whole.to_string().as_bytes())?;
+    Ok(Json(app.broker.put_topic(&topic, policy).await?))
+}
+
+/// Forget a topic's policy
+///
+/// Forgetting what is not stored is no error.
+#[utoipa::path(
+    delete, path = "/lfs/topics/{topic}", operation_id = "deleteTopic", tag = "topics",
+    params(("topic" = String, Path, description = "The topic")),
+    responses(
+        (status = 204, description = "Forgotten"),
+        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
+        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn delete_topic(State(app): State<App>, _: Admin, TopicName(topic): TopicName) -> Result<StatusCode, Problem> {
+    app.broker.delete_topic(&topic).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,388 @@
+//! One shard's producer: takes the shard over, publishes batches, and says what is known about each of them.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use rdkafka::Timestamp;
+use rdkafka::error::{KafkaError, RDKafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::future_producer::Delivery as Acknowledged;
+use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer};
+use uuid::Uuid;
+
+use super::client::{self, Context};
+use super::{Delivered, Delivery, Error, Kafka, MARKER_TOPIC, Marker, Record, blocking, drop_aside};
+
+/// One blocking step of a transaction. librdkafka goes on in the background, so a step that is late is asked again.
+const STEP: Duration = Duration::from_secs(10);
+
+/// All attempts at one step: within the time after which Kafka aborts a transaction itself.
+const STEPS: Duration = Duration::from_secs(30);
+
+/// A record that Kafka did not take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The session whose pointer it is.
+    pub upload_id: Uuid,
+    /// Sending it again cannot help until somebody changes something: its topic is gone, it is too large, … When
+    /// false, the record is to blame only perhaps: send it again alone.
+    pub permanent: bool,
+    /// Why, for the operator.
+    pub reason: String,
+}
+
+/// A batch that was not published as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// Some records were refused; the shard stays usable.
+    ///
+    /// With exactly-once delivery nothing of the batch is published, and `delivered` is empty. With at-least-once
+    /// delivery `delivered` is published, and each other record is in `refused`.
+    #[error("kafka refused {} records, the first: {}", refused.len(), refused.first().map_or("", |r| r.reason.as_str()))]
+    Refused {
+        /// What Kafka did not take.
+        refused: Vec<Refusal>,
+        /// What Kafka took all the same.
+        delivered: Vec<Delivered>,
+    },
+    /// Nothing of the batch is published, no record is known to be at fault, and the shard stays usable. Also with
+    /// at-least-once delivery, where a record may still have arrived unseen.
+    #[error("nothing was published: {0}")]
+    Retry(String),
+    /// Another owner has taken the shard. Drop it; whether the batch is published, the new owner knows.
+    #[error("another owner has taken the shard: {0}")]
+    Fenced(String),
+    /// Whether the batch is published is not known. Drop the shard, open it again and read its last marker.
+    #[error("whether the batch is published is not known: {0}")]
+    Lost(String),
+}
+
+/// The right to publish a shard's pointers, until somebody else takes it.
+pub struct Shard {
+    kafka: Kafka,
+    /// Always there, except while dropping.
+    producer: Option<FutureProducer<Context>>,
+    transactional_id: String,
+    marker_partition: i32,
+    /// Set while a batch is under way and for ever after one whose end is not known, or not awaited.
+    unsettled: AtomicBool,
+}
+
+impl Shard {
+    pub(super) async fn open(kafka: Kafka, transactional_id: &str, marker_partition: i32) -> Result<Self, Error> {
+        let settings = kafka.settings().clone();
+        let id = (kafka.delivery() == Delivery::ExactlyOnce).then(|| transactional_id.to_owned());
+        let producer = blocking(move || {
+            let producer = client::producer(&settings, id.as_deref())?;
+            if id.is_some() {
+                producer.init_transactions(STEP).map_err(|error| Error::from_kafka(&error))?;
+            }
+            Ok(producer)
+        });
+        Ok(Self {
+            producer: Some(producer.await?),
+            transactional_id: transactional_id.to_owned(),
+            marker_partition,
+            unsettled: AtomicBool::new(false),
+            kafka,
+        })
+    }
+
+    /// What this shard's last committed batch published. Fails rather than answer from a part of the log.
+    pub async fn last_marker(&self) -> Result<Option<Marker>, Error> {
+        self.kafka.last_marker(&self.transactional_id, self.marker_partition).await
+    }
+
+    /// Publishes `records` and, with exactly-once delivery, the marker of `batch`: all in one transaction.
+    ///
+    /// The deliveries are in the order of `records`. One batch at a time. Whoever stops awaiting this cannot know how
+    /// it ended, and gets [`PublishError::Lost`] for every later batch.
+    pub async fn publish(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
+        if self.unsettled.swap(true, Ordering::AcqRel) {
+            return Err(PublishError::Lost("an earlier batch of this shard has not been settled".into()));
+        }
+        let published = match self.refuse_unplaceable(records).await {
+            Err(error) => Err(error),
+            Ok(()) => match self.kafka.delivery() {
+                Delivery::ExactlyOnce => self.publish_once(batch, records).await,
+                Delivery::AtLeastOnce => self.publish_some(records).await,
+            },
+        };
+        if !matches!(published, Err(PublishError::Lost(_) | PublishError::Fenced(_))) {
+            self.unsettled.store(false, Ordering::Release);
+        }
+        published
+    }
+
+    /// Finds records for a topic or partition that Kafka lacks, before anything is sent. librdkafka would find out
+    /// too, but later, and could not tell one that is gone from one that it has not heard of yet.
+    async fn refuse_unplaceable(&self, records: &[Record]) -> Result<(), PublishError> {
+        let mut refused = Vec::new();
+        for topic in records.iter().map(|record| record.topic.as_str()).collect::<BTreeSet<_>>() {
+            let found = match self.kafka.partitions(topic).await {
+                Err(Error::Unreachable(reason)) => return Err(PublishError::Retry(reason)),
+                found => found,
+            };
+            let reason = |record: &Record| match &found {
+                Ok(None) => Some(format!("kafka has no topic {topic}")),
+                Ok(Some(count)) => {
+                    let missing = record.partition.filter(|partition| !(0..*count).contains(partition))?;
+                    Some(format!("topic {topic} has {count} partitions, none with number {missing}"))
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            let of_topic = records.iter().filter(|record| record.topic == topic);
+            refused.extend(of_topic.filter_map(|record| {
+                reason(record).map(|reason| Refusal { upload_id: record.upload_id, permanent: true, reason })
+            }));
+        }
+        if refused.is_empty() { Ok(()) } else { Err(PublishError::Refused { refused, delivered: Vec::new() }) }
+    }
+
+    async fn publish_once(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
+        self.step(|producer| producer.begin_transaction()).await.map_err(|error| self.broken(&error))?;
+        let sent = self.send(records).await;
+        if let Some(failed) = self.failure(records, &sent).await {
+            return Err(self.abort(failed).await);
+        }
+        let published: Vec<Delivered> = sent.into_iter().flatten().collect();
+        if let Err(failed) = self.send_marker(Marker { batch, published: published.clone() }).await {
+            return Err(self.abort(failed).await);
+        }
+        // Once a commit was tried, an abort that succeeds proves nothing: librdkafka may have sent the commit, missed
+        // the answer and begun a new epoch instead. Only the marker tells.
+        self.step(|producer| producer.commit_transaction(STEP)).await.map_err(|error| self.broken(&error))?;
+        Ok(published)
+    }
+
+    async fn publish_some(&self, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
+        let sent = self.send(records).await;
+        let in_part = sent.iter().any(Result::is_ok);
+        match self.failure(records, &sent).await {
+            None => Ok(sent.into_iter().flatten().collect()),
+            Some(PublishError::Retry(reason)) if !in_part => Err(PublishError::Retry(reason)),
+            Some(PublishError::Retry(_) | PublishError::Refused { .. }) => {
+                let failed = records.iter().zip(&sent).filter_map(|(record, sent)| Some((record, sent.as_ref().err()?)));
+                let refused = failed.map(|(record, error)| self.refusal(record, records, error)).collect();
+                Err(PublishError::Refused { refused, delivered: sent.into_iter().flatten().collect() })
+            }
+            Some(failed) => Err(failed),
+        }
+    }
+
+    /// Sends every record, then awaits every acknowledgement: a commit that has to wait for one costs 100 ms.
+    async fn send(&self, records: &[Record]) -> Vec<Result<Delivered, KafkaError>> {
+        let now_ms = now_ms();
+        let sent: Vec<_> = records.iter().map(|record| self.enqueue(record, now_ms)).collect();
+        let mut results = Vec::with_capacity(records.len());
+        for (record, sent) in records.iter().zip(sent) {
+            results.push(match sent {
+                Ok(delivery) => acknowledged(delivery).await.map(|delivery| Delivered {
+                    upload_id: record.upload_id,
+                    partition: delivery.partition,
+                    offset: delivery.offset,
+                    timestamp_ms: timestamp(delivery.timestamp, now_ms),
+                }),
+                Err(error) => Err(error),
+            });
+        }
+        results
+    }
+
+    fn enqueue(&self, record: &Record, timestamp_ms: i64) -> Result<DeliveryFuture, KafkaError> {
+        let headers = OwnedHeaders::new_with_capacity(record.headers.len());
+        let headers =
+            record.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
+        let message = FutureRecord {
+            topic: &record.topic,
+            partition: record.partition,
+            payload: Some(&record.value),
+            key: record.key.as_ref(),
+            timestamp: Some(timestamp_ms),
+            headers: Some(headers),
+        };
+        self.producer().send_result(message).map_err(|(error, _)| error)
+    }
+
+    async fn send_marker(&self, marker: Marker) -> Result<(), PublishError> {
+        let value = serde_json::to_vec(&marker).expect("a marker has no map and no float, so it is always JSON");
+        let record = FutureRecord::to(MARKER_TOPIC)
+            .partition(self.marker_partition)
+            .key(&self.transactional_id)
+            .payload(&value)
+            .timestamp(now_ms());
+        let sent = match self.producer().send_result(record) {
+            Ok(delivery) => acknowledged(delivery).await,
+            Err((error, _)) => Err(error),
+        };
+        match sent {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let cause = self.transaction_error().await.unwrap_or(error);
+                Err(self.fatal().unwrap_or_else(|| PublishError::Retry(format!("marker: {cause}"))))
+            }
+        }
+    }
+
+    /// What the failed records of a batch add up to; `None` when none failed.
+    async fn failure(&self, records: &[Record], sent: &[Result<Delivered, KafkaError>]) -> Option<PublishError> {
+        let first = sent.iter().find_map(|sent| sent.as_ref().err())?;
+        if let Some(fatal) = self.fatal() {
+            return Some(fatal);
+        }
+        let failed = records.iter().zip(sent).filter_map(|(record, sent)| Some((record, sent.as_ref().err()?)));
+        let blamed = failed.filter(|(_, error)| blame(error).is_some());
+        let refused: Vec<_> = blamed.map(|(record, error)| self.refusal(record, records, error)).collect();
+        if !refused.is_empty() {
+            return Some(PublishError::Refused { refused, delivered: Vec::new() });
+        }
+        // A transaction that fails as a whole purges its records; why, only the transaction knows.
+        let cause = self.transaction_error().await.unwrap_or_else(|| first.clone());
+        Some(match records {
+            [only] if blame(&cause).is_some() => {
+                PublishError::Refused { refused: vec![self.refusal(only, records, &cause)], delivered: Vec::new() }
+            }
+            _ => PublishError::Retry(cause.to_string()),
+        })
+    }
+
+    fn refusal(&self, record: &Record, batch: &[Record], error: &KafkaError) -> Refusal {
+        if blame(error) == Some(Blame::Place) {
+            // It was there a moment ago: `partitions` finds out whether it is gone.
+            self.kafka.doubt(&record.topic);
+        }
+        // A broker judges the records of a partition together, so only a record that was alone is surely at fault.
+        let alone = batch.iter().filter(|other| other.topic == record.topic).count() == 1;
+        Refusal {
+            upload_id: record.upload_id,
+            permanent: alone && blame(error) == Some(Blame::Record),
+            reason: error.to_string(),
+        }
+    }
+
+    /// Gives up the transaction, so that the shard is usable again. When that fails too, the next owner's fence aborts.
+    async fn abort(&self, failed: PublishError) -> PublishError {
+        if matches!(failed, PublishError::Lost(_) | PublishError::Fenced(_)) {
+            return failed;
+        }
+        match self.step(|producer| producer.abort_transaction(STEP)).await {
+            Ok(()) => failed,
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    /// Runs one blocking step of a transaction, again while it is only late.
+    async fn step<F>(&self, call: F) -> Result<(), KafkaError>
+    where
+        F: Fn(&FutureProducer<Context>) -> Result<(), KafkaError> + Send + 'static,
+    {
+        let producer = self.producer().clone();
+        let deadline = Instant::now() + STEPS;
+        let steps = tokio::task::spawn_blocking(move || {
+            loop {
+                match call(&producer) {
+                    Err(KafkaError::Transaction(error)) if error.is_retriable() && Instant::now() < deadline => {
+                        // An answer, not a time-out, may come at once; do not ask in a tight loop.
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    ended => return ended,
+                }
+            }
+        });
+        steps.await.unwrap_or(Err(KafkaError::Canceled))
+    }
+
+    /// Why the transaction has to be aborted. Beginning a second one never succeeds; it gives the reason away.
+    async fn transaction_error(&self) -> Option<KafkaError> {
+        if self.kafka.delivery() == Delivery::AtLeastOnce {
+            return None;
+        }
+        match self.step(|producer| producer.begin_transaction()).await {
+            Err(KafkaError::Transaction(error)) if error.txn_requires_abort() => Some(KafkaError::Transaction(error)),
+            _ => None,
+        }
+    }
+
+    /// The error after which this producer does nothing any more.
+    fn fatal(&self) -> Option<PublishError> {
+        let (code, reason) = self.producer().client().fatal_error()?;
+        Some(if is_fence(code) { PublishError::Fenced(reason) } else { PublishError::Lost(reason) })
+    }
+
+    /// What a failed step of a transaction means.
+    fn broken(&self, error: &KafkaError) -> PublishError {
+        self.fatal().unwrap_or_else(|| match error {
+            KafkaError::Transaction(error) if is_fence(RDKafkaError::code(error)) => PublishError::Fenced(error.to_string()),
+            _ => PublishError::Lost(error.to_string()),
+        })
+    }
+
+    fn producer(&self) -> &FutureProducer<Context> {
+        self.producer.as_ref().expect("the producer is there until the shard is dropped")
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        if let Some(producer) = self.producer.take() {
+            drop_aside(producer);
+        }
+    }
+}
+
+/// What about a record is to blame for an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blame {
+    /// Its topic or partition, as far as librdkafka has heard.
+    Place,
+    /// The record, or what the broker may do with it.
+    Record,
+}
+
+fn blame(error: &KafkaError) -> Option<Blame> {
+    use RDKafkaErrorCode as Code;
+    match error.rdkafka_error_code()? {
+        Code::UnknownTopic | Code::UnknownPartition | Code::UnknownTopicOrPartition => Some(Blame::Place),
+        Code::MessageSizeTooLarge
+        | Code::MessageBatchTooLarge
+        | Code::InvalidMessageSize
+        | Code::InvalidMessage
+        | Code::InvalidRecord
+        | Code::InvalidTimestamp
+        | Code::InvalidTopic
+        | Code::InvalidRequiredAcks
+        | Code::PolicyViolation
+        | Code::TopicAuthorizationFailed
+        | Code::UnsupportedForMessageFormat => Some(Blame::Record),
+        _ => None,
+    }
+}
+
+fn is_fence(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(code, Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
+}
+
+async fn acknowledged(delivery: DeliveryFuture) -> Result<Acknowledged, KafkaError> {
+    match delivery.await {
+        Ok(Ok(delivery)) => Ok(delivery),
+        Ok(Err((error, _))) => Err(error),
+        Err(_) => Err(KafkaError::Canceled),
+    }
+}
+
+pub(super) fn now_ms() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The time a consumer will see: the broker's where the topic is set up so, else the one that was sent.
+fn timestamp(acknowledged: Timestamp, sent_ms: i64) -> i64 {
+    const DAY_MS: i64 = 86_400_000;
+    match acknowledged {
+        // librdkafka's mock cluster answers the time 1234 but keeps the one that was sent.
+        Timestamp::LogAppendTime(at_ms) if at_ms >= sent_ms - DAY_MS => at_ms,
+        _ => sent_ms,
+    }
+}

@@ -1,0 +1,275 @@
+//! What holds on any Kafka, tried on the embedded one. What only a real one can show is in `real`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Headers, Message, OwnedMessage};
+use uuid::Uuid;
+
+use super::{Delivery, Error, Kafka, PublishError, Record, Settings};
+use crate::dev::kafka::Server;
+
+pub(super) fn settings(bootstrap_servers: String, delivery: Delivery) -> Settings {
+    // A test that waits for a time-out should not wait long.
+    let properties = BTreeMap::from([("message.timeout.ms".to_owned(), "2000".to_owned())]);
+    Settings { bootstrap_servers, properties, delivery, create_topics: false }
+}
+
+pub(super) fn record(topic: &str, key: Option<&str>) -> Record {
+    Record {
+        upload_id: Uuid::now_v7(),
+        topic: topic.to_owned(),
+        partition: None,
+        key: key.map(|key| key.as_bytes().to_vec()),
+        value: br#"{"kfs_lfs":1}"#.to_vec(),
+        headers: vec![("b".into(), b"2".to_vec()), ("a".into(), vec![0, 255]), ("b".into(), Vec::new())],
+    }
+}
+
+/// Reads a partition from its beginning to its end.
+pub(super) fn read(bootstrap_servers: &str, topic: &str, partition: i32, isolation: &str) -> Vec<OwnedMessage> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap_servers)
+        .set("group.id", "test")
+        .set("enable.partition.eof", "true")
+        .set("isolation.level", isolation)
+        .set("fetch.wait.max.ms", "20")
+        .create()
+        .unwrap();
+    let mut place = rdkafka::TopicPartitionList::new();
+    place.add_partition_offset(topic, partition, rdkafka::Offset::Beginning).unwrap();
+    consumer.assign(&place).unwrap();
+    let (mut found, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+    while Instant::now() < deadline {
+        match consumer.poll(Duration::from_millis(100)) {
+            Some(Ok(message)) => found.push(message.detach()),
+            Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) => return found,
+            _ => {}
+        }
+    }
+    panic!("{topic}/{partition} has no end after {} records", found.len());
+}
+
+async fn house(delivery: Delivery, topic: &str, partitions: i32) -> (Server, Kafka) {
+    let server = Server::start().unwrap();
+    server.create_topic(topic, partitions).await.unwrap();
+    let kafka = Kafka::connect(&settings(server.bootstrap_servers(), delivery)).unwrap();
+    (server, kafka)
+}
+
+#[tokio::test]
+async fn a_record_arrives_as_it_was_given() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 2).await;
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    let sent = [
+        Record { partition: Some(1), ..record("videos", Some("k")) },
+        Record { partition: Some(1), ..record("videos", None) },
+        Record { partition: Some(1), ..record("videos", Some("")) },
+    ];
+    let before = super::shard::now_ms();
+    let delivered = shard.publish(1, &sent).await.unwrap();
+    assert_eq!(delivered.iter().map(|d| (d.partition, d.offset)).collect::<Vec<_>>(), [(1, 0), (1, 1), (1, 2)]);
+    assert_eq!(delivered.iter().map(|d| d.upload_id).collect::<Vec<_>>(), sent.each_ref().map(|r| r.upload_id));
+
+    let found = read(&server.bootstrap_servers(), "videos", 1, "read_committed");
+    assert_eq!(found.len(), 3);
+    let keys: Vec<_> = found.iter().map(Message::key).collect();
+    assert_eq!(keys[..2], [Some(b"k".as_slice()), None]);
+    // An empty key is a key.
+    assert_eq!(keys[2], Some(b"".as_slice()));
+    for (message, delivered) in found.iter().zip(&delivered) {
+        assert_eq!(message.payload(), Some(br#"{"kfs_lfs":1}"#.as_slice()));
+        let headers = message.headers().unwrap();
+        let headers: Vec<_> = headers.iter().map(|h| (h.key.to_owned(), h.value.unwrap_or(b"null").to_vec())).collect();
+        assert_eq!(headers, sent[0].headers);
+        assert_eq!(message.timestamp().to_millis(), Some(delivered.timestamp_ms));
+        assert!((before..before + 10_000).contains(&delivered.timestamp_ms));
+    }
+}
+
+#[tokio::test]
+async fn a_key_has_the_partition_that_java_gives_it() {
+    const PARTITIONS: i32 = 7;
+    let (_server, kafka) = house(Delivery::AtLeastOnce, "videos", PARTITIONS).await;
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    // The hashes are those of the tests of Java's `Utils.murmur2`.
+    let known = [
+        ("21", -973_932_308_i32),
+        ("foobar", -790_332_482),
+        ("a-little-bit-long-string", -985_981_536),
+        ("a-little-bit-longer-string", -1_486_304_829),
+    ];
+    for (key, hash) in known {
+        let delivered = shard.publish(1, &[record("videos", Some(key))]).await.unwrap();
+        assert_eq!(delivered[0].partition, (hash & 0x7fff_ffff) % PARTITIONS, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn asking_for_a_topic_does_not_make_it() {
+    let (_server, kafka) = house(Delivery::AtLeastOnce, "videos", 3).await;
+    assert_eq!(kafka.partitions("videos").await.unwrap(), Some(3));
+    assert_eq!(kafka.partitions("images").await.unwrap(), None);
+    kafka.doubt("images");
+    assert_eq!(kafka.partitions("images").await.unwrap(), None, "the mock cluster makes topics that it is asked to");
+}
+
+#[tokio::test]
+async fn a_new_topic_is_seen_within_seconds() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    assert_eq!(kafka.partitions("images").await.unwrap(), None);
+    server.create_topic("images", 2).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while kafka.partitions("images").await.unwrap() != Some(2) {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn in_dev_a_topic_is_made_on_first_use() {
+    let server = Server::start().unwrap();
+    let settings = Settings { create_topics: true, ..settings(server.bootstrap_servers(), Delivery::AtLeastOnce) };
+    let kafka = Kafka::connect(&settings).unwrap();
+    assert_eq!(kafka.partitions("images").await.unwrap(), Some(4));
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    shard.publish(1, &[record("images", None), record("audio", None)]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_topic_or_partition_that_is_missing_is_refused_for_good() {
+    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
+        let (server, kafka) = house(delivery, "videos", 2).await;
+        server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+        let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+        let sent = [
+            record("videos", None),
+            record("images", None),
+            Record { partition: Some(2), ..record("videos", None) },
+            Record { partition: Some(-1), ..record("videos", None) },
+        ];
+        let Err(PublishError::Refused { mut refused, delivered }) = shard.publish(1, &sent).await else {
+            panic!("not refused");
+        };
+        refused.sort_by_key(|refusal| refusal.upload_id);
+        assert_eq!(delivered, []);
+        let found: Vec<_> = refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
+        assert_eq!(
+            found,
+            [
+                (sent[1].upload_id, true, "kafka has no topic images"),
+                (sent[2].upload_id, true, "topic videos has 2 partitions, none with number 2"),
+                (sent[3].upload_id, true, "topic videos has 2 partitions, none with number -1"),
+            ]
+        );
+        assert_eq!(shard.publish(2, &sent[..1]).await.unwrap().len(), 1, "the shard stays usable");
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_is_too_large_is_refused_and_named() {
+    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
+        let (server, kafka) = house(delivery, "videos", 1).await;
+        server.create_topic("images", 1).await.unwrap();
+        server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+        let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+        let large = Record { value: vec![b' '; 2_000_000], ..record("images", None) };
+        let small = record("videos", None);
+        let Err(PublishError::Refused { refused, delivered }) = shard.publish(1, &[small.clone(), large.clone()]).await else {
+            panic!("not refused");
+        };
+        assert_eq!(refused.iter().map(|r| (r.upload_id, r.permanent)).collect::<Vec<_>>(), [(large.upload_id, true)]);
+        let delivered: Vec<_> = delivered.iter().map(|delivered| delivered.upload_id).collect();
+        match delivery {
+            Delivery::ExactlyOnce => assert!(delivered.is_empty()),
+            Delivery::AtLeastOnce => assert_eq!(delivered, [small.upload_id]),
+        }
+        shard.publish(2, &[small]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_stopped_kafka_is_noticed_in_time_and_publishing_goes_on_when_it_is_back() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    shard.publish(1, &[record("videos", None)]).await.unwrap();
+    kafka.reachable().await.unwrap();
+
+    server.down().await.unwrap();
+    let asked = Instant::now();
+    assert!(matches!(kafka.reachable().await, Err(Error::Unreachable(_))));
+    assert!(matches!(kafka.partitions("images").await, Err(Error::Unreachable(_))));
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?} for two answers", asked.elapsed());
+    kafka.doubt("videos");
+    assert_eq!(kafka.partitions("videos").await.unwrap(), Some(1), "a known topic stays known");
+    assert!(matches!(shard.publish(2, &[record("videos", None)]).await, Err(PublishError::Retry(_))));
+
+    server.up().await.unwrap();
+    let back = Instant::now();
+    let sent = loop {
+        match shard.publish(2, &[record("videos", None)]).await {
+            Ok(delivered) => break delivered,
+            Err(error) => assert!(back.elapsed() < Duration::from_secs(10), "{error}"),
+        }
+    };
+    assert!(sent[0].offset >= 1);
+    kafka.reachable().await.unwrap();
+}
+
+#[tokio::test]
+async fn connecting_does_not_wait_for_kafka() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let settings = settings(format!("127.0.0.1:{port}"), Delivery::ExactlyOnce);
+    let started = Instant::now();
+    let kafka = Kafka::connect(&settings).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(matches!(kafka.partitions("videos").await, Err(Error::Unreachable(_))));
+    assert!(started.elapsed() < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_batch_that_nobody_awaited_leaves_the_shard_unusable() {
+    let (_server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    let batch = [record("videos", None)];
+    {
+        let publishing = shard.publish(1, &batch);
+        assert!(tokio::time::timeout(Duration::ZERO, publishing).await.is_err());
+    }
+    assert!(matches!(shard.publish(2, &batch).await, Err(PublishError::Lost(_))));
+}
+
+#[tokio::test]
+async fn a_transaction_publishes_its_records_and_its_marker() {
+    let (server, kafka) = house(Delivery::ExactlyOnce, "videos", 4).await;
+    server.create_topic(super::MARKER_TOPIC, 2).await.unwrap();
+    let shard = kafka.shard("lfs-broker.test.1", 1).await.unwrap();
+    assert_eq!(shard.last_marker().await.unwrap(), None);
+    for batch in 1..=3 {
+        let sent: Vec<_> = (0..5).map(|_| record("videos", None)).collect();
+        let published = shard.publish(batch, &sent).await.unwrap();
+        assert_eq!(shard.last_marker().await.unwrap(), Some(super::Marker { batch, published }));
+    }
+    assert_eq!(kafka.last_marker("lfs-broker.test.0", 1).await.unwrap(), None, "a marker is its shard's");
+}
+
+#[test]
+fn a_property_that_weakens_a_promise_is_refused() {
+    let with = |key: &str, value: &str| {
+        let mut settings = settings("127.0.0.1:1".into(), Delivery::ExactlyOnce);
+        settings.properties = BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        Kafka::connect(&settings).err().map(|error| error.to_string())
+    };
+    let ours = "is set by lfs-broker and cannot be changed";
+    for key in ["acks", "request.required.acks", "enable.idempotence", "transactional.id", "partitioner"] {
+        assert_eq!(with(key, "1"), Some(format!("kafka property `{key}` {ours}")));
+    }
+    let limit = "kafka property `transaction.timeout.ms` is 900000, but must be a number from 1 to 60000";
+    assert_eq!(with("transaction.timeout.ms", "900000").as_deref(), Some(limit));
+    assert!(with("no.such.property", "1").is_some_and(|error| error.contains("no.such.property")));
+    assert_eq!(with("compression.type", "zstd"), None);
+    assert_eq!(with("delivery.timeout.ms", "3000"), None);
+    assert_eq!(with("sasl.mechanism", "SCRAM-SHA-512"), None);
+}

@@ -1,0 +1,215 @@
+//! Which topics exist, remembered for a while, and making the ones that this broker may make.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::types::RDKafkaRespErr;
+
+use super::client::{self, Context};
+use super::{Error, Kafka, MARKER_TOPIC, blocking, drop_aside};
+
+/// A topic that is made on first use gets as many partitions as librdkafka's mock cluster would give it.
+const NEW_TOPIC_PARTITIONS: i32 = 4;
+
+/// Creating topics happens at start and in `dev` only; a controller under load takes seconds.
+const CREATE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a topic that was just made may stay out of sight.
+const APPEARS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long a topic counts as known, counts as missing, and stays known while Kafka does not answer.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
+const MISSING_FOR: Duration = Duration::from_secs(1);
+const REMEMBERED_FOR: Duration = Duration::from_secs(600);
+
+/// While Kafka does not answer, one request a second finds out and the others use what is remembered.
+const SILENT_FOR: Duration = Duration::from_secs(1);
+
+/// Topic names come from requests, so what is remembered of them is bounded.
+const MOST_TOPICS: usize = 10_000;
+
+/// What is remembered of a topic.
+#[derive(Clone, Copy)]
+struct Known {
+    partitions: Option<i32>,
+    at: Instant,
+}
+
+impl Known {
+    fn is_fresh(self) -> bool {
+        self.at.elapsed() < if self.partitions.is_some() { KNOWN_FOR } else { MISSING_FOR }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Topics {
+    known: HashMap<String, Known>,
+    /// When Kafka last left a question without an answer.
+    silent_since: Option<Instant>,
+}
+
+impl Kafka {
+    /// How many partitions `topic` has; `None` when Kafka lacks it. Asking never creates it, except in `dev`.
+    ///
+    /// A topic that was seen within ten minutes stays known while Kafka does not answer: uploads go on, and their
+    /// pointers wait.
+    pub async fn partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
+        let (known, silent) = {
+            let topics = self.topics();
+            let silent = topics.silent_since.is_some_and(|since| since.elapsed() < SILENT_FOR);
+            (topics.known.get(topic).copied(), silent)
+        };
+        let remembered = known.and_then(|known| known.partitions.filter(|_| known.at.elapsed() < REMEMBERED_FOR));
+        match (known, remembered) {
+            (Some(known), _) if known.is_fresh() => return Ok(known.partitions),
+            (_, Some(partitions)) if silent => return Ok(Some(partitions)),
+            _ => {}
+        }
+        match self.ask_partitions(topic).await {
+            Ok(None) if self.0.settings.create_topics => {
+                let partitions = self.create(topic).await?;
+                self.remember(topic, Some(partitions));
+                Ok(Some(partitions))
+            }
+            Ok(partitions) => {
+                self.remember(topic, partitions);
+                Ok(partitions)
+            }
+            Err(Error::Unreachable(reason)) => {
+                self.topics().silent_since = Some(Instant::now());
+                remembered.map(Some).ok_or(Error::Unreachable(reason))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the marker topic with a partition for each shard, unless it is there.
+    pub async fn ensure_marker_topic(&self, shards: i32) -> Result<(), Error> {
+        if self.ask_partitions(MARKER_TOPIC).await?.is_none() {
+            let replicas = self.brokers().await?.clamp(1, 3);
+            // With three copies a marker survives the loss of a broker; losing one would mean a second publish.
+            let in_sync = if replicas == 3 { "2" } else { "1" };
+            let topic = NewTopic::new(MARKER_TOPIC, shards, TopicReplication::Fixed(replicas))
+                .set("cleanup.policy", "compact")
+                .set("min.insync.replicas", in_sync)
+                // Small segments, so that compaction starts early: it leaves the open segment alone.
+                .set("segment.bytes", "16777216")
+                .set("segment.ms", "3600000");
+            match self.create_topic(topic).await {
+                Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => {}
+                Err(code) => return Err(Error::from_code(code, format!("cannot make topic {MARKER_TOPIC}: {code}"))),
+            }
+        }
+        match self.appearing(MARKER_TOPIC, APPEARS_WITHIN).await? {
+            found if found < shards => Err(Error::MarkerPartitions { found, wanted: shards }),
+            _ => Ok(()),
+        }
+    }
+
+    fn topics(&self) -> std::sync::MutexGuard<'_, Topics> {
+        // The map is whole after every statement, so a panic elsewhere does not spoil it.
+        self.0.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, topic: &str, partitions: Option<i32>) {
+        let mut topics = self.topics();
+        topics.silent_since = None;
+        if topics.known.len() >= MOST_TOPICS {
+            topics.known.retain(|_, known| known.is_fresh());
+        }
+        if topics.known.len() < MOST_TOPICS {
+            topics.known.insert(topic.to_owned(), Known { partitions, at: Instant::now() });
+        }
+    }
+
+    /// Makes the next [`Kafka::partitions`] ask again, after Kafka contradicted what is remembered.
+    pub(super) fn doubt(&self, topic: &str) {
+        if let Some(known) = self.topics().known.get_mut(topic) {
+            known.at = known.at.checked_sub(KNOWN_FOR).unwrap_or(known.at);
+        }
+    }
+
+    pub(super) async fn ask_partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
+        let observer = Arc::clone(&self.0.observer);
+        let topic = topic.to_owned();
+        self.ask(move |time_left| ask_partitions(&observer, &topic, time_left)).await
+    }
+
+    async fn brokers(&self) -> Result<i32, Error> {
+        let observer = Arc::clone(&self.0.observer);
+        let question = move |time_left| {
+            let metadata = observer.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
+            Ok(i32::try_from(metadata.brokers().len()).unwrap_or(i32::MAX))
+        };
+        self.ask(question).await
+    }
+
+    /// Makes a topic on first use, for `dev`.
+    async fn create(&self, topic: &str) -> Result<i32, Error> {
+        // librdkafka's mock cluster and most real ones make a topic when a client that allows it asks for it; the
+        // mock cluster knows no other way.
+        let (settings, name) = (self.0.settings.clone(), topic.to_owned());
+        let asked = self.ask(move |time_left| ask_partitions(&client::observer(&settings, true)?, &name, time_left));
+        if let Ok(Some(partitions)) = asked.await {
+            return Ok(partitions);
+        }
+        if let Ok(partitions) = self.appearing(topic, APPEARS_WITHIN / 4).await {
+            return Ok(partitions);
+        }
+        match self.create_topic(NewTopic::new(topic, NEW_TOPIC_PARTITIONS, TopicReplication::Fixed(-1))).await {
+            Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => self.appearing(topic, APPEARS_WITHIN).await,
+            Err(code) => Err(Error::from_code(code, format!("cannot make topic {topic}: {code}"))),
+        }
+    }
+
+    pub(super) async fn create_topic(&self, topic: NewTopic<'_>) -> Result<(), RDKafkaErrorCode> {
+        let settings = self.0.settings.clone();
+        let admin = blocking(move || client::admin(&settings)).await.map_err(|_| RDKafkaErrorCode::InvalidConfig)?;
+        let options = AdminOptions::new().request_timeout(Some(CREATE_WITHIN)).operation_timeout(Some(CREATE_WITHIN));
+        let created = admin.create_topics([&topic], &options).await;
+        drop_aside(admin);
+        match created {
+            Ok(results) => results.into_iter().try_for_each(|result| result.map(drop).map_err(|(_, code)| code)),
+            Err(error) => Err(match error {
+                KafkaError::AdminOp(code) => code,
+                other => other.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail),
+            }),
+        }
+    }
+
+    /// Waits until a topic that was just made can be seen: brokers learn of it, and of its leader, one after the other.
+    async fn appearing(&self, topic: &str, within: Duration) -> Result<i32, Error> {
+        let deadline = Instant::now() + within;
+        loop {
+            match self.ask_partitions(topic).await {
+                Ok(Some(partitions)) => return Ok(partitions),
+                Err(Error::Refused(reason)) => return Err(Error::Refused(reason)),
+                Ok(None) if Instant::now() > deadline => {
+                    return Err(Error::Unreachable(format!("topic {topic} was made but does not appear")));
+                }
+                Err(error) if Instant::now() > deadline => return Err(error),
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+}
+
+fn ask_partitions(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration) -> Result<Option<i32>, Error> {
+    use RDKafkaRespErr as Code;
+    let metadata = observer.fetch_metadata(Some(topic), time_left).map_err(|error| Error::from_kafka(&error))?;
+    let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
+        return Ok(None);
+    };
+    match found.error() {
+        // A name that Kafka does not allow is a topic that it lacks.
+        Some(Code::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART | Code::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION) => Ok(None),
+        Some(code) if found.partitions().is_empty() => {
+            Err(Error::from_kafka(&KafkaError::MetadataFetch(RDKafkaErrorCode::from(code))))
+        }
+        _ => Ok(i32::try_from(found.partitions().len()).ok()),
+    }
+}

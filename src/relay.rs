@@ -1,0 +1,243 @@
+//! The relay: carries pointers from the outbox to Kafka, exactly once and in order.
+//!
+//! A shard's owner fences whoever owned it before (Kafka's word, not ours), settles what that one left behind by
+//! the last committed marker, and only then sends. A batch is stamped and committed before anything of it is sent,
+//! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
+//! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use time::OffsetDateTime;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Shard};
+use crate::store::{self, Deployment, Ownership, Placed, Store, Waiting};
+use crate::wakes::Wakes;
+
+/// Most pointers a transaction: 500 cost 7 ms at the median, more only adds to the loss when one aborts.
+const BATCH: i64 = 500;
+/// A refused record is tried again after 1, 2, 4, ... seconds, and at most this many.
+const LONGEST_PARK_SECONDS: i64 = 60;
+
+/// Carries pointers for the shards it owns.
+pub(crate) struct Relay {
+    store: Store,
+    kafka: Kafka,
+    wakes: Arc<Wakes>,
+    deployment: Deployment,
+    owner: Uuid,
+    lease: Duration,
+    owned: Vec<Ownership>,
+    held: HashMap<i32, Held>,
+    renewed_at: Option<Instant>,
+}
+
+/// A shard that is fenced and settled under one epoch.
+struct Held {
+    epoch: i64,
+    shard: Shard,
+    /// After a refusal of nobody in particular, rows go one at a time.
+    one_by_one: bool,
+}
+
+/// What keeps a shard from going on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{0}")]
+    Store(#[from] store::Error),
+    #[error("{0}")]
+    Kafka(#[from] kafka::Error),
+}
+
+impl Relay {
+    pub(crate) fn new(
+        store: Store,
+        kafka: Kafka,
+        wakes: Arc<Wakes>,
+        deployment: Deployment,
+        owner: Uuid,
+        lease: Duration,
+    ) -> Self {
+        Self { store, kafka, wakes, deployment, owner, lease, owned: Vec::new(), held: HashMap::new(), renewed_at: None }
+    }
+
+    /// One batch of every owned shard, side by side; says how many pointers reached Kafka.
+    pub(crate) async fn tick(&mut self) -> Result<usize, Error> {
+        self.own().await?;
+        let mut shards: Vec<(Ownership, Option<Held>)> =
+            self.owned.iter().map(|owned| (*owned, self.held.remove(&owned.shard))).collect();
+        let work = shards.iter_mut().map(|(owned, held)| self.relay(*owned, held));
+        let outcomes = join_all(work).await;
+        let mut sent = 0;
+        let mut failed = None;
+        for ((owned, held), outcome) in shards.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(count) => {
+                    sent += count;
+                    self.held.extend(held.map(|held| (owned.shard, held)));
+                }
+                // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
+                Err(error) => {
+                    warn!(shard = owned.shard, %error, "shard {} waits", owned.shard);
+                    failed = Some(error);
+                }
+            }
+        }
+        match failed {
+            Some(error) if sent == 0 => Err(error),
+            _ => Ok(sent),
+        }
+    }
+
+    /// Takes free shards and renews the leases of ours, every third of a lease.
+    async fn own(&mut self) -> Result<(), Error> {
+        if self.renewed_at.is_some_and(|at| at.elapsed() < self.lease / 3) {
+            return Ok(());
+        }
+        if self.renewed_at.is_none() && self.kafka.delivery() == Delivery::ExactlyOnce {
+            self.kafka.ensure_marker_topic(self.deployment.shards).await?;
+        }
+        let now = self.store.now().await?;
+        self.owned = self.store.own_shards(self.owner, now, now + self.lease).await?;
+        self.renewed_at = Some(Instant::now());
+        let owned = &self.owned;
+        self.held.retain(|shard, held| owned.iter().any(|owned| owned.shard == *shard && owned.epoch == held.epoch));
+        Ok(())
+    }
+
+    /// Gives the shards back, so that another replica takes them at once.
+    pub(crate) async fn stop(&mut self) {
+        self.held.clear();
+        self.owned.clear();
+        if let Err(error) = self.store.disown_shards(self.owner).await {
+            info!(%error, "could not give the shards back; their leases will run out");
+        }
+    }
+
+    async fn relay(&self, owned: Ownership, slot: &mut Option<Held>) -> Result<usize, Error> {
+        let mut settled = 0;
+        let held = match slot {
+            Some(held) => held,
+            // A shard that has nothing to send costs no producer.
+            None if !self.store.has_waiting(owned.shard).await? => return Ok(0),
+            None => {
+                let (held, count) = self.take(owned).await?;
+                settled = count;
+                slot.insert(held)
+            }
+        };
+        let limit = if held.one_by_one { 1 } else { BATCH };
+        let now = self.store.now().await?;
+        let Some((batch, rows)) = self.store.stamp(owned, limit, now).await? else {
+            held.one_by_one = false;
+            return Ok(settled);
+        };
+        let records: Vec<Record> = rows.iter().map(record).collect();
+        let outcome = held.shard.publish(batch, &records).await;
+        Ok(settled + self.settle(owned, slot, batch, rows, outcome).await?)
+    }
+
+    /// Fences the shard's last owner, and settles what that one had stamped. Says how much of it was published.
+    async fn take(&self, owned: Ownership) -> Result<(Held, usize), Error> {
+        let transactional_id = format!("lfs-broker.{}.{}", self.deployment.id, owned.shard);
+        let shard = self.kafka.shard(&transactional_id, owned.shard).await?;
+        let stamped = self.store.stamped(owned.shard).await?;
+        let mut published = 0;
+        if !stamped.is_empty() {
+            let marker = shard.last_marker().await?;
+            let listed: Vec<Placed> = marker.iter().flat_map(|marker| &marker.published).map(placed).collect();
+            let listed: Vec<Placed> =
+                listed.into_iter().filter(|placed| stamped.iter().any(|row| row.session_id == placed.session_id)).collect();
+            published = listed.len();
+            let now = self.store.now().await?;
+            self.mark(&listed, now).await?;
+            let mut batches: Vec<i64> = stamped.iter().filter_map(|row| row.batch).collect();
+            batches.dedup();
+            for batch in batches {
+                self.store.unstamp(owned.shard, batch).await?;
+            }
+            info!(shard = owned.shard, stamped = stamped.len(), published, "settled shard {}", owned.shard);
+        }
+        Ok((Held { epoch: owned.epoch, shard, one_by_one: false }, published))
+    }
+
+    async fn settle(
+        &self,
+        owned: Ownership,
+        slot: &mut Option<Held>,
+        batch: i64,
+        rows: Vec<Waiting>,
+        outcome: Result<Vec<Delivered>, PublishError>,
+    ) -> Result<usize, Error> {
+        let now = self.store.now().await?;
+        match outcome {
+            Ok(delivered) => self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await,
+            Err(PublishError::Refused { refused, delivered }) => {
+                let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
+                for refusal in refused.iter().filter(|refusal| refusal.permanent || rows.len() == 1) {
+                    if let Some(row) = rows.iter().find(|row| row.session_id == refusal.upload_id) {
+                        let wait = time::Duration::seconds(
+                            (1i64 << row.attempts.clamp(1, 6).saturating_sub(1)).min(LONGEST_PARK_SECONDS),
+                        );
+                        warn!(session.id = %row.session_id, topic = row.topic, reason = refusal.reason, "Kafka refused the pointer of {}", row.session_id);
+                        self.store.park(row, &refusal.reason, now + wait, now).await?;
+                        self.wakes.changed(row.session_id);
+                    }
+                }
+                self.store.unstamp(owned.shard, batch).await?;
+                // Nobody in particular is to blame: singly, the culprit shows.
+                if let Some(held) = slot.as_mut().filter(|_| refused.iter().all(|refusal| !refusal.permanent)) {
+                    held.one_by_one = true;
+                }
+                self.wakes.relay.notify_one();
+                Ok(marked)
+            }
+            Err(PublishError::Retry(why)) => {
+                warn!(shard = owned.shard, why, "shard {} tries again", owned.shard);
+                self.store.unstamp(owned.shard, batch).await?;
+                Ok(0)
+            }
+            // The stamp stays: the next owner, perhaps we, reads the marker first.
+            Err(error @ (PublishError::Fenced(_) | PublishError::Lost(_))) => {
+                warn!(shard = owned.shard, %error, "shard {} is to be taken anew", owned.shard);
+                *slot = None;
+                Ok(0)
+            }
+        }
+    }
+
+    async fn mark(&self, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {
+        if !placed.is_empty() {
+            self.store.published(placed, now).await?;
+            for placed in placed {
+                self.wakes.changed(placed.session_id);
+            }
+        }
+        Ok(placed.len())
+    }
+}
+
+pub(crate) fn record(row: &Waiting) -> Record {
+    Record {
+        upload_id: row.session_id,
+        topic: row.topic.clone(),
+        partition: row.partition,
+        key: row.key.clone(),
+        value: row.value.clone().into_bytes(),
+        headers: row.headers.iter().map(|(name, value)| (name.clone(), value.clone().into_bytes())).collect(),
+    }
+}
+
+fn placed(delivered: &Delivered) -> Placed {
+    let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(delivered.timestamp_ms) * 1_000_000);
+    Placed {
+        session_id: delivered.upload_id,
+        partition: delivered.partition,
+        offset: delivered.offset,
+        at: at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
+    }
+}

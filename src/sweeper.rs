@@ -1,0 +1,102 @@
+//! The sweeper: ends what is overdue, and removes what failed uploads left in S3.
+//!
+//! It decides in PostgreSQL first and destroys in S3 after, and it sweeps every failed session once more when the
+//! last URL has ended and the longest PUT begun under it has landed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lfs_broker_client::api::UploadState;
+use time::OffsetDateTime;
+use tracing::{info, warn};
+
+use crate::finish::place;
+use crate::objects::{self, Objects};
+use crate::session::Session;
+use crate::store::{self, Move, Store};
+use crate::wakes::Wakes;
+
+/// Sessions a pass; the next pass takes the next ones.
+const BATCH: i64 = 100;
+/// How long an idempotency key outlives its session's last change.
+const KEEP_KEYS: time::Duration = time::Duration::hours(24);
+/// How long S3 may still work on a request whose sender has given up.
+const S3_TIME_OUT: time::Duration = time::Duration::seconds(60);
+
+/// How often it sweeps, and how long a PUT may take.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `LFS_BROKER_SWEEP_SECONDS`.
+    pub every: Duration,
+    /// `LFS_BROKER_LONGEST_PUT_SECONDS`: a PUT begun before its URL ended may land this much later.
+    pub longest_put: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(60), longest_put: Duration::from_secs(3600) }
+    }
+}
+
+/// Ends and removes.
+pub(crate) struct Sweeper {
+    pub(crate) store: Store,
+    pub(crate) objects: Objects,
+    pub(crate) wakes: Arc<Wakes>,
+    pub(crate) settings: Settings,
+    /// The longest a lease can outlive the move that ended it.
+    pub(crate) lease: Duration,
+    pub(crate) shards: i32,
+}
+
+impl Sweeper {
+    /// One pass over what is due; says how much it did.
+    pub(crate) async fn tick(&self) -> Result<usize, store::Error> {
+        let now = self.store.now().await?;
+        let mut done = 0;
+        for session in self.store.overdue(now, BATCH).await? {
+            done += usize::from(expire(&self.store, session, now, self.shards).await?);
+        }
+        for session in self.store.cleanup_due(now, BATCH).await? {
+            match self.remove(&session).await {
+                Ok(()) => {
+                    self.store.set_cleanup(session.id, self.next_pass(&session, now)).await?;
+                    done += 1;
+                }
+                Err(error) => {
+                    warn!(session.id = %session.id, %error, "could not clean up after {}", session.id);
+                    self.store.set_cleanup(session.id, Some(now + self.settings.every)).await?;
+                }
+            }
+        }
+        self.store.forget_keys(now - KEEP_KEYS, 1000).await?;
+        Ok(done)
+    }
+
+    async fn remove(&self, session: &Session) -> Result<(), objects::Error> {
+        let place = place(session);
+        let uploads = self.objects.abort_uploads(&place, session.s3_upload_id.as_deref()).await?;
+        let versions = self.objects.delete_versions(&place).await?;
+        info!(session.id = %session.id, uploads, versions, "cleaned up after {}", session.id);
+        Ok(())
+    }
+
+    /// When S3 must be swept again: a PUT or a completion that was under way may land after this pass.
+    fn next_pass(&self, session: &Session, now: OffsetDateTime) -> Option<OffsetDateTime> {
+        let last_put = session.expires_at + self.settings.longest_put;
+        let last_completion = session.updated_at + self.lease + S3_TIME_OUT;
+        let last = last_put.max(last_completion);
+        (now < last).then_some(last)
+    }
+}
+
+/// Ends a session whose time is over; `false` when it is not, or when somebody moved it first.
+pub(crate) async fn expire(store: &Store, session: Session, now: OffsetDateTime, shards: i32) -> Result<bool, store::Error> {
+    let Some(expired) = session.expire(now) else { return Ok(false) };
+    let step = Move { from: UploadState::Open, to: &expired, reason: "it was not completed in time", by: "sweeper", now };
+    match store.save(&step, shards).await {
+        Ok(_) => Ok(true),
+        Err(store::Error::Moved(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
