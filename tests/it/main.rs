@@ -10,6 +10,7 @@ mod idempotency;
 mod integrity;
 mod listing;
 mod multipart;
+mod openapi;
 mod order;
 mod parts;
 mod peer;
