@@ -408,6 +408,7 @@ pub struct UploadPage {
 #[serde(deny_unknown_fields)]
 pub struct ReadUpload {
     /// Wait up to this many seconds (at most 30) for a change.
+    #[cfg_attr(feature = "openapi", param(maximum = 30))]
     pub wait: Option<u64>,
     /// Answer as soon as the version is not this one; the one at arrival when absent.
     pub version: Option<i64>,
@@ -421,6 +422,7 @@ pub struct ListUploads {
     /// Only this topic.
     pub topic: Option<String>,
     /// Only these states; may repeat.
+    #[cfg_attr(feature = "openapi", param(required = false))]
     pub state: Vec<UploadState>,
     /// Only keys that begin so.
     pub key_prefix: Option<String>,
@@ -431,6 +433,7 @@ pub struct ListUploads {
     /// Only this tenant; for administrators.
     pub tenant: Option<String>,
     /// Items a page: 1 to 200, 50 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before, with the same filters.
     pub cursor: Option<String>,
@@ -512,7 +515,7 @@ pub struct CompleteUpload {
     pub sha256: Option<Sha256>,
     /// Accepted for clients that send part lists, and ignored: the broker asks S3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<BTreeMap<String, String>>>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Object>>))]
     pub parts: Option<serde_json::Value>,
 }
 
@@ -696,6 +699,7 @@ pub struct TopicPage {
 #[serde(deny_unknown_fields)]
 pub struct ListTopics {
     /// Items a page: 1 to 200, 50 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before.
     pub cursor: Option<String>,

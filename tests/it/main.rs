@@ -6,6 +6,7 @@
 mod harness;
 
 mod abort;
+mod house;
 mod idempotency;
 mod integrity;
 mod listing;

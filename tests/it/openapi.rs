@@ -131,6 +131,23 @@ fn every_operation_behind_a_token_documents_what_can_go_wrong() {
     assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
 }
 
+#[test]
+fn no_query_is_required_and_limits_are_told() {
+    for (method, path, operation) in operations(&document()) {
+        for parameter in operation["parameters"].as_array().into_iter().flatten() {
+            let of_path = parameter["in"] == "path";
+            assert_eq!(parameter["required"].as_bool().unwrap_or(false), of_path, "{method} {path}: {parameter}");
+            match parameter["name"].as_str().unwrap() {
+                "limit" => {
+                    assert_eq!((&parameter["schema"]["minimum"], &parameter["schema"]["maximum"]), (&json!(1), &json!(200)))
+                }
+                "wait" => assert_eq!(parameter["schema"]["maximum"], 30),
+                _ => {}
+            }
+        }
+    }
+}
+
 /// Reads an example as the type that it is an example of.
 fn reads<T: serde::de::DeserializeOwned>(document: &Value, name: &str) {
     let example = &document["components"]["schemas"][name]["example"];
