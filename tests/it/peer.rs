@@ -155,7 +155,7 @@ async fn keys_spread_over_partitions_as_javas_partitioner_does() {
     ];
     join_all(keys.iter().map(|key| house.publish(key.as_bytes(), json!({"key": key})))).await;
     house.publish(b"bytes", json!({"key_base64": "/wD+"})).await;
-    house.publish(b"asked", json!({"key": "21", "partition": (murmur2(b"21") & 0x7fff_ffff) as i32 % 3 ^ 1})).await;
+    house.publish(b"asked", json!({"key": "21", "partition": ((murmur2(b"21") & 0x7fff_ffff) as i32 % 3) ^ 1})).await;
     let records = house.records(&house.topic).await;
     let by_key = |key: &[u8]| -> Vec<i32> {
         records.iter().filter(|record| record.key.as_deref() == Some(key)).map(|record| record.partition).collect()
