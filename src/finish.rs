@@ -1,4 +1,5 @@
-//! What is done to a session under a lease: finish the object in S3, look at it, and write the outcome.
+//! What is done to a session under a lease: finish the object in S3, look at it, and write the outcome; and how a
+//! session ends whose time is over.
 //!
 //! The broker does it when a client completes, the verifier when bytes must be read or a lease ran out. Any of it
 //! may be done twice: a takeover looks before it touches, and the outcome is written under the version that was read.
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use lfs_broker_client::api::UploadState;
 use lfs_broker_client::checksum::Sha256;
+use time::OffsetDateTime;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -248,6 +250,17 @@ impl Finisher {
         if let Err(error) = released.await {
             warn!(session.id = %id, %error, "could not give back the lease on {id}; it will run out");
         }
+    }
+}
+
+/// Ends a session whose time is over; `false` when it is not, or when somebody moved it first.
+pub(crate) async fn expire(store: &Store, session: Session, now: OffsetDateTime, shards: i32) -> Result<bool, store::Error> {
+    let Some(expired) = session.expire(now) else { return Ok(false) };
+    let step = Move { from: UploadState::Open, to: &expired, reason: "it was not completed in time", by: "sweeper", now };
+    match store.save(&step, shards).await {
+        Ok(_) => Ok(true),
+        Err(store::Error::Moved(_)) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -3,11 +3,15 @@
 //! Pure: no I/O, no clock, no randomness. A state carries exactly what is known once it is reached, a move
 //! takes `self` and gives back the next session or a [`Refusal`], and every move answers every state.
 
+mod refusal;
+
 use lfs_broker_client::api::{FieldError, Integrity, UploadState};
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256, composite};
 use lfs_broker_client::pointer::Pointer;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
+
+pub use refusal::{Refusal, Rejection};
 
 /// Most parts of a multipart upload (Amazon S3, "Multipart upload limits").
 pub const MAX_PARTS: u64 = 10_000;
@@ -174,111 +178,6 @@ pub(crate) struct Session {
     pub(crate) expires_latest_at: OffsetDateTime,
     /// Why it went back to open, or is not published yet.
     pub(crate) trouble: Option<Trouble>,
-}
-
-/// Why a move is refused: the caller's doing, told to the caller.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum Refusal {
-    /// Nothing is in S3 under the session's key.
-    #[error("no object was put: send the bytes, then complete again")]
-    ObjectMissing,
-    /// Some parts are not in S3.
-    #[error("{} of {parts} parts are missing", missing.len())]
-    PartsIncomplete {
-        /// The numbers that are missing.
-        missing: Vec<u32>,
-        /// How many there should be.
-        parts: u32,
-    },
-    /// The object has another size.
-    #[error("promised {promised} bytes, found {found}")]
-    Size {
-        /// Bytes promised.
-        promised: u64,
-        /// Bytes found.
-        found: u64,
-    },
-    /// The object has other bytes.
-    #[error("promised {promised}, found {found}")]
-    Checksum {
-        /// The digest promised.
-        promised: String,
-        /// The digest found.
-        found: String,
-    },
-    /// The object does not bear our write token: somebody else wrote it.
-    #[error("the object does not bear this upload's write token")]
-    Foreign,
-    /// The sha256 is missing, or is another one than promised.
-    #[error("{0}")]
-    Sha256(&'static str),
-    /// Somebody completes it at this moment.
-    #[error("a completion is at work")]
-    InProgress,
-    /// The time to complete is over.
-    #[error("the upload expired at {0}")]
-    Expired(OffsetDateTime),
-    /// It was taken back.
-    #[error("the upload was aborted")]
-    Aborted,
-    /// It was rejected before; the same answer again.
-    #[error("{}", .0.detail)]
-    Rejected(Box<Rejection>),
-    /// The state does not allow it.
-    #[error("the upload is {0}")]
-    State(UploadState),
-    /// The state would allow it, the parts asked for do not.
-    #[error("{0}")]
-    Conflict(String),
-}
-
-/// A stored rejection.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rejection {
-    /// The code of the first answer.
-    pub code: String,
-    /// Its detail.
-    pub detail: String,
-}
-
-impl Refusal {
-    /// The code of API.md's error table.
-    pub fn code(&self) -> &str {
-        match self {
-            Self::ObjectMissing => "object-missing",
-            Self::PartsIncomplete { .. } => "parts-incomplete",
-            Self::Size { .. } => "size-mismatch",
-            Self::Checksum { .. } => "checksum-mismatch",
-            Self::Foreign => "object-foreign",
-            Self::Sha256(_) => "validation-failed",
-            Self::InProgress => "completion-in-progress",
-            Self::Expired(_) => "upload-expired",
-            Self::Aborted => "upload-aborted",
-            Self::Rejected(rejection) => &rejection.code,
-            Self::State(_) | Self::Conflict(_) => "state-conflict",
-        }
-    }
-
-    fn items(&self) -> Vec<FieldError> {
-        match self {
-            // A page of them is enough to go on with; the rest is in GET's `missing_parts`.
-            Self::PartsIncomplete { missing, .. } => missing
-                .iter()
-                .take(100)
-                .map(|number| FieldError {
-                    pointer: format!("/parts/{}", number - 1),
-                    detail: format!("part {number} is missing"),
-                })
-                .collect(),
-            Self::Sha256(detail) => vec![FieldError { pointer: "/sha256".to_owned(), detail: (*detail).to_owned() }],
-            _ => Vec::new(),
-        }
-    }
-
-    /// The form that is stored.
-    pub(crate) fn trouble(&self) -> Trouble {
-        Trouble { code: self.code().to_owned(), detail: self.to_string(), items: self.items() }
-    }
 }
 
 impl Session {
@@ -515,12 +414,6 @@ pub(crate) fn reachable(algorithm: Algorithm) -> Integrity {
         Algorithm::Sha256 => Integrity::Sha256,
         Algorithm::Crc64nvme | Algorithm::Crc32c | Algorithm::Crc32 | Algorithm::Md5 => Integrity::Checksum,
         Algorithm::None => Integrity::Size,
-    }
-}
-
-impl From<Trouble> for Rejection {
-    fn from(trouble: Trouble) -> Self {
-        Self { code: trouble.code, detail: trouble.detail }
     }
 }
 

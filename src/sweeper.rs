@@ -6,14 +6,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use lfs_broker_client::api::UploadState;
 use time::OffsetDateTime;
 use tracing::{info, warn};
 
-use crate::finish::place;
+use crate::finish::{expire, place};
 use crate::objects::{self, Objects};
 use crate::session::Session;
-use crate::store::{self, Move, Store};
+use crate::store::{self, Store};
 use crate::wakes::Wakes;
 
 /// Sessions a pass; the next pass takes the next ones.
@@ -87,16 +86,5 @@ impl Sweeper {
         let last_completion = session.updated_at + self.lease + S3_TIME_OUT;
         let last = last_put.max(last_completion);
         (now < last).then_some(last)
-    }
-}
-
-/// Ends a session whose time is over; `false` when it is not, or when somebody moved it first.
-pub(crate) async fn expire(store: &Store, session: Session, now: OffsetDateTime, shards: i32) -> Result<bool, store::Error> {
-    let Some(expired) = session.expire(now) else { return Ok(false) };
-    let step = Move { from: UploadState::Open, to: &expired, reason: "it was not completed in time", by: "sweeper", now };
-    match store.save(&step, shards).await {
-        Ok(_) => Ok(true),
-        Err(store::Error::Moved(_)) => Ok(false),
-        Err(error) => Err(error),
     }
 }

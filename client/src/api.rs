@@ -312,6 +312,16 @@ pub struct UploadError {
 /// An upload: the answer to open, and to every reading of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "open", "version": 1, "mode": "single",
+    "topic": "videos", "key": "order-17", "bucket": "lfs", "object_key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
+    "upload": {"method": "PUT",
+    "url": "https://s3.example.com/lfs/acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a?X-Amz-Signature=0a1b",
+        "headers": {"content-length": "5", "content-type": "video/mp4", "if-none-match": "*",
+            "x-amz-checksum-sha256": "LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=",
+            "x-amz-meta-lfs-upload-id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a"},
+        "expires_at": "2026-11-21T06:50:00Z", "expires_in": 900},
+    "created_at": "2026-11-21T06:35:00.5Z", "updated_at": "2026-11-21T06:35:00.5Z",
+    "expires_at": "2026-11-21T07:35:00.5Z", "expires_in": 3600})))]
 pub struct Upload {
     /// The upload's id, a UUID of version 7.
     pub id: Uuid,
@@ -398,6 +408,7 @@ pub struct UploadPage {
 #[serde(deny_unknown_fields)]
 pub struct ReadUpload {
     /// Wait up to this many seconds (at most 30) for a change.
+    #[cfg_attr(feature = "openapi", param(maximum = 30))]
     pub wait: Option<u64>,
     /// Answer as soon as the version is not this one; the one at arrival when absent.
     pub version: Option<i64>,
@@ -411,6 +422,7 @@ pub struct ListUploads {
     /// Only this topic.
     pub topic: Option<String>,
     /// Only these states; may repeat.
+    #[cfg_attr(feature = "openapi", param(required = false))]
     pub state: Vec<UploadState>,
     /// Only keys that begin so.
     pub key_prefix: Option<String>,
@@ -421,6 +433,7 @@ pub struct ListUploads {
     /// Only this tenant; for administrators.
     pub tenant: Option<String>,
     /// Items a page: 1 to 200, 50 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before, with the same filters.
     pub cursor: Option<String>,
@@ -446,6 +459,9 @@ pub struct Transition {
 /// Every transition of an upload, oldest first.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"items": [
+    {"at": "2026-11-21T06:35:00.5Z", "from": null, "to": "open", "reason": "opened", "by": "client:producer-1"},
+    {"at": "2026-11-21T06:35:58Z", "from": "open", "to": "completing", "reason": "complete was asked for", "by": "client:producer-1"}]})))]
 pub struct History {
     /// The transitions.
     pub items: Vec<Transition>,
@@ -480,6 +496,9 @@ pub struct PartRequest {
 /// Signed parts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"parts": [{"part_number": 1, "offset": 0, "size": 16777216, "method": "PUT",
+    "url": "https://s3.example.com/lfs/acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a?partNumber=1&X-Amz-Signature=0a1b",
+    "headers": {"content-length": "16777216"}, "expires_at": "2026-11-21T06:50:00Z", "expires_in": 900}]})))]
 pub struct SignedParts {
     /// In the order they were asked for.
     pub parts: Vec<SignedPart>,
@@ -488,6 +507,7 @@ pub struct SignedParts {
 /// Completes an upload.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"})))]
 #[serde(deny_unknown_fields)]
 pub struct CompleteUpload {
     /// SHA-256 of the whole, required where open did not bring a checksum.
@@ -495,13 +515,19 @@ pub struct CompleteUpload {
     pub sha256: Option<Sha256>,
     /// Accepted for clients that send part lists, and ignored: the broker asks S3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<BTreeMap<String, String>>>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Object>>))]
     pub parts: Option<serde_json::Value>,
 }
 
 /// The answer to complete: 200 with `record`, or 202 without.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "published",
+    "pointer": {"kfs_lfs": 1, "bucket": "lfs",
+    "key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
+    "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4", "created_at": "2026-11-21T06:35:59Z"},
+    "integrity": "sha256",
+    "record": {"topic": "videos", "partition": 3, "offset": 42, "timestamp": "2026-11-21T06:35:59.2Z"}})))]
 pub struct Completed {
     /// The upload.
     pub id: Uuid,
@@ -534,6 +560,10 @@ pub struct ResolveOptions {
 /// A pointer resolved: a GET that yields the bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"method": "GET",
+    "url": "https://s3.example.com/lfs/acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a?X-Amz-Signature=0a1b", "headers": {},
+    "expires_at": "2026-11-21T06:50:00Z", "expires_in": 900, "size": 5, "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",
+    "content_type": "video/mp4", "filename": "a.mp4", "integrity": "sha256", "upload_id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a"})))]
 pub struct Resolved {
     /// The request.
     #[serde(flatten)]
@@ -555,6 +585,7 @@ pub struct Resolved {
 /// A pointer that is sound.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"valid": true, "size": 5, "integrity": "sha256"})))]
 pub struct Validated {
     /// Always true; what is not valid is a problem.
     pub valid: bool,
@@ -578,6 +609,9 @@ pub enum ResolveAnswer {
 /// What is allowed on a topic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
+    "bucket": null, "prefix": "lake", "checksums": ["sha256"], "min_integrity": "parts-sha256", "content_types": ["video/*"],
+    "session_seconds": 3600, "session_max_seconds": 86400, "url_seconds": 900, "kms_key_id": null, "retention": "keep"})))]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     /// Whether uploads may be opened.
@@ -665,6 +699,7 @@ pub struct TopicPage {
 #[serde(deny_unknown_fields)]
 pub struct ListTopics {
     /// Items a page: 1 to 200, 50 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before.
     pub cursor: Option<String>,
@@ -673,6 +708,9 @@ pub struct ListTopics {
 /// An error, as RFC 9457 writes it (`application/problem+json`).
 #[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"type": "/problems/size-mismatch", "title": "Size mismatch", "status": 422,
+    "detail": "promised 5 bytes, found 4", "code": "size-mismatch", "request_id": "9a0f3c52-6b1e-4a3e-9d55-2f0e4f7f5c11",
+    "retryable": false, "upload_state": "rejected"})))]
 #[error("{status} {code}: {detail}")]
 pub struct Problem {
     /// `/problems/<code>`: what the error means.

@@ -15,6 +15,9 @@ const MARKER_WINDOW_BYTES: usize = 50;
 /// What the broker publishes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"kfs_lfs": 1, "bucket": "lfs",
+    "key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
+    "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4", "created_at": "2026-11-21T06:35:59Z"})))]
 pub struct Pointer {
     /// The version of the envelope: 1.
     pub kfs_lfs: u32,

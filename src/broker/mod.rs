@@ -18,13 +18,13 @@ use uuid::Uuid;
 pub(crate) use open::OpenContext;
 
 use crate::auth::Caller;
-use crate::finish::Finisher;
+use crate::finish::{self, Finisher};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
+use crate::policy;
 use crate::session::{self, Session};
 use crate::store::{self, Deployment, Quota, Store};
 use crate::wakes::Wakes;
-use crate::{policy, sweeper};
 
 /// How patient the broker is, and how generous.
 #[derive(Debug, Clone)]
@@ -140,7 +140,7 @@ impl Broker {
             return Ok(session);
         }
         let id = session.id;
-        if sweeper::expire(&self.store, session, now, self.deployment.shards).await? {
+        if finish::expire(&self.store, session, now, self.deployment.shards).await? {
             self.wakes.sweeper.notify_one();
             self.wakes.changed(id);
         }

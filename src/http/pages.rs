@@ -71,7 +71,7 @@ impl Part {
 /// Liveness
 ///
 /// 200 while the process serves.
-#[utoipa::path(get, path = "/healthz", operation_id = "getHealth", tag = "operations", responses((status = 200, description = "Alive", body = Health)))]
+#[utoipa::path(get, path = "/healthz", operation_id = "getHealth", tag = "operations", security(()), responses((status = 200, description = "Alive", body = Health)))]
 async fn healthz(_: Fits) -> Json<Health> {
     Json(Health { status: "ok" })
 }
@@ -80,7 +80,7 @@ async fn healthz(_: Fits) -> Json<Health> {
 ///
 /// 200 while uploads can be opened and completed, with reasons where not.
 #[utoipa::path(
-    get, path = "/readyz", operation_id = "getReadiness", tag = "operations",
+    get, path = "/readyz", operation_id = "getReadiness", tag = "operations", security(()),
     responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready", body = Readiness))
 )]
 async fn readyz(_: Fits, State(app): State<App>) -> Response {
@@ -105,7 +105,7 @@ async fn readyz(_: Fits, State(app): State<App>) -> Response {
 ///
 /// This document: OpenAPI 3.1.
 #[utoipa::path(
-    get, path = "/openapi.json", operation_id = "getContract", tag = "operations",
+    get, path = "/openapi.json", operation_id = "getContract", tag = "operations", security(()),
     responses((status = 200, description = "The document", body = serde_json::Value))
 )]
 async fn contract(_: Fits) -> Response {
@@ -118,7 +118,7 @@ async fn contract(_: Fits) -> Response {
 ///
 /// What an error code means: the page that a problem's `type` names.
 #[utoipa::path(
-    get, path = "/problems/{code}", operation_id = "explainProblem", tag = "operations",
+    get, path = "/problems/{code}", operation_id = "explainProblem", tag = "operations", security(()),
     params(("code" = String, Path, description = "The code")),
     responses((status = 200, description = "What it means", body = String, content_type = "text/html"), (status = 404, description = "No such code", body = api::Problem, content_type = "application/problem+json"))
 )]

@@ -1,0 +1,257 @@
+//! The contract as a document: committed, served, complete and true.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use lfs_broker_client::api;
+use lfs_broker_client::pointer::Pointer;
+use serde_json::{Value, json};
+
+use crate::harness::House;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn document() -> Value {
+    serde_json::to_value(lfs_broker::http::openapi()).unwrap()
+}
+
+/// Every operation: method, path, operation.
+fn operations(document: &Value) -> Vec<(String, String, Value)> {
+    let mut operations = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            operations.push((method.to_uppercase(), path.clone(), operation.clone()));
+        }
+    }
+    operations
+}
+
+#[test]
+fn the_committed_document_is_that_of_the_handlers() {
+    let path = root().join("openapi/openapi.json");
+    let current = serde_json::to_string_pretty(&lfs_broker::http::openapi()).unwrap() + "\n";
+    if std::env::var_os("UPDATE_OPENAPI").is_some() {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, &current).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == current,
+        "openapi/openapi.json is not current: UPDATE_OPENAPI=1 cargo test --test it openapi, and review the diff"
+    );
+}
+
+#[tokio::test]
+async fn the_served_document_is_the_committed_one() {
+    let house = House::new().await;
+    let served = house.get("/openapi.json").await.expect(200);
+    assert_eq!(served.headers["content-type"], "application/json");
+    assert_eq!(served.json, document());
+    assert!(served.json["openapi"].as_str().unwrap().starts_with("3.1"));
+}
+
+/// The text between `open` and the next `"` after each place where it stands.
+fn quoted<'a>(text: &'a str, open: &str) -> Vec<&'a str> {
+    text.split(open).skip(1).filter_map(|rest| rest.split('"').next()).collect()
+}
+
+#[test]
+fn every_route_of_the_router_is_in_the_document() {
+    let document = document();
+    let documented: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+    let mut routed = BTreeSet::new();
+    let mut handlers = 0;
+    for entry in std::fs::read_dir(root().join("src/http")).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        handlers += text.matches("#[utoipa::path(").count();
+        routed.extend(quoted(&text, "path = \"").into_iter().filter(|path| path.starts_with('/')).map(str::to_owned));
+        routed.extend(quoted(&text, ".route(\"").into_iter().map(str::to_owned));
+    }
+    assert_eq!(documented, routed.iter().map(String::as_str).collect());
+    assert_eq!(operations(&document).len(), handlers);
+    for path in [
+        "/lfs/uploads",
+        "/lfs/uploads/{id}",
+        "/lfs/uploads/{id}/history",
+        "/lfs/uploads/{id}/parts",
+        "/lfs/uploads/{id}/complete",
+    ] {
+        assert!(documented.contains(path), "{path}");
+    }
+    for path in ["/lfs/resolve", "/lfs/topics", "/lfs/topics/{topic}", "/healthz", "/readyz", "/openapi.json", "/problems/{code}"]
+    {
+        assert!(documented.contains(path), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn every_documented_operation_is_served() {
+    let house = House::new().await;
+    for (method, path, _) in operations(&document()) {
+        let path = path.replace("{id}", "x").replace("{topic}", "x").replace("{code}", "internal");
+        let answer = house.send(house.request(&method, &path)).await;
+        assert!(!["not-found", "method-not-allowed"].contains(&answer.code()), "{method} {path}: {}", answer.text);
+    }
+}
+
+#[test]
+fn every_operation_has_its_own_id_and_says_what_it_does() {
+    let document = document();
+    let mut ids = BTreeSet::new();
+    for (method, path, operation) in operations(&document) {
+        let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
+        assert!(ids.insert(id.to_owned()), "{id} is there twice");
+        assert!(id.bytes().all(|byte| byte.is_ascii_alphanumeric()), "{id}");
+        for member in ["summary", "description"] {
+            assert!(operation[member].as_str().is_some_and(|text| text.len() > 5), "{id} has no {member}");
+        }
+        assert_eq!(operation["tags"].as_array().unwrap().len(), 1, "{id}");
+    }
+}
+
+#[test]
+fn every_operation_behind_a_token_documents_what_can_go_wrong() {
+    let document = document();
+    for (method, path, operation) in operations(&document) {
+        let answers = operation["responses"].as_object().unwrap();
+        assert!(answers.keys().any(|status| status.starts_with('2')), "{method} {path}");
+        if !path.starts_with("/lfs/") {
+            assert_eq!(operation["security"], json!([{}]), "{method} {path} needs no token");
+            continue;
+        }
+        assert!(operation["security"].is_null(), "{method} {path} needs what the document says");
+        for status in ["4XX", "503"] {
+            let problem = &answers[status]["content"]["application/problem+json"]["schema"]["$ref"];
+            assert_eq!(problem, "#/components/schemas/Problem", "{method} {path} {status}");
+        }
+    }
+    assert_eq!(document["security"], json!([{"bearer": []}]));
+    assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
+}
+
+#[test]
+fn no_query_is_required_and_limits_are_told() {
+    for (method, path, operation) in operations(&document()) {
+        for parameter in operation["parameters"].as_array().into_iter().flatten() {
+            let of_path = parameter["in"] == "path";
+            assert_eq!(parameter["required"].as_bool().unwrap_or(false), of_path, "{method} {path}: {parameter}");
+            match parameter["name"].as_str().unwrap() {
+                "limit" => {
+                    assert_eq!((&parameter["schema"]["minimum"], &parameter["schema"]["maximum"]), (&json!(1), &json!(200)))
+                }
+                "wait" => assert_eq!(parameter["schema"]["maximum"], 30),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Reads an example as the type that it is an example of.
+fn reads<T: serde::de::DeserializeOwned>(document: &Value, name: &str) {
+    let example = &document["components"]["schemas"][name]["example"];
+    assert!(example.is_object(), "{name} has no example");
+    if let Err(error) = serde_json::from_value::<T>(example.clone()) {
+        panic!("{name}'s example is none: {error}");
+    }
+}
+
+#[test]
+fn the_examples_are_true() {
+    let document = document();
+    reads::<api::OpenUpload>(&document, "OpenUpload");
+    reads::<api::Upload>(&document, "Upload");
+    reads::<api::History>(&document, "History");
+    reads::<api::SignParts>(&document, "SignParts");
+    reads::<api::SignedParts>(&document, "SignedParts");
+    reads::<api::CompleteUpload>(&document, "CompleteUpload");
+    reads::<api::Completed>(&document, "Completed");
+    reads::<Pointer>(&document, "Pointer");
+    reads::<api::Policy>(&document, "Policy");
+    reads::<api::Problem>(&document, "Problem");
+    reads::<api::Resolved>(&document, "Resolved");
+    reads::<api::Validated>(&document, "Validated");
+}
+
+/// Holds an answer against a schema: no member that it lacks, none missing that it requires.
+fn fits(document: &Value, name: &str, answer: &Value) {
+    let schema = &document["components"]["schemas"][name];
+    let all: Vec<&Value> = match schema["allOf"].as_array() {
+        Some(parts) => {
+            parts.iter().map(|part| part["$ref"].as_str().map_or(part, |place| document.pointer(&place[1..]).unwrap())).collect()
+        }
+        None => vec![schema],
+    };
+    let members = answer.as_object().unwrap_or_else(|| panic!("{name}: {answer}"));
+    for member in members.keys() {
+        assert!(all.iter().any(|part| part["properties"].get(member).is_some()), "{name} does not document {member}");
+    }
+    for required in all.iter().filter_map(|part| part["required"].as_array()).flatten() {
+        assert!(members.contains_key(required.as_str().unwrap()), "{name} requires {required}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn answers_have_the_members_that_the_document_tells() {
+    let house = House::new().await;
+    let document = document();
+    let opened = house.open(b"hello", json!({"key": "k"})).await.expect(201);
+    fits(&document, "Upload", &opened.json);
+    fits(&document, "SignedRequest", &opened.json["upload"]);
+    let multipart = house.open(&vec![0; 6 << 20], json!({"part_size": 5 << 20})).await.expect(201);
+    fits(&document, "Upload", &multipart.json);
+    fits(&document, "SignedPart", &multipart.json["parts"][0]);
+    fits(&document, "Upload", &house.upload(&multipart.id()).await.json);
+    house.put(&opened.json["upload"], b"hello").await.expect(200);
+    let done = house.complete(&opened.id()).await.expect(200).json;
+    fits(&document, "Completed", &done);
+    fits(&document, "Pointer", &done["pointer"]);
+    fits(&document, "Record", &done["record"]);
+    fits(&document, "Upload", &house.upload(&opened.id()).await.json);
+    fits(&document, "UploadPage", &house.get("/lfs/uploads").await.json);
+    let history = house.get(&format!("/lfs/uploads/{}/history", opened.id())).await.json;
+    fits(&document, "History", &history);
+    fits(&document, "Transition", &history["items"][0]);
+    fits(&document, "Resolved", &house.send_json("POST", "/lfs/resolve", record(&house).await).await.expect(200).json);
+    fits(
+        &document,
+        "Validated",
+        &house.send_json("POST", "/lfs/resolve?validate=true", record(&house).await).await.expect(200).json,
+    );
+    fits(&document, "Policy", &house.put_policy(&house.topic, &json!({})).await.expect(200).json);
+    fits(&document, "TopicPage", &house.get("/lfs/topics").await.expect(200).json);
+    fits(&document, "Problem", &house.get("/lfs/uploads?limit=0").await.expect(422).json);
+    fits(&document, "Problem", &house.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect(409).json);
+}
+
+async fn record(house: &House) -> Vec<u8> {
+    house.records(&house.topic).await[0].value.clone()
+}
+
+/// What a page loads: the values of `src`, `href` and `url(…)`.
+fn loads(html: &str) -> Vec<&str> {
+    ["src=\"", "href=\"", "src='", "href='", "url("]
+        .iter()
+        .flat_map(|open| html.split(open).skip(1).filter_map(|rest| rest.split(['"', '\'', ')']).next()))
+        .collect()
+}
+
+#[tokio::test]
+async fn the_docs_load_nothing_from_outside() {
+    assert_eq!(loads("<a href=\"https://cdn/x.js\">"), ["https://cdn/x.js"]);
+    let house = House::new().await;
+    let page = house.get("/docs/").await.expect(200);
+    assert!(page.headers["content-type"].to_str().unwrap().starts_with("text/html"));
+    let loaded = loads(&page.text);
+    assert!(loaded.len() >= 3, "{}", page.text);
+    for place in loaded {
+        assert!(!place.contains("//") && !place.starts_with("data:text"), "{place} is loaded from outside");
+        let path = Path::new("/docs").join(place.trim_start_matches("./"));
+        house.get(path.to_str().unwrap()).await.expect(200);
+    }
+    let start = house.get("/docs/swagger-initializer.js").await.expect(200);
+    assert!(start.text.contains("/openapi.json"));
+    assert!(!start.text.contains("http://") && !start.text.contains("https://"), "{}", start.text);
+    house.get("/docs").await.expect(200);
+}
