@@ -138,7 +138,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         shards: deployment.shards,
         owner,
     };
-    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner, settings.finish.lease);
+    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner);
     let sweeper = Sweeper {
         store: store.clone(),
         objects: objects.clone(),
