@@ -37,12 +37,16 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// `LFS_BROKER_PUBLIC_URL`: base of `Location`.
     pub public_url: Option<String>,
+    /// `LFS_BROKER_CORS_ORIGINS`: origins whose pages may call the API.
+    pub cors_origins: Vec<String>,
     /// PostgreSQL.
     pub store: store::Settings,
     /// S3.
     pub objects: objects::Settings,
     /// Kafka.
     pub kafka: kafka::Settings,
+    /// The door.
+    pub http: http::Settings,
     /// Tokens.
     pub auth: auth::Settings,
     /// How uploads are cut.
@@ -160,10 +164,10 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
     let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
     let public_url = settings.public_url.as_deref().unwrap_or_default().trim_end_matches('/').into();
-    let app = App { broker, auth: Arc::new(Auth::new(&settings.auth)?), public_url };
+    let app = App { broker, auth: Arc::new(Auth::new(&settings.auth)?), public_url, settings: settings.http.clone() };
     let (stop, stopped) = watch::channel(false);
     let work = vec![
-        tokio::spawn(serve(listener, app, stopped.clone())),
+        tokio::spawn(serve(listener, http::router(app, &settings.cors_origins), stopped.clone())),
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_sweeper(sweeper, stopped)),
@@ -216,9 +220,9 @@ async fn refuse_copy_source(settings: &Settings, objects: &Objects) -> Result<()
     if objects.probe(bucket).await?.refuses_copy_source() { Ok(()) } else { Err(Error::CopySource) }
 }
 
-async fn serve(listener: TcpListener, app: App, mut stopped: watch::Receiver<bool>) {
+async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::Receiver<bool>) {
     let mut late = stopped.clone();
-    let serving = axum::serve(listener, http::router(app)).with_graceful_shutdown(async move {
+    let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
         let _ = stopped.wait_for(|stopped| *stopped).await;
     });
     tokio::select! {

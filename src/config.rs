@@ -13,7 +13,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::kafka::Delivery;
-use crate::{app, auth, broker, finish, kafka, objects, policy, store, sweeper};
+use crate::{app, auth, broker, finish, http, kafka, objects, policy, store, sweeper};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,7 @@ const SETTINGS: &[(&str, &str, Kind)] = &[
     ("LFS_BROKER_LEASE_SECONDS", "lease_seconds", Kind::Number),
     ("LFS_BROKER_COMPLETE_WAIT_SECONDS", "complete_wait_seconds", Kind::Number),
     ("LFS_BROKER_DELIVERY", "delivery", Kind::Text),
+    ("LFS_BROKER_CORS_ORIGINS", "cors.origins", Kind::Text),
     ("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", Kind::Number),
     ("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Kind::Number),
 ];
@@ -95,6 +96,7 @@ struct File {
     jwt: JwtTable,
     topics: TopicsTable,
     tenant: TenantTable,
+    cors: CorsTable,
     single_put_max_bytes: Option<u64>,
     part_size_bytes: Option<u64>,
     session_seconds: Option<u64>,
@@ -157,11 +159,30 @@ struct TenantTable {
     reserved_bytes: Option<i64>,
 }
 
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct CorsTable {
+    /// Separated by commas.
+    origins: String,
+}
+
 /// Reads the settings of `serve`. `environment` gives a variable's value.
 ///
 /// # Errors
 /// Whatever is missing, unknown or of the wrong kind, with its name.
 pub fn load(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<app::Settings, Error> {
+    settings(gather(file, environment)?)
+}
+
+/// Reads where the database is: all that `migrate` needs.
+///
+/// # Errors
+/// As [`load`], but only the database must be named.
+pub fn load_store(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<store::Settings, Error> {
+    Ok(store::Settings::new(&gather(file, environment)?.database_url.ok_or(Error::Missing("DATABASE_URL"))?))
+}
+
+fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
     let mut table = match file {
         Some(path) => read(&path.display().to_string())?.parse::<Table>()?,
         None => Table::new(),
@@ -176,7 +197,7 @@ pub fn load(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -
             put(&mut table, place, typed(name, value, *kind)?);
         }
     }
-    settings(table.try_into()?)
+    Ok(table.try_into()?)
 }
 
 fn read(path: &str) -> Result<String, Error> {
@@ -230,6 +251,13 @@ fn settings(file: File) -> Result<app::Settings, Error> {
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
         public_url: file.public_url,
+        cors_origins: file
+            .cors
+            .origins
+            .split(',')
+            .map(|origin| origin.trim().to_owned())
+            .filter(|origin| !origin.is_empty())
+            .collect(),
         store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
         objects: file.s3,
         kafka: kafka::Settings {
@@ -241,6 +269,7 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             },
             create_topics: false,
         },
+        http: http::Settings::default(),
         auth: auth::Settings {
             mode: match file.auth.mode {
                 None | Some(ModeName::Jwt) => auth::Mode::Jwt,

@@ -1,6 +1,15 @@
 //! lfs-broker: the claim check for Kafka.
-
-#![allow(dead_code)]
+//!
+//! A tour of the house, from the front door down; imports point the same way.
+//!
+//! - [`cli`] reads the command line, [`config`] the settings; [`dev`] is the whole product on one machine.
+//! - [`app`] wires the parts, keeps the workers going, and ends them in order.
+//! - [`http`] is the door: the only place that knows axum and status codes.
+//! - [`broker`] moves when it is asked; the verifier, the relay and the [`sweeper`] are ticks that move when bytes must be
+//!   read, when a pointer waits, and as time passes. They meet in the store and never call each other. [`finish`] is
+//!   what the broker and the verifier both do under a lease.
+//! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
+//! - [`session`] and [`policy`] are the pure core: what is legal, without I/O, clock or chance.
 
 pub mod app;
 pub mod auth;

@@ -270,6 +270,7 @@ impl Refusal {
                     detail: format!("part {number} is missing"),
                 })
                 .collect(),
+            Self::Sha256(detail) => vec![FieldError { pointer: "/sha256".to_owned(), detail: (*detail).to_owned() }],
             _ => Vec::new(),
         }
     }
@@ -390,7 +391,7 @@ impl Session {
         }
         match proof_by_s3(&self.promise, found, parts)? {
             Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
-            _ => Ok(self.to_be_read(now)),
+            _ => Ok(self.needing_a_read(now)),
         }
     }
 
@@ -417,7 +418,7 @@ impl Session {
     }
 
     /// The lease ends here: whoever reads takes one of its own.
-    fn to_be_read(self, now: OffsetDateTime) -> Self {
+    fn needing_a_read(self, now: OffsetDateTime) -> Self {
         match self.state {
             State::Completing { lease, .. } => {
                 Self { state: State::Completing { lease: Lease { until: now, ..lease }, must_read: true }, ..self }
@@ -473,7 +474,7 @@ impl Session {
 
     /// Ends an open session whose time is over. `None`: there is nothing to end.
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
-        self.is_overdue(now).then(|| Self { state: State::Expired, ..self })
+        if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 }
 

@@ -55,7 +55,7 @@ fn every_state() -> Vec<Session> {
     vec![
         base.clone(),
         completing(promise(Algorithm::Sha256)),
-        completing(promise(Algorithm::Sha256)).to_be_read(NOW + Duration::seconds(30)),
+        completing(promise(Algorithm::Sha256)).needing_a_read(NOW + Duration::seconds(30)),
         verified,
         with(published),
         with(State::Aborted),

@@ -353,7 +353,7 @@ pub struct Upload {
     /// The parts that S3 lacks as inclusive ranges `[from, to]`, while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_parts: Option<Vec<[u32; 2]>>,
-    /// What to do next; absent in lists.
+    /// What to do next; absent where S3 was not asked: in the answer to open, and in lists while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Next>,
     /// The pointer, once the bytes are verified.

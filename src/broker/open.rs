@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use lfs_broker_client::api::{OpenUpload, PARTS_PER_CALL, SignParts, SignedPart, SignedParts, SignedRequest, Upload};
-use lfs_broker_client::checksum::Sha256;
+use lfs_broker_client::checksum::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::{ContextV7, Timestamp, Uuid};
 
@@ -12,7 +14,7 @@ use super::{Broker, Error, refused};
 use crate::auth::Caller;
 use crate::finish::place;
 use crate::objects::{Put, Signed};
-use crate::policy::{self, wrong};
+use crate::policy::{self, Shaped, wrong};
 use crate::session::{Hashes, Layout, Refusal, Session, State};
 use crate::store::Created;
 
@@ -33,8 +35,8 @@ pub(crate) struct Opened {
 impl Broker {
     /// Opens an upload, or gives back the one that the idempotency key opened before.
     pub(crate) async fn open(&self, caller: &Caller, request: OpenUpload, context: OpenContext) -> Result<Opened, Error> {
-        let digest = Sha256::of(&serde_json::to_vec(&request).expect("a request has only strings and numbers"));
         let shaped = policy::shape(request)?;
+        let digest = meaning(&shaped);
         let topic = shaped.request.topic.clone();
         if !caller.may_use(&topic) {
             return Err(Error::TopicForbidden(topic));
@@ -102,8 +104,7 @@ impl Broker {
                     Hashes::Deferred => 0,
                     Hashes::None | Hashes::Given => parts.min(u32::try_from(PARTS_PER_CALL).expect("100")),
                 };
-                let wanted: Vec<(u32, Option<Sha256>)> =
-                    (1..=window).map(|number| (number, hashes.get(number as usize - 1).copied())).collect();
+                let wanted: Vec<Wanted> = (1..=window).map(|number| (number, hashes.get(number as usize - 1).copied())).collect();
                 upload.parts = Some(self.sign(&session, &upload_id, &wanted, now).await?);
             }
         }
@@ -139,9 +140,10 @@ impl Broker {
 
     /// Signs parts of an open multipart upload, and slides its end.
     pub(crate) async fn sign_parts(&self, caller: &Caller, id: Uuid, request: SignParts) -> Result<SignedParts, Error> {
+        let (member, wanted) = asked_parts(request)?;
         let (mut session, now) = self.current(caller, id).await?;
-        let wanted = wanted_parts(&session, request)?;
         session.must_be_open().map_err(|refusal| refused(refusal, &session))?;
+        check_parts(&session, member, &wanted)?;
         let wanted = self.standing_hashes(&session, wanted).await?;
         match self.store.slide(id, session.slid(now)).await? {
             Some(expires_at) => session.expires_at = expires_at,
@@ -155,38 +157,28 @@ impl Broker {
     }
 
     /// The hashes to sign: promised at open, or promised by this call and from now on.
-    async fn standing_hashes(
-        &self,
-        session: &Session,
-        wanted: Vec<(u32, Option<Sha256>)>,
-    ) -> Result<Vec<(u32, Option<Sha256>)>, Error> {
+    async fn standing_hashes(&self, session: &Session, wanted: Vec<Wanted>) -> Result<Vec<Wanted>, Error> {
         let Layout::Multipart { hashes, .. } = session.promise.layout else { return Ok(wanted) };
-        let standing: BTreeMap<u32, Sha256> = match hashes {
-            Hashes::None => return Ok(wanted),
-            Hashes::Given => self.store.part_hashes(session.id).await?.into_iter().collect(),
-            Hashes::Deferred => {
-                let brought: Vec<(u32, Sha256)> =
-                    wanted.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
-                self.store.promise_parts(session.id, &brought).await?.into_iter().collect()
-            }
-        };
-        let mut signed = Vec::with_capacity(wanted.len());
-        for (number, brought) in wanted {
-            let standing = standing.get(&number).copied();
-            if brought.is_some() && standing.is_some() && brought != standing {
-                let refusal = Refusal::Conflict(format!("part {number} was signed with another sha256"));
-                return Err(refused(refusal, session));
-            }
-            signed.push((number, standing));
+        if hashes == Hashes::None {
+            return Ok(wanted);
         }
-        Ok(signed)
+        let standing: BTreeMap<u32, Sha256> = self.store.part_hashes(session.id).await?.into_iter().collect();
+        // Before anything is promised: a call that is refused promises nothing.
+        let signed = agreed(session, &wanted, &standing)?;
+        if hashes == Hashes::Given {
+            return Ok(signed);
+        }
+        let brought: Vec<(u32, Sha256)> = wanted.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
+        // Another call may have been quicker; the first promise stands.
+        let standing = self.store.promise_parts(session.id, &brought).await?.into_iter().collect();
+        agreed(session, &wanted, &standing)
     }
 
     async fn sign(
         &self,
         session: &Session,
         upload_id: &str,
-        wanted: &[(u32, Option<Sha256>)],
+        wanted: &[Wanted],
         now: OffsetDateTime,
     ) -> Result<Vec<SignedPart>, Error> {
         let place = place(session);
@@ -202,38 +194,74 @@ impl Broker {
     }
 }
 
-/// Reads which parts are asked for, and holds the hashes against what the session expects.
-fn wanted_parts(session: &Session, request: SignParts) -> Result<Vec<(u32, Option<Sha256>)>, Error> {
-    let invalid = |pointer: &str, detail: String| Err(policy::Refusal::Invalid(vec![wrong(pointer, detail)]).into());
+type Wanted = (u32, Option<Sha256>);
+
+/// What an open asks for, however it is written: two spellings of one request are the same under an idempotency key.
+fn meaning(shaped: &Shaped) -> Sha256 {
+    let mut same = shaped.request.clone();
+    same.key = None;
+    same.key_base64 = shaped.key.as_deref().map(|key| BASE64.encode(key));
+    same.sha256 = None;
+    same.checksum_alg = Some(shaped.algorithm);
+    same.checksum = shaped.digest.as_ref().map(Digest::hex);
+    same.content_type = Some(shaped.content_type.clone());
+    same.headers.0.sort();
+    Sha256::of(&serde_json::to_vec(&same).expect("a request has only strings and numbers"))
+}
+
+fn invalid(pointer: &str, detail: String) -> Error {
+    policy::Refusal::Invalid(vec![wrong(pointer, detail)]).into()
+}
+
+/// Reads which parts are asked for, and by which member.
+fn asked_parts(request: SignParts) -> Result<(&'static str, Vec<Wanted>), Error> {
+    let (member, wanted): (&str, Vec<Wanted>) = match (request.part_numbers, request.parts) {
+        (Some(numbers), None) => ("part_numbers", numbers.into_iter().map(|number| (number, None)).collect()),
+        (None, Some(parts)) => ("parts", parts.into_iter().map(|part| (part.part_number, part.sha256)).collect()),
+        _ => return Err(invalid("", "either part_numbers or parts".to_owned())),
+    };
+    if wanted.is_empty() || wanted.len() > PARTS_PER_CALL {
+        return Err(invalid(&format!("/{member}"), format!("1 to {PARTS_PER_CALL} parts a call, found {}", wanted.len())));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    match wanted.iter().position(|(number, _)| !seen.insert(*number)) {
+        Some(index) => Err(invalid(&format!("/{member}/{index}"), format!("part {} is asked for twice", wanted[index].0))),
+        None => Ok((member, wanted)),
+    }
+}
+
+/// Holds the parts that are asked for against what the session expects.
+fn check_parts(session: &Session, member: &str, wanted: &[Wanted]) -> Result<(), Error> {
     let Layout::Multipart { parts: count, hashes, .. } = session.promise.layout else {
         return Err(refused(Refusal::Conflict("the upload is one PUT and has no parts".to_owned()), session));
     };
-    let (member, wanted): (&str, Vec<(u32, Option<Sha256>)>) = match (request.part_numbers, request.parts) {
-        (Some(numbers), None) => ("part_numbers", numbers.into_iter().map(|number| (number, None)).collect()),
-        (None, Some(parts)) => ("parts", parts.into_iter().map(|part| (part.part_number, part.sha256)).collect()),
-        _ => return invalid("", "either part_numbers or parts".to_owned()),
-    };
-    if wanted.is_empty() || wanted.len() > PARTS_PER_CALL {
-        return invalid(&format!("/{member}"), format!("1 to {PARTS_PER_CALL} parts a call, found {}", wanted.len()));
-    }
-    let mut seen = std::collections::BTreeSet::new();
     for (index, (number, sha256)) in wanted.iter().enumerate() {
         let place = format!("/{member}/{index}");
         if !(1..=count).contains(number) {
-            return invalid(&place, format!("part {number} of an upload with {count} parts"));
-        }
-        if !seen.insert(*number) {
-            return invalid(&place, format!("part {number} is asked for twice"));
+            return Err(invalid(&place, format!("part {number} of an upload with {count} parts")));
         }
         match (hashes, sha256) {
             (Hashes::Deferred, None) => {
-                return invalid(&place, format!("part {number} needs its sha256: part hashes were deferred"));
+                return Err(invalid(&place, format!("part {number} needs its sha256: part hashes were deferred")));
             }
-            (Hashes::None, Some(_)) => return invalid(&place, format!("part {number} brings a sha256, but none was promised")),
+            (Hashes::None, Some(_)) => {
+                return Err(invalid(&place, format!("part {number} brings a sha256, but none was promised")));
+            }
             (Hashes::Given | Hashes::Deferred, Some(_)) | (Hashes::None | Hashes::Given, None) => {}
         }
     }
-    Ok(wanted)
+    Ok(())
+}
+
+/// The hash to sign for each part: the one that stands, which must be the one that is brought.
+fn agreed(session: &Session, wanted: &[Wanted], standing: &BTreeMap<u32, Sha256>) -> Result<Vec<Wanted>, Error> {
+    let agree = |(number, brought): &Wanted| match (brought, standing.get(number).copied()) {
+        (Some(brought), Some(standing)) if *brought != standing => {
+            Err(refused(Refusal::Conflict(format!("part {number} was promised with another sha256")), session))
+        }
+        (_, standing) => Ok((*number, standing)),
+    };
+    wanted.iter().map(agree).collect()
 }
 
 fn put<'a>(session: &'a Session, token: &'a str, place: &'a crate::objects::Place) -> Put<'a> {

@@ -65,16 +65,8 @@ impl Broker {
                 };
                 upload.next = Some(next);
             }
-            State::Completing { .. } => upload.next = Some(Next::Wait),
-            State::Verified(proof) => {
-                upload.next = Some(Next::Wait);
-                upload.pointer = Some(pointer(session, proof)?);
-            }
-            State::Published(proof, _) => {
-                upload.next = Some(Next::None);
-                upload.pointer = Some(pointer(session, proof)?);
-            }
-            State::Aborted | State::Expired | State::Rejected(_) => upload.next = Some(Next::None),
+            State::Verified(proof) | State::Published(proof, _) => upload.pointer = Some(pointer(session, proof)?),
+            State::Completing { .. } | State::Aborted | State::Expired | State::Rejected(_) => {}
         }
         Ok(upload)
     }
@@ -175,6 +167,12 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
         State::Published(proof, place) => (Some(proof.integrity), Some(record(session, place))),
         _ => (None, None),
     };
+    let next = match &session.state {
+        // Only S3 knows.
+        State::Open => None,
+        State::Completing { .. } | State::Verified(_) => Some(Next::Wait),
+        State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => Some(Next::None),
+    };
     Upload {
         id: session.id,
         state: session.state.name(),
@@ -192,7 +190,7 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
         parts: None,
         uploaded_parts: None,
         missing_parts: None,
-        next: None,
+        next,
         pointer: None,
         integrity,
         record,
@@ -245,7 +243,10 @@ pub(super) fn invalid_cursor(detail: &str) -> Error {
 
 /// Everything but the cursor and the limit: a cursor goes on with the list that it came from.
 fn filters_digest(caller: &Caller, query: &ListUploads) -> [u8; 8] {
-    let filters = ListUploads { cursor: None, limit: None, ..query.clone() };
+    let mut filters = ListUploads { cursor: None, limit: None, ..query.clone() };
+    // The same states in another order are the same list.
+    filters.state.sort_by_key(|state| state.name());
+    filters.state.dedup();
     let text = format!("{}\n{}\n{filters:?}", caller.tenant, caller.is_admin());
     Sha256::of(text.as_bytes()).0[..8].try_into().expect("a SHA-256 has more than eight bytes")
 }

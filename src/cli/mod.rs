@@ -70,6 +70,10 @@ impl Config {
     fn load(&self) -> Result<app::Settings, Error> {
         Ok(config::load(self.config.as_deref(), |name| std::env::var(name).ok())?)
     }
+
+    fn load_store(&self) -> Result<store::Settings, Error> {
+        Ok(config::load_store(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
 }
 
 /// Why a command failed; the kind decides the exit code.
@@ -153,7 +157,7 @@ pub fn main() -> ExitCode {
 async fn run(command: Command) -> Result<(), Error> {
     match command {
         Command::Serve { config, check_config } => serve::serve(config.load()?, check_config).await,
-        Command::Migrate { config } => serve::migrate(config.load()?).await,
+        Command::Migrate { config } => serve::migrate(config.load_store()?).await,
         Command::Dev(arguments) => dev::dev(arguments).await,
         Command::Doctor { config, json } => serve::doctor(config.load()?, json).await,
         Command::Topics(arguments) => topics::topics(arguments).await,

@@ -4,7 +4,7 @@ use super::{Error, asked_to_end, log};
 use crate::app;
 use crate::kafka::Kafka;
 use crate::objects::Objects;
-use crate::store::Store;
+use crate::store::{self, Store};
 
 pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(), Error> {
     if check_only {
@@ -20,8 +20,8 @@ pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(
     Ok(())
 }
 
-pub(super) async fn migrate(settings: app::Settings) -> Result<(), Error> {
-    let store = Store::connect(&settings.store)?;
+pub(super) async fn migrate(settings: store::Settings) -> Result<(), Error> {
+    let store = Store::connect(&settings)?;
     store.migrate().await?;
     store.close().await;
     eprintln!("the schema is up to date");

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::app::{self, Running};
 use crate::kafka::Delivery;
 use crate::store::{self, Store};
-use crate::{auth, broker, finish, objects, policy, relay, sweeper};
+use crate::{auth, broker, finish, http, objects, policy, relay, sweeper};
 
 /// The bucket of `dev`.
 const BUCKET: &str = "lfs-dev";
@@ -184,6 +184,7 @@ fn app_settings(listen: SocketAddr, store: store::Settings, s3: &S3, bootstrap: 
     app::Settings {
         listen,
         public_url: None,
+        cors_origins: Vec::new(),
         store,
         objects: objects::Settings {
             bucket: Some(BUCKET.to_owned()),
@@ -200,6 +201,7 @@ fn app_settings(listen: SocketAddr, store: store::Settings, s3: &S3, bootstrap: 
             delivery: if embedded { Delivery::AtLeastOnce } else { Delivery::ExactlyOnce },
             create_topics: true,
         },
+        http: http::Settings::default(),
         auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
         policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
         broker: broker::Settings::default(),
@@ -256,6 +258,8 @@ fn random(bytes: usize) -> String {
 /// An embedded Kafka that holds what was published before: it forgets at every end, the session table does not.
 async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
     let server = kafka::Server::start()?;
+    // It cannot be asked for a topic by an administrator: a `serve` that is pointed at it finds the markers' made.
+    server.create_topic(crate::kafka::MARKER_TOPIC, store.deployment().await?.shards).await?;
     let mut topics: BTreeMap<(String, i32), Vec<kafka::Kept>> = BTreeMap::new();
     for (placed, waiting) in store.published_records().await? {
         let timestamp_ms = i64::try_from(placed.at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);

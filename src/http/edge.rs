@@ -1,35 +1,47 @@
 //! The edge of the door: what is the same for every request and every answer.
 
-use axum::body::Body;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::http::header::{self, HeaderName, HeaderValue};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{Frame, SizeHint};
 use lfs_broker_client::api;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::extract::{HASHES_BYTES, too_large};
 use super::problem::Problem;
 
-/// All headers of a request together, names and values, in bytes.
-const HEADERS_BYTES: usize = 16 << 10;
+/// How much of a refused body is still read, in bytes, and for how long.
+const UNWANTED_BYTES: usize = 8 << 20;
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How soon asking again makes sense, in seconds.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Names the request, checks its sizes, and writes whatever problem comes back.
+/// Names the request, and writes whatever problem comes back.
 pub(super) async fn edge(request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
     let span = tracing::info_span!("request", id = %id, method = %request.method(), path = request.uri().path());
-    let mut response = match check_sizes(request.headers()) {
-        Ok(()) => next.run(request).instrument(span).await,
-        Err(problem) => problem.into_response(),
-    };
-    if response.status() == StatusCode::METHOD_NOT_ALLOWED && response.extensions().get::<Problem>().is_none() {
-        response.extensions_mut().insert(Problem::new("method-not-allowed", "the route does not take this method"));
+    let request = request.map(|body| Body::new(Patient(Some(body))));
+    let mut response = next.run(request).instrument(span).await;
+    if response.extensions().get::<Problem>().is_none() {
+        match response.status() {
+            StatusCode::METHOD_NOT_ALLOWED => {
+                response.extensions_mut().insert(Problem::new("method-not-allowed", "the route does not take this method"));
+            }
+            StatusCode::NOT_FOUND => {
+                response.extensions_mut().insert(Problem::new("not-found", "no such page"));
+            }
+            _ => {}
+        }
     }
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         response = write(problem, &id, response);
@@ -49,19 +61,6 @@ fn request_id(headers: &HeaderMap) -> String {
         (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte))
     };
     given.filter(harmless).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
-}
-
-fn check_sizes(headers: &HeaderMap) -> Result<(), Problem> {
-    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    if bytes > HEADERS_BYTES {
-        return Err(Problem::new(
-            "headers-too-large",
-            format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed"),
-        ));
-    }
-    let length =
-        headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<usize>().ok());
-    if length.is_some_and(|length| length > HASHES_BYTES) { Err(too_large(HASHES_BYTES)) } else { Ok(()) }
 }
 
 fn write(problem: Problem, id: &str, empty: Response) -> Response {
@@ -100,4 +99,43 @@ fn write(problem: Problem, id: &str, empty: Response) -> Response {
 /// A handler that panicked is a bug: logged whole by the panic hook, told briefly.
 pub(super) fn panicked(_: Box<dyn std::any::Any + Send + 'static>) -> Response {
     Problem::new("internal", "a bug in the broker; its log has more").into_response()
+}
+
+/// A body whose rest is still read when nobody wants it: closing on a client that is sending takes the answer from it.
+struct Patient(Option<Body>);
+
+impl hyper::body::Body for Patient {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        match &mut self.0 {
+            Some(body) => Pin::new(body).poll_frame(context),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(hyper::body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map(hyper::body::Body::size_hint).unwrap_or_default()
+    }
+}
+
+impl Drop for Patient {
+    fn drop(&mut self) {
+        let Some(body) = self.0.take().filter(|body| !hyper::body::Body::is_end_stream(body)) else { return };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let rest = Limited::new(body, UNWANTED_BYTES);
+            runtime.spawn(async move {
+                let read = async {
+                    let mut rest = rest;
+                    while let Some(Ok(_)) = rest.frame().await {}
+                };
+                let _ = tokio::time::timeout(PATIENCE, read).await;
+            });
+        }
+    }
 }

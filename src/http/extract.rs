@@ -1,12 +1,10 @@
 //! What handlers are given: who asks, for which upload, with what body and query. Each refusal is a [`Problem`].
 
 use std::fmt;
-use std::time::Duration;
 
-use axum::body::Body as RawBody;
-use axum::extract::{FromRequest, FromRequestParts, OriginalUri, Path, Query as AxumQuery, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, OriginalUri, Path, Query as AxumQuery, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{Extensions, HeaderMap, header};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use lfs_broker_client::api::{FieldError, ListUploads, UploadState};
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
@@ -20,12 +18,43 @@ use super::problem::Problem;
 use crate::auth::{Caller, Scope};
 use crate::policy::wrong;
 
+/// All headers of a request together, names and values, in bytes.
+const HEADERS_BYTES: usize = 16 << 10;
 /// The largest body, in bytes: a request is a few hundred.
-pub(super) const BODY_BYTES: usize = 64 << 10;
+const BODY_BYTES: usize = 64 << 10;
 /// The largest body where part hashes come: 10,000 of them have 670,000 characters.
-pub(super) const HASHES_BYTES: usize = 1 << 20;
-/// How long a body may take to arrive.
-const BODY_TIME: Duration = Duration::from_secs(10);
+const HASHES_BYTES: usize = 1 << 20;
+
+/// The largest body that the matched route takes.
+fn body_limit(extensions: &Extensions) -> usize {
+    match extensions.get::<MatchedPath>().map(MatchedPath::as_str) {
+        Some("/lfs/uploads" | "/lfs/uploads/{id}/parts") => HASHES_BYTES,
+        _ => BODY_BYTES,
+    }
+}
+
+/// A request that is not too large: its headers, and its body where it tells the length before.
+pub(super) struct Fits;
+
+impl FromRequestParts<App> for Fits {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Problem> {
+        check_sizes(parts).map(|()| Self)
+    }
+}
+
+fn check_sizes(parts: &Parts) -> Result<(), Problem> {
+    let bytes: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > HEADERS_BYTES {
+        let detail = format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed");
+        return Err(Problem::new("headers-too-large", detail));
+    }
+    let limit = body_limit(&parts.extensions);
+    let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    let length = length.and_then(|text| text.parse::<u64>().ok());
+    if length.is_some_and(|length| length > limit as u64) { Err(too_large(limit)) } else { Ok(()) }
+}
 
 /// A caller who may write.
 pub(super) struct Writer(pub(super) Caller);
@@ -39,6 +68,7 @@ pub(super) struct Admin(#[expect(dead_code, reason = "the scope is what matters"
 pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is what matters")] pub(super) Caller);
 
 fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
+    check_sizes(parts)?;
     let caller = app.caller(&parts.headers)?;
     if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
         return Ok(caller);
@@ -60,7 +90,7 @@ macro_rules! caller {
 
 caller!(Writer: [Scope::Write], Reader: [Scope::Write, Scope::Read], Resolver: [Scope::Read], Admin: [Scope::Admin], Anyone: []);
 
-/// The upload that the path names. What is not a UUID names none.
+/// The upload that the path names. What is not a UUID names none, as the nil UUID does.
 pub(super) struct UploadId(pub(super) Uuid);
 
 impl FromRequestParts<App> for UploadId {
@@ -68,8 +98,7 @@ impl FromRequestParts<App> for UploadId {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let path = Path::<String>::from_request_parts(parts, app).await;
-        let id = path.ok().and_then(|Path(text)| Uuid::try_parse(&text).ok());
-        id.map(Self).ok_or_else(|| Problem::new("upload-not-found", "no such upload"))
+        Ok(Self(path.ok().and_then(|Path(text)| Uuid::try_parse(&text).ok()).unwrap_or_default()))
     }
 }
 
@@ -136,10 +165,8 @@ fn filters(pairs: Vec<(String, String)>) -> Result<ListUploads, Vec<FieldError>>
     if errors.is_empty() { Ok(list) } else { Err(errors) }
 }
 
-/// A JSON body of at most 64 KiB.
+/// A JSON body.
 pub(super) struct Body<T>(pub(super) T);
-/// A JSON body of at most 1 MiB.
-pub(super) struct LargeBody<T>(pub(super) T);
 /// A JSON body that may be left out.
 pub(super) struct MaybeBody<T>(pub(super) T);
 /// The bytes of a JSON body, to be read elsewhere.
@@ -148,29 +175,22 @@ pub(super) struct RawJson(pub(super) Vec<u8>);
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, Problem> {
-        parse(&json_bytes(request, BODY_BYTES).await?).map(Self)
-    }
-}
-
-impl<T: DeserializeOwned> FromRequest<App> for LargeBody<T> {
-    type Rejection = Problem;
-
-    async fn from_request(request: Request, _: &App) -> Result<Self, Problem> {
-        parse(&json_bytes(request, HASHES_BYTES).await?).map(Self)
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        check_media_type(request.headers())?;
+        parse(&read(request, app).await?).map(Self)
     }
 }
 
 impl<T: DeserializeOwned + Default> FromRequest<App> for MaybeBody<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        let bytes = read(body, BODY_BYTES).await?;
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        let of_json = check_media_type(request.headers());
+        let bytes = read(request, app).await?;
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
-        check_media_type(&parts.headers)?;
+        of_json?;
         parse(&bytes).map(Self)
     }
 }
@@ -178,15 +198,10 @@ impl<T: DeserializeOwned + Default> FromRequest<App> for MaybeBody<T> {
 impl FromRequest<App> for RawJson {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, Problem> {
-        json_bytes(request, BODY_BYTES).await.map(Self)
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        check_media_type(request.headers())?;
+        read(request, app).await.map(Self)
     }
-}
-
-async fn json_bytes(request: Request, limit: usize) -> Result<Vec<u8>, Problem> {
-    let (parts, body) = request.into_parts();
-    check_media_type(&parts.headers)?;
-    read(body, limit).await
 }
 
 /// `application/json` or any media type with the suffix `+json` (RFC 6839).
@@ -197,22 +212,27 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     if is_json { Ok(()) } else { Err(Problem::new("unsupported-media-type", "the body must be application/json")) }
 }
 
-async fn read(body: RawBody, limit: usize) -> Result<Vec<u8>, Problem> {
-    match tokio::time::timeout(BODY_TIME, Limited::new(body, limit).collect()).await {
+async fn read(request: Request, app: &App) -> Result<Vec<u8>, Problem> {
+    let (limit, patience) = (body_limit(request.extensions()), app.settings.body_time);
+    match tokio::time::timeout(patience, Limited::new(request.into_body(), limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes().into()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
         Ok(Err(_)) => Err(Problem::new("malformed-json", "the body broke off")),
-        Err(_) => Err(Problem::new("request-timeout", format!("the body did not arrive within {} s", BODY_TIME.as_secs()))),
+        Err(_) => Err(Problem::new("request-timeout", format!("the body did not arrive within {} s", patience.as_secs_f32()))),
     }
 }
 
-pub(super) fn too_large(limit: usize) -> Problem {
+fn too_large(limit: usize) -> Problem {
     Problem::new("request-too-large", format!("the body has more than {limit} bytes"))
 }
 
 /// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new("malformed-json", error.to_string()))?;
+    // Left to itself serde also reads a struct from an array, by position.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let pointer: String = error.path().iter().map(segment).collect();
@@ -332,6 +352,7 @@ mod tests {
         assert_eq!(code(r#"{"topic":"t","size":1,"state":"published"}"#), "validation-failed /state");
         assert_eq!(code(r#"{"topic":"t","size":1,"part_sha256":["x"]}"#), "validation-failed /part_sha256/0");
         assert_eq!(code("[]"), "validation-failed ");
+        assert_eq!(code(r#"["t",1]"#), "validation-failed ");
         assert_eq!(code("null"), "validation-failed ");
     }
 

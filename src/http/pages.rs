@@ -1,20 +1,29 @@
 //! Pages and probes that need no token: health, the contract, what a problem means.
 
+use std::sync::LazyLock;
+
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
+use lfs_broker_client::api;
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
+use super::extract::Fits;
 use super::problem::{Problem, kind_of};
 
 /// The routes of this file.
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(healthz)).routes(routes!(readyz)).routes(routes!(explain_problem))
+    OpenApiRouter::new()
+        .routes(routes!(healthz))
+        .routes(routes!(readyz))
+        .routes(routes!(contract))
+        .routes(routes!(explain_problem))
 }
 
 /// That the process runs.
@@ -63,7 +72,7 @@ impl Part {
 ///
 /// 200 while the process serves.
 #[utoipa::path(get, path = "/healthz", operation_id = "getHealth", tag = "operations", responses((status = 200, description = "Alive", body = Health)))]
-async fn healthz() -> Json<Health> {
+async fn healthz(_: Fits) -> Json<Health> {
     Json(Health { status: "ok" })
 }
 
@@ -74,7 +83,7 @@ async fn healthz() -> Json<Health> {
     get, path = "/readyz", operation_id = "getReadiness", tag = "operations",
     responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready", body = Readiness))
 )]
-async fn readyz(State(app): State<App>) -> Response {
+async fn readyz(_: Fits, State(app): State<App>) -> Response {
     let (database, storage, kafka) =
         tokio::join!(app.broker.store.reachable(), app.broker.objects.reachable(), app.broker.kafka.reachable());
     let mut ready = Readiness {
@@ -92,16 +101,29 @@ async fn readyz(State(app): State<App>) -> Response {
     (status, Json(ready)).into_response()
 }
 
+/// The contract
+///
+/// This document: OpenAPI 3.1.
+#[utoipa::path(
+    get, path = "/openapi.json", operation_id = "getContract", tag = "operations",
+    responses((status = 200, description = "The document", body = serde_json::Value))
+)]
+async fn contract(_: Fits) -> Response {
+    static CONTRACT: LazyLock<String> =
+        LazyLock::new(|| super::openapi().to_pretty_json().expect("the document has only strings and numbers"));
+    ([(header::CONTENT_TYPE, "application/json")], CONTRACT.as_str()).into_response()
+}
+
 /// Explain a problem
 ///
 /// What an error code means: the page that a problem's `type` names.
 #[utoipa::path(
     get, path = "/problems/{code}", operation_id = "explainProblem", tag = "operations",
     params(("code" = String, Path, description = "The code")),
-    responses((status = 200, description = "What it means", body = String, content_type = "text/html"), (status = 404, description = "No such code"))
+    responses((status = 200, description = "What it means", body = String, content_type = "text/html"), (status = 404, description = "No such code", body = api::Problem, content_type = "application/problem+json"))
 )]
-async fn explain_problem(Path(code): Path<String>) -> Result<Html<String>, Problem> {
-    let kind = kind_of(&code).ok_or_else(|| Problem::new("not-found", "no such problem"))?;
+async fn explain_problem(_: Fits, code: Result<Path<String>, PathRejection>) -> Result<Html<String>, Problem> {
+    let kind = code.ok().and_then(|Path(code)| kind_of(&code)).ok_or_else(|| Problem::new("not-found", "no such problem"))?;
     let again = if kind.retryable { "Asking again may help." } else { "Asking again the same way gives the same answer." };
     Ok(Html(format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\

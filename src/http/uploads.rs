@@ -10,10 +10,9 @@ use lfs_broker_client::api::{
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use uuid::Uuid;
 
 use super::App;
-use super::extract::{Filters, LargeBody, MaybeBody, Query, Reader, UploadId, Writer};
+use super::extract::{Body, Filters, MaybeBody, Query, Reader, UploadId, Writer};
 use super::problem::Problem;
 use crate::broker::OpenContext;
 
@@ -45,7 +44,7 @@ async fn open_upload(
     State(app): State<App>,
     Writer(caller): Writer,
     headers: HeaderMap,
-    LargeBody(request): LargeBody<OpenUpload>,
+    Body(request): Body<OpenUpload>,
 ) -> Result<Response, Problem> {
     let context = OpenContext { idempotency_key: idempotency_key(&headers), traceparent: traceparent(&headers) };
     let opened = app.broker.open(&caller, request, context).await?;
@@ -131,7 +130,7 @@ async fn sign_parts(
     State(app): State<App>,
     Writer(caller): Writer,
     UploadId(id): UploadId,
-    LargeBody(request): LargeBody<SignParts>,
+    Body(request): Body<SignParts>,
 ) -> Result<Json<SignedParts>, Problem> {
     Ok(Json(app.broker.sign_parts(&caller, id, request).await?))
 }

@@ -16,7 +16,7 @@ use aws_sdk_s3::types::{ChecksumMode, ChecksumType};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
+use lfs_broker_client::checksum::{Algorithm, Digest};
 
 use crate::session::Object;
 
@@ -309,6 +309,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use lfs_broker_client::checksum::Sha256;
+
     use super::*;
 
     fn answer(sha256: &str, kind: Option<ChecksumType>) -> Object {

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 pub(crate) use outbox::{Ownership, Placed, Waiting};
 pub use sessions::Quota;
-pub(crate) use sessions::{Created, Filter, Move, Page, Transition};
+pub(crate) use sessions::{Created, Filter, Move};
 
 /// Where PostgreSQL is, and how much of it is used.
 #[derive(Clone)]

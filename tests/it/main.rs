@@ -3,6 +3,21 @@
 //! Hermetic by default: a real PostgreSQL, an S3 server that checks signatures and checksums, and a broker that speaks
 //! Kafka, all embedded. With the variables `LFS_TEST_*` (see `harness::servers`) the same tests run against real ones.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends where it is")]
+
 mod harness;
 
+mod abort;
+mod client;
+mod idempotency;
+mod integrity;
+mod listing;
+mod multipart;
+mod order;
+mod parts;
+mod peer;
+mod problems;
+mod reading;
+mod resolve;
 mod single;
+mod topics;

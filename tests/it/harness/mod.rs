@@ -1,6 +1,7 @@
 //! A `House`: one broker with a database, a bucket and a topic of its own, and everything a test asks of them.
 
 pub(crate) mod servers;
+pub(crate) mod uploads;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use lfs_broker::app::{self, Running};
 use lfs_broker::kafka::Delivery;
 use lfs_broker::store::{self, Store};
-use lfs_broker::{auth, broker, finish, kafka, objects, policy, sweeper};
+use lfs_broker::{auth, broker, finish, http, kafka, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::checksum::Sha256;
@@ -18,6 +19,8 @@ use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use servers::{Flavour, servers};
@@ -84,6 +87,9 @@ impl Answer {
         assert_eq!(self.json["status"], status);
         assert_eq!(self.json["type"], format!("/problems/{code}"));
         assert_eq!(self.json["request_id"].as_str().unwrap(), self.headers["x-request-id"].to_str().unwrap());
+        for secret in servers().secrets() {
+            assert!(!self.text.contains(&secret), "{secret} is in {}", self.text);
+        }
         self
     }
 }
@@ -100,6 +106,13 @@ pub(crate) fn bytes(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// A time of an answer, which is in UTC.
+pub(crate) fn time(value: &Value) -> OffsetDateTime {
+    let text = value.as_str().expect("a time");
+    assert!(text.ends_with('Z'), "{text} is not in UTC");
+    OffsetDateTime::parse(text, &Rfc3339).expect("a time of RFC 3339")
+}
+
 impl House {
     pub(crate) async fn new() -> Self {
         Self::with(|_| {}).await
@@ -113,6 +126,7 @@ impl House {
         let mut settings = app::Settings {
             listen: ([127, 0, 0, 1], 0).into(),
             public_url: None,
+            cors_origins: Vec::new(),
             store: store::Settings { max_connections: 8, ..store::Settings::new(&url) },
             objects: objects::Settings {
                 bucket: Some(bucket.clone()),
@@ -128,6 +142,7 @@ impl House {
                 delivery: if servers.real_kafka { Delivery::ExactlyOnce } else { Delivery::AtLeastOnce },
                 create_topics: false,
             },
+            http: http::Settings::default(),
             auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
             policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
             broker: broker::Settings { complete_wait: Duration::from_secs(20), ..broker::Settings::default() },
@@ -184,6 +199,16 @@ impl House {
         Answer { status, headers, json: serde_json::from_str(&text).unwrap_or(Value::Null), text }
     }
 
+    /// A request of any kind, to be given headers and a body.
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method.parse().unwrap(), format!("{}{path}", self.url()))
+    }
+
+    /// Sends a body as it is, under `application/json`.
+    pub(crate) async fn send_json(&self, method: &str, path: &str, body: impl Into<reqwest::Body>) -> Answer {
+        self.send(self.request(method, path).header("content-type", "application/json").body(body)).await
+    }
+
     pub(crate) async fn get(&self, path: &str) -> Answer {
         self.send(self.http.get(format!("{}{path}", self.url()))).await
     }
@@ -217,7 +242,8 @@ impl House {
         let signed: SignedRequest = serde_json::from_value(request.clone()).unwrap_or_else(|error| panic!("{error}: {request}"));
         let mut put = self.http.put(&signed.url).body(content.to_vec());
         for (name, value) in &signed.headers {
-            if name != "content-length" {
+            // It follows from the body, but this client leaves it out where the body is empty.
+            if name != "content-length" || content.is_empty() {
                 put = put.header(name, value);
             }
         }
@@ -347,6 +373,8 @@ fn consumer() -> BaseConsumer {
         .set("isolation.level", "read_committed")
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
+        // The end of a partition is told when a fetch comes back empty: by default half a second later.
+        .set("fetch.wait.max.ms", "10")
         .create()
         .expect("a consumer is made")
 }

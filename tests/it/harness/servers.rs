@@ -152,6 +152,13 @@ async fn create_database(admin_url: &str, name: &str, template: &str) {
 }
 
 impl Servers {
+    /// What no answer may tell: where the servers are, and how one is let in.
+    pub(crate) fn secrets(&self) -> [String; 4] {
+        let address = |url: &str| url.rsplit('@').next().unwrap_or_default().split('/').next().unwrap_or_default().to_owned();
+        let s3 = self.s3.endpoint.trim_start_matches("http://").to_owned();
+        [s3, self.s3.secret_access_key.clone(), self.kafka.clone(), address(&self.admin_url)]
+    }
+
     /// A fresh database with the current schema.
     pub(crate) async fn database(&self) -> String {
         let name = format!("lfs_{}", Uuid::new_v4().simple());
@@ -173,4 +180,14 @@ pub(crate) async fn make_topic(topic: &str, partitions: i32) {
     let new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
     let outcome = admin.create_topics(&[new], &AdminOptions::new()).await.expect("Kafka answers");
     outcome[0].as_ref().expect("the topic is made");
+}
+
+/// Deletes a topic of a real Kafka; the embedded one keeps what it has.
+pub(crate) async fn delete_topic(topic: &str) {
+    use rdkafka::admin::{AdminClient, AdminOptions};
+    use rdkafka::client::DefaultClientContext;
+    let admin: AdminClient<DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).create().expect("an admin client is made");
+    let outcome = admin.delete_topics(&[topic], &AdminOptions::new()).await.expect("Kafka answers");
+    outcome[0].as_ref().expect("the topic is deleted");
 }

@@ -1,0 +1,424 @@
+//! Every code of the error table that needs no token, met once.
+
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use reqwest::header::HeaderValue;
+use serde_json::{Value, json};
+
+use crate::harness::{House, bytes, sha256};
+
+const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
+
+/// Every code of the contract with its status.
+const CODES: [(u16, &str); 40] = [
+    (400, "malformed-json"),
+    (400, "idempotency-key-invalid"),
+    (401, "unauthenticated"),
+    (401, "invalid-token"),
+    (403, "insufficient-scope"),
+    (403, "topic-forbidden"),
+    (403, "topic-not-enabled"),
+    (403, "pointer-forbidden"),
+    (404, "not-found"),
+    (404, "upload-not-found"),
+    (404, "topic-not-found"),
+    (405, "method-not-allowed"),
+    (415, "unsupported-media-type"),
+    (408, "request-timeout"),
+    (409, "object-missing"),
+    (409, "parts-incomplete"),
+    (409, "state-conflict"),
+    (409, "idempotency-in-flight"),
+    (409, "completion-in-progress"),
+    (410, "upload-expired"),
+    (410, "upload-aborted"),
+    (410, "object-gone"),
+    (413, "request-too-large"),
+    (431, "headers-too-large"),
+    (422, "validation-failed"),
+    (422, "object-too-large"),
+    (422, "size-mismatch"),
+    (422, "checksum-mismatch"),
+    (422, "object-foreign"),
+    (422, "checksum-not-allowed"),
+    (422, "content-type-not-allowed"),
+    (422, "idempotency-key-reused"),
+    (422, "record-too-large"),
+    (422, "pointer-invalid"),
+    (429, "rate-limited"),
+    (429, "quota-bytes-exceeded"),
+    (429, "quota-sessions-exceeded"),
+    (500, "internal"),
+    (503, "dependency-unavailable"),
+    (503, "completion-unknown"),
+];
+
+#[tokio::test]
+async fn every_code_has_a_page_that_explains_it() {
+    let house = House::new().await;
+    for (status, code) in CODES {
+        let page = house.get(&format!("/problems/{code}")).await.expect(200);
+        assert!(page.headers["content-type"].to_str().unwrap().starts_with("text/html"));
+        assert!(page.text.contains(code) && page.text.contains(&status.to_string()), "{}", page.text);
+    }
+    house.get("/problems/no-such-code").await.expect_problem(404, "not-found");
+    house.get("/problems/%FF").await.expect_problem(404, "not-found");
+}
+
+#[tokio::test]
+async fn what_is_not_json_is_malformed_on_every_route_that_takes_json() {
+    let house = House::new().await;
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    let bad: [&[u8]; 9] = [
+        b"",
+        b"{",
+        b"{\"topic\":\"t\",\"size\":1",
+        b"{\"topic\":\"t\",\"size\":1}x",
+        b"{\"topic\":\"t\",\"size\":1,\"size\":1}",
+        b"{\"topic\":\"t\",\"size\":1,\"headers\":{\"a\":\"1\",\"a\":\"2\"}}",
+        b"{\"topic\":\"\xff\",\"size\":1}",
+        b"{\"topic\":\"\\ud800\",\"size\":1}",
+        deep.as_bytes(),
+    ];
+    for body in bad {
+        house.send_json("POST", "/lfs/uploads", body.to_vec()).await.expect_problem(400, "malformed-json");
+    }
+    for (method, path) in [
+        ("POST", format!("/lfs/uploads/{UNKNOWN}/parts")),
+        ("POST", format!("/lfs/uploads/{UNKNOWN}/complete")),
+        ("PUT", "/lfs/topics/t".to_owned()),
+    ] {
+        house.send_json(method, &path, "{\"a\":1,\"a\":2}").await.expect_problem(400, "malformed-json");
+        house.send_json(method, &path, "{").await.expect_problem(400, "malformed-json");
+    }
+}
+
+#[tokio::test]
+async fn an_idempotency_key_has_1_to_255_visible_ascii_characters_and_comes_once() {
+    let house = House::new().await;
+    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
+    let open = || house.request("POST", "/lfs/uploads").json(&body);
+    let long = "k".repeat(256);
+    let bad = [b"".as_slice(), b"\"\"", long.as_bytes(), b"a b", b"\xc3\xa9", b"a\tb"];
+    for key in bad {
+        let key = HeaderValue::from_bytes(key).unwrap();
+        house.send(open().header("idempotency-key", key)).await.expect_problem(400, "idempotency-key-invalid");
+    }
+    let twice = open().header("idempotency-key", "a").header("idempotency-key", "a");
+    house.send(twice).await.expect_problem(400, "idempotency-key-invalid");
+    house.send(open().header("idempotency-key", "k".repeat(255))).await.expect(201);
+    house.send(open().header("idempotency-key", format!("\"{}\"", "q".repeat(255)))).await.expect(201);
+}
+
+#[tokio::test]
+async fn an_unknown_upload_is_not_found_on_every_route_whatever_its_id_looks_like() {
+    let house = House::new().await;
+    for id in [UNKNOWN, "nope", "00000000-0000-0000-0000-000000000000", "%FF", "%2F"] {
+        house.get(&format!("/lfs/uploads/{id}")).await.expect_problem(404, "upload-not-found");
+        house.get(&format!("/lfs/uploads/{id}/history")).await.expect_problem(404, "upload-not-found");
+        house.delete(&format!("/lfs/uploads/{id}")).await.expect_problem(404, "upload-not-found");
+        house.complete(id).await.expect_problem(404, "upload-not-found");
+        let parts = json!({"part_numbers": [1]});
+        house.post(&format!("/lfs/uploads/{id}/parts"), &parts).await.expect_problem(404, "upload-not-found");
+    }
+}
+
+#[tokio::test]
+async fn unknown_routes_are_404_and_known_ones_say_which_methods_they_take() {
+    let house = House::new().await;
+    for path in ["/nope", "/lfs", "/lfs/uploads/", "/lfs/uploads/a/b", "/docs/nope.js", "/lfs//uploads"] {
+        house.get(path).await.expect_problem(404, "not-found");
+        house.send(house.request("POST", path).body("x")).await;
+    }
+    for (method, path, allowed) in [
+        ("PUT", "/lfs/uploads".to_owned(), vec!["GET", "POST"]),
+        ("PATCH", format!("/lfs/uploads/{UNKNOWN}"), vec!["DELETE", "GET"]),
+        ("GET", format!("/lfs/uploads/{UNKNOWN}/complete"), vec!["POST"]),
+        ("DELETE", "/lfs/resolve".to_owned(), vec!["POST"]),
+        ("POST", "/lfs/topics/t".to_owned(), vec!["DELETE", "GET", "PUT"]),
+        ("POST", "/healthz".to_owned(), vec!["GET"]),
+    ] {
+        let answer = house.send(house.request(method, &path)).await.expect_problem(405, "method-not-allowed");
+        let allow = answer.headers["allow"].to_str().unwrap();
+        let mut methods: Vec<&str> = allow.split(',').map(str::trim).filter(|method| *method != "HEAD").collect();
+        methods.sort_unstable();
+        assert_eq!(methods, allowed, "{method} {path}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_must_say_that_it_is_json() {
+    let house = House::new().await;
+    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")}).to_string();
+    for media_type in [None, Some("text/plain"), Some("application/x-www-form-urlencoded"), Some("json"), Some("")] {
+        let mut request = house.request("POST", "/lfs/uploads").body(body.clone());
+        if let Some(media_type) = media_type {
+            request = request.header("content-type", media_type);
+        }
+        house.send(request).await.expect_problem(415, "unsupported-media-type");
+    }
+    for media_type in ["application/json; charset=utf-8", "Application/JSON", "application/merge-patch+json"] {
+        let request = house.request("POST", "/lfs/uploads").header("content-type", media_type);
+        house.send(request.body(body.clone())).await.expect(201);
+    }
+    let complete = format!("/lfs/uploads/{UNKNOWN}/complete");
+    house.send(house.request("POST", &complete).body("{}")).await.expect_problem(415, "unsupported-media-type");
+    house.send(house.request("POST", &complete)).await.expect_problem(404, "upload-not-found");
+}
+
+/// Sent in chunks, so that nobody knows its length before the end.
+fn chunked(body: Vec<u8>) -> reqwest::Body {
+    let chunks: Vec<Result<Vec<u8>, std::io::Error>> = body.chunks(10_000).map(|chunk| Ok(chunk.to_vec())).collect();
+    reqwest::Body::wrap_stream(futures_util::stream::iter(chunks))
+}
+
+#[tokio::test]
+async fn a_body_has_at_most_64_kib_and_1_mib_where_part_hashes_come() {
+    let house = House::new().await;
+    let padded = |length: usize| [b"{}".to_vec(), vec![b' '; length - 2]].concat();
+    let small = format!("/lfs/uploads/{UNKNOWN}/complete");
+    let parts = format!("/lfs/uploads/{UNKNOWN}/parts");
+    for (method, path, limit) in [
+        ("POST", small.as_str(), 64 << 10),
+        ("POST", "/lfs/resolve", 64 << 10),
+        ("PUT", "/lfs/topics/t", 64 << 10),
+        ("POST", "/lfs/uploads", 1 << 20),
+        ("POST", parts.as_str(), 1 << 20),
+    ] {
+        let fits = house.send_json(method, path, padded(limit)).await;
+        assert_ne!(fits.code(), "request-too-large", "{method} {path}");
+        let fits = house.send_json(method, path, chunked(padded(limit))).await;
+        assert_ne!(fits.code(), "request-too-large", "{method} {path}");
+        house.send_json(method, path, padded(limit + 1)).await.expect_problem(413, "request-too-large");
+        house.send_json(method, path, chunked(padded(limit + 1))).await.expect_problem(413, "request-too-large");
+    }
+    house.send_json("POST", "/lfs/uploads", padded(6 << 20)).await.expect_problem(413, "request-too-large");
+
+    let hashes = vec![sha256(b"part"); 10_000];
+    let most = json!({"topic": house.topic, "size": 10_000 * (5u64 << 20), "part_size": 5 << 20, "part_sha256": hashes});
+    assert!(most.to_string().len() > 600_000);
+    let opened = house.post("/lfs/uploads", &most).await.expect(201);
+    assert_eq!(opened.json["parts"].as_array().unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn headers_have_at_most_16_kib_together() {
+    let house = House::new().await;
+    for path in ["/healthz", "/lfs/uploads", "/openapi.json", "/readyz", "/problems/internal"] {
+        let one = house.request("GET", path).header("x-padding", "x".repeat(17 << 10));
+        house.send(one).await.expect_problem(431, "headers-too-large");
+        let many = (0..20).fold(house.request("GET", path), |request, n| request.header(format!("x-{n}"), "x".repeat(1000)));
+        house.send(many).await.expect_problem(431, "headers-too-large");
+        house.send(house.request("GET", path).header("x-padding", "x".repeat(15 << 10))).await.expect(200);
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_is_given_up() {
+    let house = House::with(|settings| settings.http.body_time = Duration::from_millis(300)).await;
+    let first = futures_util::stream::iter([Ok::<_, std::io::Error>(b"{\"topic\":".to_vec())]);
+    let stalled = reqwest::Body::wrap_stream(first.chain(futures_util::stream::pending()));
+    let answer = house.send_json("POST", "/lfs/uploads", stalled).await.expect_problem(408, "request-timeout");
+    assert_eq!(answer.json["retryable"], true);
+}
+
+#[tokio::test]
+async fn every_wrong_place_of_an_open_is_named() {
+    let house = House::new().await;
+    let hash = sha256(b"x");
+    for (more, pointer) in [
+        (json!({"topic": null}), ""),
+        (json!({"size": null}), ""),
+        (json!({"size": -1}), "/size"),
+        (json!({"size": "5"}), "/size"),
+        (json!({"size": (5u64 << 40) + 1}), "/size"),
+        (json!({"state": "published"}), "/state"),
+        (json!({"topic": "a b"}), "/topic"),
+        (json!({"topic": ".."}), "/topic"),
+        (json!({"sha256": "abc"}), "/sha256"),
+        (json!({"key": "a", "key_base64": "YQ=="}), "/key_base64"),
+        (json!({"key_base64": "%"}), "/key_base64"),
+        (json!({"key": "k".repeat(4097)}), "/key"),
+        (json!({"partition": -1}), "/partition"),
+        (json!({"partition": 3}), "/partition"),
+        (json!({"filename": "../x"}), "/filename"),
+        (json!({"content_type": "video"}), "/content_type"),
+        (json!({"headers": {"LFS-id": "1"}}), "/headers/LFS-id"),
+        (json!({"headers": {"a": 1}}), "/headers/a"),
+        (json!({"headers": ["a"]}), "/headers"),
+        (json!({"part_size": 5}), "/part_size"),
+        (json!({"part_sha256": [hash]}), "/part_size"),
+        (json!({"part_size": 5 << 20, "part_sha256": [hash, hash]}), "/part_sha256"),
+        (json!({"part_size": 5 << 20, "part_sha256": ["x"]}), "/part_sha256/0"),
+        (json!({"part_size": 5 << 20, "part_sha256": [hash], "part_hashes": "deferred"}), "/part_hashes"),
+        (json!({"part_hashes": "later"}), "/part_hashes"),
+        (json!({"checksum_alg": "crc32", "checksum": "00000000"}), "/checksum"),
+        (json!({"sha256": null, "checksum": "00000000"}), "/checksum_alg"),
+        (json!({"sha256": null, "checksum_alg": "crc32", "checksum": "0"}), "/checksum"),
+        (json!({"sha256": null, "checksum_alg": "sha1", "checksum": "0"}), "/checksum_alg"),
+    ] {
+        let answer = house.open(b"x", more.clone()).await.expect_problem(422, "validation-failed");
+        assert_eq!(answer.json["errors"][0]["pointer"], pointer, "{more}: {}", answer.text);
+        assert!(!answer.json["errors"][0]["detail"].as_str().unwrap().is_empty());
+    }
+    let two = house.open(b"x", json!({"topic": "a b", "filename": "a/b"})).await.expect_problem(422, "validation-failed");
+    assert_eq!(two.json["errors"].as_array().unwrap().len(), 2);
+    house.open(b"x", json!({"key": "k".repeat(4096), "partition": 2})).await.expect(201);
+}
+
+#[tokio::test]
+async fn record_headers_have_at_most_8_kib_together() {
+    let house = House::new().await;
+    house.open(b"x", json!({"headers": {"a": "x".repeat(8191)}})).await.expect(201);
+    house.open(b"x", json!({"headers": {"a": "x".repeat(8192)}})).await.expect_problem(422, "record-too-large");
+}
+
+#[tokio::test]
+async fn a_topic_that_kafka_lacks_takes_no_upload() {
+    let house = House::new().await;
+    house.open(b"x", json!({"topic": format!("{}-lacking", house.topic)})).await.expect_problem(404, "topic-not-found");
+    assert!(house.objects().await.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_not_a_pointer_is_invalid_and_what_is_not_ours_forbidden() {
+    let house = House::new().await;
+    let done = house.publish(b"hello", json!({})).await;
+    let pointer = &done.json["pointer"];
+    let with = |name: &str, value: Value| {
+        let mut changed = pointer.as_object().unwrap().clone();
+        changed.insert(name.to_owned(), value);
+        // The envelope's marker must stand at the front, whatever the map's order is.
+        let rest = changed.iter().filter(|(name, _)| *name != "kfs_lfs").map(|(name, value)| format!(",{}:{value}", json!(name)));
+        format!("{{\"kfs_lfs\":{}{}}}", changed["kfs_lfs"], rest.collect::<String>())
+    };
+    let resolve = |body: String| house.send_json("POST", "/lfs/resolve", body);
+    resolve(with("size", json!(5))).await.expect(200);
+    for bad in [
+        "[]".to_owned(),
+        "{}".to_owned(),
+        "\"x\"".to_owned(),
+        with("kfs_lfs", json!(2)),
+        with("key", json!("")),
+        with("size", json!(-1)),
+    ] {
+        resolve(bad).await.expect_problem(422, "pointer-invalid");
+    }
+    let key = pointer["key"].as_str().unwrap();
+    for (member, value) in [
+        ("bucket", json!("another-bucket")),
+        ("key", json!("no/prefix")),
+        ("key", json!(format!("../{key}"))),
+        ("key", json!(format!("elsewhere/{key}"))),
+    ] {
+        resolve(with(member, value)).await.expect_problem(403, "pointer-forbidden");
+    }
+    resolve(with("size", json!(6))).await.expect_problem(422, "size-mismatch");
+    house.s3.delete_object().bucket(&house.bucket).key(key).send().await.unwrap();
+    resolve(with("size", json!(5))).await.expect_problem(410, "object-gone");
+    let request = house.request("POST", "/lfs/resolve").body(pointer.to_string());
+    house.send(request).await.expect_problem(415, "unsupported-media-type");
+}
+
+#[tokio::test]
+async fn a_tenant_holds_no_more_sessions_than_it_may_and_gets_its_share_back() {
+    let house = House::with(|settings| settings.broker.quota.open_sessions = 2).await;
+    let first = house.open(b"1", json!({})).await.expect(201);
+    house.open(b"2", json!({})).await.expect(201);
+    let refused = house.open(b"3", json!({})).await.expect_problem(429, "quota-sessions-exceeded");
+    assert!(refused.headers["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
+    assert_eq!(refused.json["retryable"], true);
+    house.delete(&format!("/lfs/uploads/{}", first.id())).await.expect(204);
+    house.publish(b"3", json!({})).await;
+    house.open(b"4", json!({})).await.expect(201);
+    house.open(b"5", json!({})).await.expect_problem(429, "quota-sessions-exceeded");
+}
+
+#[tokio::test]
+async fn a_tenant_reserves_no_more_bytes_than_it_may() {
+    let house = House::with(|settings| settings.broker.quota.reserved_bytes = 10).await;
+    let first = house.open(b"123456", json!({})).await.expect(201);
+    let refused = house.open(b"12345", json!({})).await.expect_problem(429, "quota-bytes-exceeded");
+    assert!(refused.headers.contains_key("retry-after"));
+    house.open(b"1234", json!({})).await.expect(201);
+    house.delete(&format!("/lfs/uploads/{}", first.id())).await.expect(204);
+    house.open(b"12345", json!({})).await.expect(201);
+}
+
+#[tokio::test]
+async fn complete_says_what_is_missing_and_the_upload_stays_open() {
+    let house = House::new().await;
+    let opened = house.open(b"hello", json!({})).await.expect(201);
+    let missing = house.complete(&opened.id()).await.expect_problem(409, "object-missing");
+    assert_eq!(missing.json["upload_state"], "open");
+    house.put(&opened.json["upload"], b"hello").await.expect(200);
+    house.complete(&opened.id()).await.expect(200);
+    house.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect_problem(409, "state-conflict");
+
+    let content = bytes(6 << 20, 1);
+    let opened = house.open(&content, json!({"part_size": 5 << 20})).await.expect(201);
+    let missing = house.complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
+    assert_eq!(missing.json["errors"].as_array().unwrap().len(), 2);
+    house.put(&opened.json["parts"][1], &content[5 << 20..]).await.expect(200);
+    let missing = house.complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
+    assert_eq!(missing.json["errors"], json!([{"pointer": "/parts/0", "detail": "part 1 is missing"}]));
+    assert_eq!(house.upload(&opened.id()).await.state(), "open");
+}
+
+#[tokio::test]
+async fn an_upload_that_ended_says_how() {
+    let house = House::new().await;
+    let aborted = house.open(b"a", json!({})).await.expect(201).id();
+    house.delete(&format!("/lfs/uploads/{aborted}")).await.expect(204);
+    let answer = house.complete(&aborted).await.expect_problem(410, "upload-aborted");
+    assert_eq!(answer.json["upload_state"], "aborted");
+    let expired = house.open(b"b", json!({})).await.expect(201).id();
+    house.push_clock(Duration::from_secs(3601));
+    let answer = house.complete(&expired).await.expect_problem(410, "upload-expired");
+    assert_eq!(answer.json["upload_state"], "expired");
+}
+
+#[tokio::test]
+async fn an_object_that_somebody_else_wrote_is_rejected_and_stays_so() {
+    let house = House::new().await;
+    let opened = house.open(b"hello", json!({})).await.expect(201);
+    let key = opened.json["object_key"].as_str().unwrap();
+    house.s3.put_object().bucket(&house.bucket).key(key).body(b"hello".to_vec().into()).send().await.unwrap();
+    let first = house.complete(&opened.id()).await.expect_problem(422, "object-foreign");
+    let second = house.complete(&opened.id()).await.expect_problem(422, "object-foreign");
+    assert_eq!(first.json["upload_state"], "rejected");
+    assert_eq!(first.json["detail"], second.json["detail"]);
+}
+
+#[tokio::test]
+async fn storage_that_refuses_is_unavailable_and_nothing_internal_is_told() {
+    let house = House::new().await;
+    house.put_policy(&house.topic, &json!({"bucket": "no-such-bucket-anywhere"})).await.expect(200);
+    let answer = house.open(&bytes(6 << 20, 1), json!({"part_size": 5 << 20})).await;
+    let answer = answer.expect_problem(503, "dependency-unavailable");
+    assert!(answer.headers.contains_key("retry-after"));
+    assert!(!answer.text.contains("no-such-bucket"), "{}", answer.text);
+}
+
+#[tokio::test]
+async fn every_answer_bears_a_request_id_and_echoes_one_that_is_sane() {
+    let house = House::new().await;
+    for (method, path) in [
+        ("GET", "/healthz"),
+        ("GET", "/nope"),
+        ("PUT", "/lfs/uploads"),
+        ("GET", "/docs/"),
+        ("GET", "/openapi.json"),
+        ("POST", "/lfs/uploads"),
+    ] {
+        let own = house.send(house.request(method, path)).await;
+        assert!(uuid::Uuid::try_parse(own.headers["x-request-id"].to_str().unwrap()).is_ok(), "{method} {path}");
+        let echoed = house.send(house.request(method, path).header("x-request-id", "a-B_1.2:3")).await;
+        assert_eq!(echoed.headers["x-request-id"], "a-B_1.2:3", "{method} {path}");
+        for insane in ["a b", "a\tb", "{}", "", &"x".repeat(129)] {
+            let own = house.send(house.request(method, path).header("x-request-id", insane)).await;
+            assert_ne!(own.headers["x-request-id"], insane);
+        }
+    }
+}

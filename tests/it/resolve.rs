@@ -1,0 +1,200 @@
+//! A record's value in, the bytes out: for whoever holds a pointer, whoever wrote it.
+
+use serde_json::{Value, json};
+
+use crate::harness::{House, sha256};
+
+fn pointer(bucket: &str, key: &str, size: usize) -> String {
+    format!(r#"{{"kfs_lfs":1,"bucket":"{bucket}","key":"{key}","size":{size}}}"#)
+}
+
+impl House {
+    /// A published upload's record value.
+    async fn published_value(&self, content: &[u8], more: Value) -> (String, Vec<u8>) {
+        let done = self.publish(content, more).await;
+        let records = self.records(&self.topic).await;
+        let record = records.iter().find(|record| record.header("lfs-upload-id") == Some(done.id().as_str()));
+        (done.id(), record.expect("a record").value.clone())
+    }
+}
+
+#[tokio::test]
+async fn a_records_value_is_all_that_is_needed() {
+    let house = House::new().await;
+    let more = json!({"content_type": "video/mp4", "filename": "Zoë \"1\".mp4"});
+    let (id, value) = house.published_value(b"hello", more).await;
+    let resolved = house.resolve(&value, "").await.expect(200).json;
+    assert_eq!((&resolved["method"], &resolved["headers"], &resolved["size"]), (&json!("GET"), &json!({}), &json!(5)));
+    assert_eq!((&resolved["sha256"], &resolved["content_type"]), (&json!(sha256(b"hello")), &json!("video/mp4")));
+    assert_eq!((&resolved["integrity"], &resolved["upload_id"]), (&json!("sha256"), &json!(id)));
+    assert_eq!((&resolved["filename"], &resolved["expires_in"]), (&json!("Zoë \"1\".mp4"), &json!(900)));
+
+    let got = house.http.get(resolved["url"].as_str().unwrap()).send().await.unwrap();
+    assert_eq!(got.status(), 200);
+    assert_eq!(
+        got.headers()["content-disposition"],
+        "attachment; filename=\"Zo_ _1_.mp4\"; filename*=UTF-8''Zo%C3%AB%20%221%22.mp4"
+    );
+    assert_eq!(got.headers()["content-type"], "video/mp4");
+    assert_eq!(got.bytes().await.unwrap(), b"hello".as_slice());
+}
+
+#[tokio::test]
+async fn a_page_is_downloaded_and_never_run() {
+    let house = House::new().await;
+    let (_, value) = house.published_value(b"<script>", json!({"content_type": "text/html"})).await;
+    let resolved = house.resolve(&value, "").await.expect(200).json;
+    let got = house.http.get(resolved["url"].as_str().unwrap()).send().await.unwrap();
+    assert_eq!((got.status().as_u16(), &got.headers()["content-type"]), (200, &"application/octet-stream".parse().unwrap()));
+    assert_eq!(got.headers()["content-disposition"], "attachment");
+}
+
+#[tokio::test]
+async fn validating_answers_without_a_url() {
+    let house = House::new().await;
+    let (_, value) = house.published_value(b"hello", json!({})).await;
+    let validated = house.resolve(&value, "?validate=true").await.expect(200);
+    assert_eq!(validated.json, json!({"valid": true, "size": 5, "integrity": "sha256"}));
+    let other = String::from_utf8(value).unwrap().replace("\"size\":5", "\"size\":6");
+    house.resolve(other.as_bytes(), "?validate=true").await.expect_problem(422, "size-mismatch");
+    house.resolve(other.as_bytes(), "?nonsense=1").await.expect_problem(422, "validation-failed");
+}
+
+#[tokio::test]
+async fn a_size_that_differs_is_told_with_both_numbers() {
+    let house = House::new().await;
+    let key = format!("default/{}/lfs/x", house.topic);
+    house.put_object(&key, b"hello", None).await;
+    let refused = house.resolve(pointer(&house.bucket, &key, 4).as_bytes(), "").await.expect_problem(422, "size-mismatch");
+    let detail = refused.json["detail"].as_str().unwrap();
+    assert!(detail.contains('4') && detail.contains('5'), "{detail}");
+}
+
+#[tokio::test]
+async fn an_object_that_was_deleted_is_gone() {
+    let house = House::new().await;
+    let (_, value) = house.published_value(b"hello", json!({})).await;
+    let key = house.objects().await.remove(0);
+    house.s3.delete_object().bucket(&house.bucket).key(&key).send().await.unwrap();
+    house.resolve(&value, "").await.expect_problem(410, "object-gone");
+    house.resolve(&value, "?validate=true").await.expect_problem(410, "object-gone");
+}
+
+#[tokio::test]
+async fn what_is_no_pointer_is_told_so() {
+    let house = House::new().await;
+    let key = format!("default/{}/lfs/x", house.topic);
+    let good = pointer(&house.bucket, &key, 5);
+    let late = format!(r#"{{"padding":"{}",{}"#, "x".repeat(60), &good[1..]);
+    for bad in [
+        "",
+        "hello",
+        "[]",
+        "{}",
+        "null",
+        r#"{"kfs_lfs":1"#,
+        r#"{"kfs_lfs":1}"#,
+        r#"{"kfs_lfs":1,"bucket":"b","key":"k","size":-1}"#,
+        &format!(" {good}"),
+        &late,
+        &good.replace("\"kfs_lfs\":1", "\"kfs_lfs\":2"),
+        &good.replace("\"kfs_lfs\":1", "\"kfs_lfs\":\"1\""),
+        &good.replace(",\"size\":5", ""),
+        &good.replace(&key, ""),
+        &good.replace('}', ",\"sha256\":\"abc\"}"),
+    ] {
+        let refused = house.resolve(bad.as_bytes(), "").await;
+        assert_eq!((refused.status, refused.code()), (422, "pointer-invalid"), "{bad}: {}", refused.text);
+    }
+    house.resolve(good.as_bytes(), "").await.expect_problem(410, "object-gone");
+}
+
+#[tokio::test]
+async fn a_pointer_larger_than_its_topic_allows_is_not_valid() {
+    let house = House::new().await;
+    house.put_policy(&house.topic, &json!({"max_bytes": 4})).await.expect(200);
+    let key = format!("default/{}/lfs/x", house.topic);
+    house.put_object(&key, b"hello", None).await;
+    house.resolve(pointer(&house.bucket, &key, 5).as_bytes(), "").await.expect_problem(422, "pointer-invalid");
+}
+
+#[tokio::test]
+async fn a_pointer_outside_the_policies_is_forbidden_whether_or_not_it_exists() {
+    let house = House::new().await;
+    let topic = &house.topic;
+    let other = format!("{}-other", house.bucket);
+    house.s3.create_bucket().bucket(&other).send().await.unwrap();
+    house.put_object("secret", b"hello", None).await;
+    let inside = format!("default/{topic}/lfs/x");
+    for (bucket, key) in [
+        (other.as_str(), inside.clone()),
+        ("no-such-bucket", inside.clone()),
+        (&house.bucket, "secret".to_owned()),
+        (&house.bucket, format!("cold/default/{topic}/lfs/x")),
+        (&house.bucket, format!("default/{topic}/x")),
+        (&house.bucket, format!("default/{topic}/lfs")),
+        (&house.bucket, format!("default/{topic}/lfs/")),
+        (&house.bucket, format!("default/{topic}/lfs/../../../secret")),
+        (&house.bucket, format!("default/{topic}/lfs//x")),
+        (&house.bucket, format!("/{inside}")),
+        (&house.bucket, format!("{topic}/lfs/x")),
+    ] {
+        let refused = house.resolve(pointer(bucket, &key, 5).as_bytes(), "").await;
+        assert_eq!((refused.status, refused.code()), (403, "pointer-forbidden"), "{bucket}/{key}: {}", refused.text);
+    }
+}
+
+#[tokio::test]
+async fn kafscales_own_pointers_resolve() {
+    let house = House::new().await;
+    let key = format!("default/{}/lfs/2026/01/02/obj-1", house.topic);
+    house.put_object(&key, b"abc", None).await;
+    let hash = sha256(b"abc").to_uppercase();
+    let value = format!(
+        r#"{{"kfs_lfs":1,"bucket":"{}","key":"{key}","size":3,"sha256":"{hash}","checksum":"","checksum_alg":"sha256","content_type":"text/plain","original_headers":{{"a":"b"}},"created_at":"2026-01-02T03:04:05Z","proxy_id":"p"}}"#,
+        house.bucket
+    );
+    let resolved = house.resolve(value.as_bytes(), "").await.expect(200).json;
+    assert_eq!((&resolved["integrity"], &resolved["upload_id"]), (&Value::Null, &Value::Null));
+    assert!(resolved.as_object().unwrap().contains_key("integrity") && resolved.as_object().unwrap().contains_key("upload_id"));
+    assert_eq!((&resolved["sha256"], &resolved["content_type"]), (&json!(sha256(b"abc")), &json!("text/plain")));
+    assert_eq!(house.download(&resolved).await, b"abc");
+    let validated = house.resolve(value.as_bytes(), "?validate=true").await.expect(200);
+    assert_eq!(validated.json, json!({"valid": true, "size": 3, "integrity": null}));
+}
+
+#[tokio::test]
+async fn a_topic_may_have_a_bucket_and_a_prefix_of_its_own() {
+    let house = House::new().await;
+    let bucket = format!("{}-cold", house.bucket);
+    house.s3.create_bucket().bucket(&bucket).send().await.unwrap();
+    let before = house.published_value(b"before", json!({})).await.1;
+    let policy = json!({"bucket": bucket, "prefix": "lfs/cold", "url_seconds": 60});
+    house.put_policy(&house.topic, &policy).await.expect(200);
+    let value = house.published_value(b"cold", json!({})).await.1;
+    let pointer: Value = serde_json::from_slice(&value).unwrap();
+    assert_eq!(pointer["bucket"], json!(bucket));
+    assert!(pointer["key"].as_str().unwrap().starts_with(&format!("lfs/cold/default/{}/lfs/", house.topic)), "{pointer}");
+    let resolved = house.resolve(&value, "").await.expect(200).json;
+    assert_eq!(resolved["expires_in"], 60);
+    assert_eq!(house.download(&resolved).await, b"cold");
+    house.resolve(&before, "").await.expect_problem(403, "pointer-forbidden");
+    let moved = String::from_utf8(value).unwrap().replace("lfs/cold/", "lfs/cold/lfs/cold/");
+    house.resolve(moved.as_bytes(), "").await.expect_problem(403, "pointer-forbidden");
+}
+
+#[tokio::test]
+async fn any_json_media_type_carries_a_pointer_and_no_other_does() {
+    let house = House::new().await;
+    let (_, value) = house.published_value(b"hello", json!({})).await;
+    let send = |kind: &'static str| {
+        let request = house.http.post(format!("{}/lfs/resolve", house.url())).header("content-type", kind);
+        house.send(request.body(value.clone()))
+    };
+    for kind in ["application/json", "Application/JSON; charset=utf-8", "application/vnd.kafscale.lfs+json", "text/x+json"] {
+        send(kind).await.expect(200);
+    }
+    for kind in ["text/plain", "application/octet-stream", "json", "+json", "application/jsonp"] {
+        send(kind).await.expect_problem(415, "unsupported-media-type");
+    }
+}
