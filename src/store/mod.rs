@@ -55,6 +55,9 @@ pub enum Error {
     /// Another request holds what this one needs.
     #[error("another request holds the same key")]
     Busy,
+    /// Nobody is left to do it.
+    #[error("the broker is ending")]
+    Ending,
     /// The database is not there, or did not do it.
     #[error("database: {0}")]
     Database(#[source] sqlx::Error),
