@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::auth::{self, Auth, Mode};
 use crate::broker::{self, Broker, Parts};
-use crate::finish::{self, Finisher};
+use crate::finish::{self, Finisher, Tasks};
 use crate::http::{self, App};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
@@ -94,6 +94,7 @@ pub struct Running {
     store: Store,
     stop: watch::Sender<bool>,
     work: Vec<JoinHandle<()>>,
+    tasks: Tasks,
 }
 
 impl Settings {
@@ -141,8 +142,10 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         settings: settings.finish.clone(),
         shards: deployment.shards,
         owner,
+        tasks: Tasks::default(),
     };
-    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner, settings.finish.lease);
+    let tasks = finisher.tasks.clone();
+    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner);
     let sweeper = Sweeper {
         store: store.clone(),
         objects: objects.clone(),
@@ -173,7 +176,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_sweeper(sweeper, stopped)),
     ];
     info!(%address, "serving on http://{address}");
-    Ok(Running { address, store, stop, work })
+    Ok(Running { address, store, stop, work, tasks })
 }
 
 impl Running {
@@ -200,6 +203,10 @@ impl Running {
         if tokio::time::timeout(DRAIN * 2, drained).await.is_err() {
             warn!("stopped without waiting any longer; leases will run out");
         }
+        // Most completions take milliseconds. A long reading begins again elsewhere.
+        if tokio::time::timeout(DRAIN, self.tasks.ended()).await.is_err() {
+            warn!("uploads were still being completed at the end; their leases will run out");
+        }
         self.store.close().await;
     }
 
@@ -208,6 +215,7 @@ impl Running {
         for work in &self.work {
             work.abort();
         }
+        self.tasks.abort();
     }
 }
 

@@ -4,12 +4,14 @@
 //! The broker does it when a client completes, the verifier when bytes must be read or a lease ran out. Any of it
 //! may be done twice: a takeover looks before it touches, and the outcome is written under the version that was read.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use lfs_broker_client::api::UploadState;
 use lfs_broker_client::checksum::Sha256;
 use time::OffsetDateTime;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -17,6 +19,11 @@ use crate::objects::{self, Finish, Objects, Part, Place};
 use crate::session::{Layout, Object, Refusal, Session, State};
 use crate::store::{self, Move, Store};
 use crate::wakes::Wakes;
+
+/// What is left over in S3 is removed if it can be removed at once; `audit` finds the rest.
+const TIDY_WITHIN: Duration = Duration::from_secs(2);
+/// The longest pause between two tries to write an outcome down.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How long a lease lasts that nobody renews.
 #[derive(Debug, Clone)]
@@ -41,6 +48,40 @@ pub(crate) struct Finisher {
     pub(crate) shards: i32,
     /// This replica.
     pub(crate) owner: Uuid,
+    pub(crate) tasks: Tasks,
+}
+
+/// The work under way in this replica.
+#[derive(Clone, Default)]
+pub(crate) struct Tasks(Arc<Mutex<JoinSet<()>>>);
+
+impl Tasks {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A set keeps what has ended until somebody looks.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
+    }
+
+    /// Waits until all of it has ended; what begins meanwhile is not waited for.
+    pub(crate) async fn ended(&self) {
+        let mut tasks = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        while tasks.join_next().await.is_some() {}
+    }
+
+    /// Drops all of it where it stands.
+    pub(crate) fn abort(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+    }
+}
+
+/// What came of a claim.
+enum Claimed {
+    Ours(Box<Session>),
+    Refused(Refusal),
+    /// The session as it is if the claim was stored.
+    Unknown(Box<Session>, store::Error),
+    Failed(store::Error),
 }
 
 /// Why an examination ended without a verdict on the bytes, or with a bad one.
@@ -74,21 +115,82 @@ pub(crate) fn place(session: &Session) -> Place {
 }
 
 impl Finisher {
-    /// Takes a session to complete it. `by` is who wants it.
-    pub(crate) async fn claim(&self, session: Session, by: &str) -> Result<Result<Session, Refusal>, store::Error> {
-        let now = self.store.now().await?;
-        let from = session.state.name();
-        match session.claim(self.owner, now, now + self.settings.lease) {
-            Ok(claimed) => {
-                let reason = if from == UploadState::Open { "complete was asked for" } else { "the lease had run out" };
-                Ok(Ok(self.store.save(&Move { from, to: &claimed, reason, by, now }, self.shards).await?))
+    /// Takes a session and does all that is to be done, as a task of its own: whoever asked may go away. Answers as
+    /// soon as the session is taken. `by` is who wants it, `until` is kept as long as the work lasts.
+    pub(crate) async fn begin(
+        &self,
+        session: Session,
+        by: &str,
+        until: impl Send + 'static,
+    ) -> Result<Result<(), Refusal>, store::Error> {
+        let (told, taken) = oneshot::channel();
+        let (finisher, by) = (self.clone(), by.to_owned());
+        self.tasks.spawn(async move {
+            // Nobody listening is no reason to stop: what is taken must be worked on.
+            match finisher.claim(session, &by).await {
+                Claimed::Ours(session) => {
+                    let _ = told.send(Ok(Ok(())));
+                    finisher.run(*session).await;
+                }
+                Claimed::Refused(refusal) => drop(told.send(Ok(Err(refusal)))),
+                Claimed::Unknown(session, error) => {
+                    let _ = told.send(Err(error));
+                    finisher.look_again(*session).await;
+                }
+                Claimed::Failed(error) => drop(told.send(Err(error))),
             }
-            Err(refusal) => Ok(Err(refusal)),
+            drop(until);
+        });
+        taken.await.unwrap_or(Err(store::Error::Ending))
+    }
+
+    async fn claim(&self, session: Session, by: &str) -> Claimed {
+        let now = match self.store.now().await {
+            Ok(now) => now,
+            Err(error) => return Claimed::Failed(error),
+        };
+        let from = session.state.name();
+        let claimed = match session.claim(self.owner, now, now + self.settings.lease) {
+            Ok(claimed) => claimed,
+            Err(refusal) => return Claimed::Refused(refusal),
+        };
+        let reason = if from == UploadState::Open { "complete was asked for" } else { "the lease had run out" };
+        match self.store.save(&Move { from, to: &claimed, reason, by, now }, self.shards).await {
+            Ok(saved) => Claimed::Ours(Box::new(saved)),
+            Err(error @ store::Error::Database(_)) => Claimed::Unknown(Box::new(claimed), error),
+            Err(error) => Claimed::Failed(error),
+        }
+    }
+
+    /// The answer to a claim was lost, perhaps not the claim: if the session turns out to be ours, it is worked on.
+    async fn look_again(&self, claimed: Session) {
+        match self.insist(|| self.store.session(claimed.id)).await {
+            Ok(Some(session)) if session.state == claimed.state => self.run(session).await,
+            Ok(_) => {}
+            Err(error) => warn!(session.id = %claimed.id, %error, "could not find out whether {} was taken", claimed.id),
+        }
+    }
+
+    /// Tries again while the database does not answer, for as long as a lease lasts.
+    async fn insist<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, store::Error>
+    where
+        F: Future<Output = Result<T, store::Error>>,
+    {
+        let deadline = Instant::now() + self.settings.lease;
+        let mut pause = Duration::from_millis(100);
+        loop {
+            match attempt().await {
+                Err(store::Error::Database(_) | store::Error::Busy) if Instant::now() + pause < deadline => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                ended => return ended,
+            }
         }
     }
 
     /// Does all that is to be done under a lease just taken, and keeps the lease meanwhile.
-    pub(crate) async fn run(&self, session: Session) {
+    async fn run(&self, session: Session) {
         let State::Completing { lease, must_read } = session.state.clone() else { return };
         let id = session.id;
         let by = if must_read { "verifier" } else { "broker" };
@@ -105,8 +207,14 @@ impl Finisher {
         match verdict {
             Ok(next) => self.write(next, by).await,
             Err(Stop::Refused(refusal)) => self.refuse(session, &refusal, by).await,
-            Err(Stop::Objects(error)) => self.release(&session, lease.attempt, &error).await,
-            Err(Stop::Store(error)) => warn!(session.id = %id, %error, "could not complete {id}; its lease will run out"),
+            Err(Stop::Objects(error)) => {
+                warn!(session.id = %id, %error, "S3 gave no verdict on {id}");
+                self.release(&session, lease.attempt, "object storage").await;
+            }
+            Err(Stop::Store(error)) => {
+                warn!(session.id = %id, %error, "the database broke off the completion of {id}");
+                self.release(&session, lease.attempt, "the database").await;
+            }
         }
         self.wakes.changed(id);
     }
@@ -133,7 +241,11 @@ impl Finisher {
         };
         let found = match session.promise.layout {
             Layout::Single => self.objects.head(&place(&session), None).await?.ok_or(Refusal::ObjectMissing)?,
-            Layout::Multipart { parts, .. } => self.assemble(&session, attempt, parts, &hashes).await?,
+            Layout::Multipart { parts, .. } => {
+                let found = self.assemble(&session, attempt, parts, &hashes).await?;
+                self.tidy(&session).await;
+                found
+            }
         };
         let now = self.store.now().await?;
         let hashes: Vec<Sha256> = hashes.into_iter().map(|(_, sha256)| sha256).collect();
@@ -182,6 +294,18 @@ impl Finisher {
         }
     }
 
+    /// Removes multipart uploads that were begun for this object besides the one that was finished: S3's answer to
+    /// their begin was lost. Nobody sweeps a session that ends well.
+    async fn tidy(&self, session: &Session) {
+        let id = session.id;
+        match tokio::time::timeout(TIDY_WITHIN, self.objects.abort_uploads(&place(session), None)).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(uploads)) => info!(session.id = %id, uploads, "removed multipart uploads that {id} did not use"),
+            Ok(Err(error)) => warn!(session.id = %id, %error, "could not look for multipart uploads that {id} did not use"),
+            Err(_) => warn!(session.id = %id, "found no time to look for multipart uploads that {id} did not use"),
+        }
+    }
+
     /// Streams the object through the hasher: one piece at a time, of the version that was looked at.
     async fn read(&self, session: Session) -> Result<Session, Stop> {
         let place = place(&session);
@@ -218,35 +342,33 @@ impl Finisher {
             State::Rejected(trouble) => (trouble.detail.clone(), Some(&self.wakes.sweeper)),
             _ => (next.trouble.as_ref().map(|trouble| trouble.detail.clone()).unwrap_or_default(), None),
         };
-        let saved = async {
+        let saved = self.insist(|| async {
             let now = self.store.now().await?;
             self.store.save(&Move { from: UploadState::Completing, to: &next, reason: &reason, by, now }, self.shards).await
-        };
+        });
         match saved.await {
-            Ok(saved) => {
-                info!(session.id = %id, state = %saved.state.name(), reason, "completed a step of {id}");
-                if let Some(wake) = wake {
-                    wake.notify_one();
-                }
-            }
+            Ok(saved) => info!(session.id = %id, state = %saved.state.name(), reason, "completed a step of {id}"),
+            // Perhaps by ourselves, and the answer was lost.
             Err(store::Error::Moved(_)) => info!(session.id = %id, "{id} was moved meanwhile"),
             Err(error) => warn!(session.id = %id, %error, "could not write the outcome of {id}; its lease will run out"),
+        }
+        if let Some(wake) = wake {
+            wake.notify_one();
         }
     }
 
     /// Gives the lease back with what went wrong. A client who asks again takes over at once, the verifier later.
-    async fn release(&self, session: &Session, attempt: i32, error: &objects::Error) {
+    async fn release(&self, session: &Session, attempt: i32, silent: &str) {
         let id = session.id;
-        warn!(session.id = %id, %error, "S3 gave no verdict on {id}");
         let (code, detail) = match session.promise.layout {
-            Layout::Single => ("dependency-unavailable", "object storage did not answer"),
-            Layout::Multipart { .. } => ("completion-unknown", "object storage did not say whether the parts were joined"),
+            Layout::Single => ("dependency-unavailable", format!("{silent} did not answer")),
+            Layout::Multipart { .. } => ("completion-unknown", format!("{silent} did not say whether the parts were joined")),
         };
         let wait = Duration::from_secs(1 << attempt.clamp(0, 5));
-        let released = async {
+        let released = self.insist(|| async {
             let now = self.store.now().await?;
-            self.store.release_lease(id, self.owner, attempt, (code, detail), now, now + wait).await
-        };
+            self.store.release_lease(id, self.owner, attempt, (code, &detail), now, now + wait).await
+        });
         if let Err(error) = released.await {
             warn!(session.id = %id, %error, "could not give back the lease on {id}; it will run out");
         }

@@ -6,6 +6,7 @@
 //! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,12 @@ const BATCH: i64 = 500;
 /// A refused record is tried again after 1, 2, 4, ... seconds, and at most this many.
 const LONGEST_PARK_SECONDS: i64 = 60;
 
+/// How long a crashed owner's shards stay its own. Kafka's fence is what makes a takeover safe, so this may be short:
+/// a broker that comes back publishes within five seconds.
+const LEASE: Duration = Duration::from_secs(3);
+/// So many batches of a shard may come to nothing without anyone to blame before its rows are tried singly.
+const PATIENCE: u32 = 2;
+
 /// Carries pointers for the shards it owns.
 pub(crate) struct Relay {
     store: Store,
@@ -30,18 +37,20 @@ pub(crate) struct Relay {
     wakes: Arc<Wakes>,
     deployment: Deployment,
     owner: Uuid,
-    lease: Duration,
     owned: Vec<Ownership>,
     held: HashMap<i32, Held>,
     renewed_at: Option<Instant>,
+    has_markers: bool,
 }
 
 /// A shard that is fenced and settled under one epoch.
 struct Held {
     epoch: i64,
     shard: Shard,
-    /// After a refusal of nobody in particular, rows go one at a time.
-    one_by_one: bool,
+    /// After a failure of nobody in particular, so many rows go one at a time: then the culprit shows.
+    singly: usize,
+    /// Batches in a row that came to nothing.
+    failures: u32,
 }
 
 /// What keeps a shard from going on.
@@ -51,18 +60,23 @@ pub(crate) enum Error {
     Store(#[from] store::Error),
     #[error("{0}")]
     Kafka(#[from] kafka::Error),
+    #[error("another owner has taken the shard")]
+    Taken,
 }
 
 impl Relay {
-    pub(crate) fn new(
-        store: Store,
-        kafka: Kafka,
-        wakes: Arc<Wakes>,
-        deployment: Deployment,
-        owner: Uuid,
-        lease: Duration,
-    ) -> Self {
-        Self { store, kafka, wakes, deployment, owner, lease, owned: Vec::new(), held: HashMap::new(), renewed_at: None }
+    pub(crate) fn new(store: Store, kafka: Kafka, wakes: Arc<Wakes>, deployment: Deployment, owner: Uuid) -> Self {
+        Self {
+            store,
+            kafka,
+            wakes,
+            deployment,
+            owner,
+            owned: Vec::new(),
+            held: HashMap::new(),
+            renewed_at: None,
+            has_markers: false,
+        }
     }
 
     /// One batch of every owned shard, side by side; says how many pointers reached Kafka.
@@ -70,8 +84,11 @@ impl Relay {
         self.own().await?;
         let mut shards: Vec<(Ownership, Option<Held>)> =
             self.owned.iter().map(|owned| (*owned, self.held.remove(&owned.shard))).collect();
-        let work = shards.iter_mut().map(|(owned, held)| self.relay(*owned, held));
-        let outcomes = join_all(work).await;
+        let work = join_all(shards.iter_mut().map(|(owned, held)| self.relay(*owned, held)));
+        let outcomes = tokio::select! {
+            outcomes = work => outcomes,
+            never = self.keep() => match never {},
+        };
         let mut sent = 0;
         let mut failed = None;
         for ((owned, held), outcome) in shards.into_iter().zip(outcomes) {
@@ -79,6 +96,11 @@ impl Relay {
                 Ok(count) => {
                     sent += count;
                     self.held.extend(held.map(|held| (owned.shard, held)));
+                }
+                // Before anything else, find out what is still ours: taking it back would fence its new owner.
+                Err(Error::Taken) => {
+                    info!(shard = owned.shard, "shard {} has another owner", owned.shard);
+                    self.renewed_at = None;
                 }
                 // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
                 Err(error) => {
@@ -95,18 +117,33 @@ impl Relay {
 
     /// Takes free shards and renews the leases of ours, every third of a lease.
     async fn own(&mut self) -> Result<(), Error> {
-        if self.renewed_at.is_some_and(|at| at.elapsed() < self.lease / 3) {
+        if self.renewed_at.is_some_and(|at| at.elapsed() < LEASE / 3) {
             return Ok(());
         }
-        if self.renewed_at.is_none() && self.kafka.delivery() == Delivery::ExactlyOnce {
+        if !self.has_markers && self.kafka.delivery() == Delivery::ExactlyOnce {
             self.kafka.ensure_marker_topic(self.deployment.shards).await?;
+            self.has_markers = true;
         }
-        let now = self.store.now().await?;
-        self.owned = self.store.own_shards(self.owner, now, now + self.lease).await?;
+        self.owned = self.renew().await?;
         self.renewed_at = Some(Instant::now());
         let owned = &self.owned;
         self.held.retain(|shard, held| owned.iter().any(|owned| owned.shard == *shard && owned.epoch == held.epoch));
         Ok(())
+    }
+
+    async fn renew(&self) -> Result<Vec<Ownership>, store::Error> {
+        let now = self.store.now().await?;
+        self.store.own_shards(self.owner, now, now + LEASE).await
+    }
+
+    /// Renews the leases while batches are under way: one that Kafka keeps waiting must not cost us the others.
+    async fn keep(&self) -> Infallible {
+        loop {
+            tokio::time::sleep(LEASE / 3).await;
+            if let Err(error) = self.renew().await {
+                warn!(%error, "could not renew the leases of the shards");
+            }
+        }
     }
 
     /// Gives the shards back, so that another replica takes them at once.
@@ -130,12 +167,13 @@ impl Relay {
                 slot.insert(held)
             }
         };
-        let limit = if held.one_by_one { 1 } else { BATCH };
+        let limit = if held.singly > 0 { 1 } else { BATCH };
         let now = self.store.now().await?;
         let Some((batch, rows)) = self.store.stamp(owned, limit, now).await? else {
-            held.one_by_one = false;
+            held.singly = 0;
             return Ok(settled);
         };
+        held.singly = held.singly.saturating_sub(1);
         let records: Vec<Record> = rows.iter().map(record).collect();
         let outcome = held.shard.publish(batch, &records).await;
         Ok(settled + self.settle(owned, slot, batch, rows, outcome).await?)
@@ -156,13 +194,12 @@ impl Relay {
             let now = self.store.now().await?;
             self.mark(&listed, now).await?;
             let mut batches: Vec<i64> = stamped.iter().filter_map(|row| row.batch).collect();
+            batches.sort_unstable();
             batches.dedup();
-            for batch in batches {
-                self.store.unstamp(owned.shard, batch).await?;
-            }
+            self.unstamp(owned, &batches).await?;
             info!(shard = owned.shard, stamped = stamped.len(), published, "settled shard {}", owned.shard);
         }
-        Ok((Held { epoch: owned.epoch, shard, one_by_one: false }, published))
+        Ok((Held { epoch: owned.epoch, shard, singly: 0, failures: 0 }, published))
     }
 
     async fn settle(
@@ -173,41 +210,69 @@ impl Relay {
         rows: Vec<Waiting>,
         outcome: Result<Vec<Delivered>, PublishError>,
     ) -> Result<usize, Error> {
-        let now = self.store.now().await?;
+        let Some(held) = slot.as_mut() else { return Ok(0) };
         match outcome {
-            Ok(delivered) => self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await,
+            Ok(delivered) => {
+                held.failures = 0;
+                self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), self.store.now().await?).await
+            }
             Err(PublishError::Refused { refused, delivered }) => {
+                let now = self.store.now().await?;
                 let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
                 for refusal in refused.iter().filter(|refusal| refusal.permanent || rows.len() == 1) {
                     if let Some(row) = rows.iter().find(|row| row.session_id == refusal.upload_id) {
-                        let wait = time::Duration::seconds(
-                            (1i64 << row.attempts.clamp(1, 6).saturating_sub(1)).min(LONGEST_PARK_SECONDS),
-                        );
-                        warn!(session.id = %row.session_id, topic = row.topic, reason = refusal.reason, "Kafka refused the pointer of {}", row.session_id);
-                        self.store.park(row, &refusal.reason, now + wait, now).await?;
-                        self.wakes.changed(row.session_id);
+                        self.park(row, &refusal.reason).await?;
                     }
                 }
-                self.store.unstamp(owned.shard, batch).await?;
+                self.unstamp(owned, &[batch]).await?;
                 // Nobody in particular is to blame: singly, the culprit shows.
-                if let Some(held) = slot.as_mut().filter(|_| refused.iter().all(|refusal| !refusal.permanent)) {
-                    held.one_by_one = true;
+                if rows.len() > 1 && refused.iter().all(|refusal| !refusal.permanent) {
+                    held.singly = rows.len() - marked;
                 }
                 self.wakes.relay.notify_one();
                 Ok(marked)
             }
             Err(PublishError::Retry(why)) => {
                 warn!(shard = owned.shard, why, "shard {} tries again", owned.shard);
-                self.store.unstamp(owned.shard, batch).await?;
+                held.failures += 1;
+                // Where Kafka answers, it is something in the batch: a partition without a leader, for one.
+                if held.failures >= PATIENCE && self.kafka.reachable().await.is_ok() {
+                    held.failures = 0;
+                    match rows.as_slice() {
+                        [row] => self.park(row, &why).await?,
+                        rows => held.singly = rows.len(),
+                    }
+                }
+                self.unstamp(owned, &[batch]).await?;
                 Ok(0)
             }
-            // The stamp stays: the next owner, perhaps we, reads the marker first.
-            Err(error @ (PublishError::Fenced(_) | PublishError::Lost(_))) => {
+            // The stamp stays: the next owner reads the marker first.
+            Err(error @ PublishError::Fenced(_)) => {
+                warn!(shard = owned.shard, %error, "shard {} was taken", owned.shard);
+                Err(Error::Taken)
+            }
+            // The same, and the next owner may be we.
+            Err(error @ PublishError::Lost(_)) => {
                 warn!(shard = owned.shard, %error, "shard {} is to be taken anew", owned.shard);
                 *slot = None;
                 Ok(0)
             }
         }
+    }
+
+    /// Lets a row wait, and with it what comes after it in its topic and key.
+    async fn park(&self, row: &Waiting, reason: &str) -> Result<(), Error> {
+        let wait = time::Duration::seconds((1i64 << (row.attempts.clamp(1, 7) - 1)).min(LONGEST_PARK_SECONDS));
+        let id = row.session_id;
+        warn!(session.id = %id, topic = row.topic, reason, "Kafka refused the pointer of {id}");
+        let now = self.store.now().await?;
+        self.store.park(row, reason, now + wait, now).await?;
+        self.wakes.changed(id);
+        Ok(())
+    }
+
+    async fn unstamp(&self, owned: Ownership, batches: &[i64]) -> Result<(), Error> {
+        if self.store.unstamp(owned, batches).await? { Ok(()) } else { Err(Error::Taken) }
     }
 
     async fn mark(&self, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {

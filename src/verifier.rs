@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::warn;
 
 use crate::finish::Finisher;
 use crate::store;
+use crate::wakes::Wakes;
 
 /// Most sessions that one replica reads at a time: each costs one CPU-second a GiB and one S3 stream.
 const AT_ONCE: usize = 4;
@@ -35,22 +36,28 @@ impl Verifier {
         for session in self.finisher.store.unattended(now, limit).await? {
             let id = session.id;
             let Ok(seat) = Arc::clone(&self.seats).try_acquire_owned() else { break };
-            match self.finisher.claim(session, "verifier").await {
-                Ok(Ok(session)) => {
-                    let finisher = self.finisher.clone();
-                    tokio::spawn(async move {
-                        finisher.run(session).await;
-                        drop(seat);
-                        // The seat is free: whoever waits for one is next.
-                        finisher.wakes.verifier.notify_one();
-                    });
-                    taken += 1;
-                }
+            let seat = Seat { permit: Some(seat), wakes: Arc::clone(&self.finisher.wakes) };
+            match self.finisher.begin(session, "verifier", seat).await {
+                Ok(Ok(())) => taken += 1,
                 // Another replica was quicker.
                 Ok(Err(_)) | Err(store::Error::Moved(_)) => {}
                 Err(error) => warn!(session.id = %id, %error, "could not take over {id}"),
             }
         }
         Ok(taken)
+    }
+}
+
+/// The right to read one session.
+struct Seat {
+    permit: Option<OwnedSemaphorePermit>,
+    wakes: Arc<Wakes>,
+}
+
+impl Drop for Seat {
+    /// Frees the seat first: whoever is woken finds it.
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        self.wakes.verifier.notify_one();
     }
 }

@@ -72,12 +72,8 @@ impl Broker {
         };
         session.promise.traceparent = session.promise.traceparent.or(traceparent);
         let by = format!("client:{}", session.subject);
-        match self.finisher.claim(session, &by).await {
-            Ok(Ok(claimed)) => {
-                let finisher = self.finisher.clone();
-                tokio::spawn(async move { finisher.run(claimed).await });
-                Ok(true)
-            }
+        match self.finisher.begin(session, &by, ()).await {
+            Ok(Ok(())) => Ok(true),
             Ok(Err(Refusal::InProgress)) => Ok(true),
             Ok(Err(refusal)) => Err(refused(refusal, &copy)),
             // Somebody moved it: look again before saying anything.

@@ -1,6 +1,6 @@
 //! One shard's producer: takes the shard over, publishes batches, and says what is known about each of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -142,7 +142,7 @@ impl Shard {
 
     async fn publish_once(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
         self.step(|producer| producer.begin_transaction()).await.map_err(|error| self.broken(&error))?;
-        let sent = self.send(records).await;
+        let sent = self.send(&records.iter().collect::<Vec<_>>()).await;
         if let Some(failed) = self.failure(records, &sent).await {
             return Err(self.abort(failed).await);
         }
@@ -157,7 +157,7 @@ impl Shard {
     }
 
     async fn publish_some(&self, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
-        let sent = self.send(records).await;
+        let sent = self.send_in_order(records).await;
         let in_part = sent.iter().any(Result::is_ok);
         match self.failure(records, &sent).await {
             None => Ok(sent.into_iter().flatten().collect()),
@@ -172,7 +172,7 @@ impl Shard {
     }
 
     /// Sends every record, then awaits every acknowledgement: a commit that has to wait for one costs 100 ms.
-    async fn send(&self, records: &[Record]) -> Vec<Result<Delivered, KafkaError>> {
+    async fn send(&self, records: &[&Record]) -> Vec<Result<Delivered, KafkaError>> {
         let now_ms = now_ms();
         let sent: Vec<_> = records.iter().map(|record| self.enqueue(record, now_ms)).collect();
         let mut results = Vec::with_capacity(records.len());
@@ -188,6 +188,32 @@ impl Shard {
             });
         }
         results
+    }
+
+    /// Sends a record only once those of its topic and key before it have arrived: there is no transaction to take a
+    /// later one back when an earlier one is refused.
+    async fn send_in_order(&self, records: &[Record]) -> Vec<Result<Delivered, KafkaError>> {
+        let order = |record: &Record| record.key.clone().map(|key| (record.topic.clone(), key));
+        let mut outcomes: Vec<Option<Result<Delivered, KafkaError>>> = records.iter().map(|_| None).collect();
+        let mut waiting: Vec<usize> = (0..records.len()).collect();
+        let mut failed = HashSet::new();
+        while !waiting.is_empty() {
+            let mut seen = HashSet::new();
+            let (wave, later): (Vec<usize>, Vec<usize>) =
+                waiting.into_iter().partition(|index| order(&records[*index]).is_none_or(|order| seen.insert(order)));
+            let (held_up, wave): (Vec<usize>, Vec<usize>) =
+                wave.into_iter().partition(|index| order(&records[*index]).is_some_and(|order| failed.contains(&order)));
+            let sent = self.send(&wave.iter().map(|index| &records[*index]).collect::<Vec<_>>()).await;
+            for (index, outcome) in wave.into_iter().zip(sent) {
+                failed.extend(order(&records[index]).filter(|_| outcome.is_err()));
+                outcomes[index] = Some(outcome);
+            }
+            for index in held_up {
+                outcomes[index] = Some(Err(KafkaError::Canceled));
+            }
+            waiting = later;
+        }
+        outcomes.into_iter().map(|outcome| outcome.expect("every record was in a wave")).collect()
     }
 
     fn enqueue(&self, record: &Record, timestamp_ms: i64) -> Result<DeliveryFuture, KafkaError> {

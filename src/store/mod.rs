@@ -4,6 +4,7 @@
 //! version it read, so that nothing is ever overwritten unseen. No S3 or Kafka call happens inside a transaction.
 
 mod outbox;
+mod pool;
 mod sessions;
 mod topics;
 
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{PgPool, query, query_scalar};
+use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -54,6 +55,9 @@ pub enum Error {
     /// Another request holds what this one needs.
     #[error("another request holds the same key")]
     Busy,
+    /// Nobody is left to do it.
+    #[error("the broker is ending")]
+    Ending,
     /// The database is not there, or did not do it.
     #[error("database: {0}")]
     Database(#[source] sqlx::Error),
@@ -90,12 +94,15 @@ pub(crate) struct Deployment {
     pub(crate) shards: i32,
 }
 
+/// Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
+const ACQUIRE_WITHIN: Duration = Duration::from_millis(1500);
+
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// A handle on the database; cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    pool: PgPool,
+    pool: pool::Pool,
     shift_ms: Arc<AtomicI64>,
 }
 
@@ -114,9 +121,9 @@ impl Store {
         ]);
         let pool = PgPoolOptions::new()
             .max_connections(settings.max_connections)
-            .acquire_timeout(Duration::from_millis(1500))
+            .acquire_timeout(ACQUIRE_WITHIN)
             .connect_lazy_with(options);
-        Ok(Self { pool, shift_ms: Arc::default() })
+        Ok(Self { pool: pool::Pool::new(pool), shift_ms: Arc::default() })
     }
 
     /// Brings the schema up to date; several may run at once.
@@ -124,7 +131,7 @@ impl Store {
     /// # Errors
     /// When the database is not there or a migration fails.
     pub async fn migrate(&self) -> Result<(), Error> {
-        Ok(MIGRATIONS.run(&self.pool).await?)
+        Ok(MIGRATIONS.run(self.pool.unbounded()).await?)
     }
 
     /// Checks that the schema is the one this program was built for.
@@ -167,7 +174,7 @@ impl Store {
         Ok(Deployment { id: row.id, shards: row.shards })
     }
 
-    /// Closes every connection.
+    /// Closes every connection, and does not wait for those that hang.
     pub async fn close(&self) {
         self.pool.close().await;
     }

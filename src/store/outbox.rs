@@ -1,10 +1,11 @@
 //! The outbox: pointers that Kafka has not acknowledged, and who may send them.
 
 use sqlx::types::Json;
-use sqlx::{query, query_scalar};
+use sqlx::{PgConnection, query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::pool::{WORK_WITHIN, within};
 use super::{Error, Store};
 
 /// A pointer that waits for Kafka.
@@ -98,54 +99,35 @@ impl Store {
         limit: i64,
         now: OffsetDateTime,
     ) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
-        let mut tx = self.pool.begin().await?;
-        let shard = query!(
-            "select last_batch from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update",
+        within(WORK_WITHIN, async {
+            let mut tx = self.pool.begin().await?;
+            let stamped = stamp(&mut tx, owned, limit, now).await?;
+            match stamped {
+                Some(_) => tx.commit().await?,
+                None => tx.rollback().await?,
+            }
+            Ok(stamped)
+        })
+        .await
+    }
+
+    /// Takes the stamps of these batches back: Kafka does not hold them. `false`, and nothing is done, when the
+    /// shard is not ours any more: what stands there now may be the next owner's.
+    pub(crate) async fn unstamp(&self, owned: Ownership, batches: &[i64]) -> Result<bool, Error> {
+        let unstamped = query!(
+            "with ours as (select shard from relay_shards where shard = $1 and owner = $2 and epoch = $3),
+                  free as (update outbox set batch = null where shard = (select shard from ours) and batch = any($4))
+             select exists (select from ours) as \"ours!\"",
             owned.shard,
             owned.owner,
-            owned.epoch
-        )
-        .fetch_optional(&mut *tx)
-        .await?;
-        let Some(shard) = shard else { return Ok(None) };
-        let batch = shard.last_batch + 1;
-        let rows = sqlx::query_as!(
-            Row,
-            r#"update outbox set batch = $3, attempts = attempts + 1
-               where number in (
-                   select due.number from outbox due
-                   where due.shard = $1 and due.batch is null and due.next_try_at <= $4
-                     and not exists (
-                         select from outbox parked
-                         where parked.shard = $1 and parked.error is not null and parked.next_try_at > $4
-                           and parked.ordering = due.ordering and parked.number < due.number)
-                   order by due.number limit $2)
-               returning number, session_id, topic, partition, key, value,
-                         headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
-            owned.shard,
-            limit,
-            batch,
-            now
-        )
-        .fetch_all(&mut *tx)
-        .await?;
-        if rows.is_empty() {
-            return Ok(None);
-        }
-        query!("update relay_shards set last_batch = $2 where shard = $1", owned.shard, batch).execute(&mut *tx).await?;
-        tx.commit().await?;
-        let mut rows: Vec<Waiting> = rows.into_iter().map(Waiting::from).collect();
-        rows.sort_by_key(|row| row.number);
-        Ok(Some((batch, rows)))
+            owned.epoch,
+            batches
+        );
+        Ok(unstamped.fetch_one(&self.pool).await?.ours)
     }
 
-    /// Takes a batch's stamp back: Kafka does not hold it.
-    pub(crate) async fn unstamp(&self, shard: i32, batch: i64) -> Result<(), Error> {
-        query!("update outbox set batch = null where shard = $1 and batch = $2", shard, batch).execute(&self.pool).await?;
-        Ok(())
-    }
-
-    /// Parks a row, and with it the later ones of its topic and key: Kafka refused it.
+    /// Parks a row, and with it the later ones of its topic and key: Kafka refused it. Nothing is done when the row
+    /// is not stamped as we know it, because another owner has settled it.
     pub(crate) async fn park(
         &self,
         row: &Waiting,
@@ -153,26 +135,21 @@ impl Store {
         next_try_at: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<(), Error> {
-        let mut tx = self.pool.begin().await?;
         query!(
-            "update outbox set batch = null, error = $2, next_try_at = $3 where number = $1 and batch is not distinct from $4",
+            "with parked as (
+                 update outbox set batch = null, error = $2, next_try_at = $3
+                 where number = $1 and batch is not distinct from $4 returning session_id)
+             update upload_sessions
+             set error_code = 'not-published-yet', error_detail = $2, version = version + 1, updated_at = $5
+             where id = (select session_id from parked) and state = 'verified' and error_detail is distinct from $2",
             row.number,
             error,
             next_try_at,
-            row.batch
-        )
-        .execute(&mut *tx)
-        .await?;
-        query!(
-            "update upload_sessions set error_code = 'not-published-yet', error_detail = $2, version = version + 1, updated_at = $3
-             where id = $1 and state = 'verified' and error_detail is distinct from $2",
-            row.session_id,
-            error,
+            row.batch,
             now
         )
-        .execute(&mut *tx)
+        .execute(&self.pool)
         .await?;
-        tx.commit().await?;
         Ok(())
     }
 
@@ -182,28 +159,32 @@ impl Store {
         let partitions: Vec<i32> = placed.iter().map(|placed| placed.partition).collect();
         let offsets: Vec<i64> = placed.iter().map(|placed| placed.offset).collect();
         let times: Vec<OffsetDateTime> = placed.iter().map(|placed| placed.at).collect();
-        query!(
-            "with placed as (
-                 select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
-             moved as (
-                 update upload_sessions session
-                 set state = 'published', version = version + 1, updated_at = $5, error_code = null, error_detail = null,
-                     published_partition = placed.partition, published_offset = placed.number, published_at = placed.at
-                 from placed where session.id = placed.id and session.state = 'verified'
-                 returning session.id, session.version),
-             told as (
-                 insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
-                 select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved)
-             delete from outbox where session_id = any($1)",
-            &ids,
-            &partitions,
-            &offsets,
-            &times,
-            now
-        )
-        .execute(&self.pool)
-        .await?;
-        Ok(())
+        within(WORK_WITHIN, async {
+            let mut lent = self.pool.lend().await?;
+            let marking = query!(
+                "with placed as (
+                     select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
+                 moved as (
+                     update upload_sessions session
+                     set state = 'published', version = version + 1, updated_at = $5, error_code = null, error_detail = null,
+                         published_partition = placed.partition, published_offset = placed.number, published_at = placed.at
+                     from placed where session.id = placed.id and session.state = 'verified'
+                     returning session.id, session.version),
+                 told as (
+                     insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
+                     select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved)
+                 delete from outbox where session_id = any($1)",
+                &ids,
+                &partitions,
+                &offsets,
+                &times,
+                now
+            );
+            marking.execute(&mut *lent).await?;
+            lent.give_back();
+            Ok(())
+        })
+        .await
     }
 
     /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.
@@ -242,6 +223,53 @@ impl Store {
             })
             .collect())
     }
+}
+
+/// Stamps what is due. A row that was never refused is due at once, whatever its clock said when it was written:
+/// a later row of its key must not pass it.
+async fn stamp(
+    tx: &mut PgConnection,
+    owned: Ownership,
+    limit: i64,
+    now: OffsetDateTime,
+) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
+    let shard = query!(
+        "select last_batch from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update",
+        owned.shard,
+        owned.owner,
+        owned.epoch
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(shard) = shard else { return Ok(None) };
+    let batch = shard.last_batch + 1;
+    let rows = sqlx::query_as!(
+        Row,
+        r#"update outbox set batch = $3, attempts = attempts + 1
+           where number in (
+               select due.number from outbox due
+               where due.shard = $1 and due.batch is null and (due.error is null or due.next_try_at <= $4)
+                 and not exists (
+                     select from outbox parked
+                     where parked.shard = $1 and parked.error is not null and parked.next_try_at > $4
+                       and parked.ordering = due.ordering and parked.number < due.number)
+               order by due.number limit $2)
+           returning number, session_id, topic, partition, key, value,
+                     headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
+        owned.shard,
+        limit,
+        batch,
+        now
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    query!("update relay_shards set last_batch = $2 where shard = $1", owned.shard, batch).execute(&mut *tx).await?;
+    let mut rows: Vec<Waiting> = rows.into_iter().map(Waiting::from).collect();
+    rows.sort_by_key(|row| row.number);
+    Ok(Some((batch, rows)))
 }
 
 struct Row {

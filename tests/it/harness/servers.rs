@@ -11,10 +11,6 @@ use lfs_broker::store;
 use sqlx::{Connection as _, Executor as _, PgConnection};
 use uuid::Uuid;
 
-<<<<<<< HEAD
-=======
-pub(crate) use crate::stores::Flavour;
->>>>>>> s3
 use crate::stores::Place;
 
 /// Everything that all houses share.
