@@ -58,7 +58,7 @@ const IMPURE: &[&str] = &[
 ];
 
 /// Past this a file does a second thing.
-const MOST_LINES: usize = 540;
+const MOST_LINES: usize = 520;
 
 fn floor(room: &str) -> Option<u8> {
     FLOORS.iter().find(|(name, _)| *name == room).map(|(_, floor)| *floor)
