@@ -9,8 +9,10 @@ mod harness;
 mod stores;
 
 mod abort;
+mod cli;
 mod client;
 mod conformance;
+mod dev;
 mod embedded;
 mod house;
 mod idempotency;

@@ -1,0 +1,138 @@
+//! `lfs-broker dev` as a user runs it: the real program, started, restarted, interrupted and killed.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use lfs_broker::dev::Places;
+use lfs_broker_client::api::{ListUploads, UploadState};
+use lfs_broker_client::{Client, UploadOptions};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::Message as _;
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::harness::bytes;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_lfs-broker");
+
+/// A running `dev`, killed if a test fails before it ends it.
+struct Dev(Child);
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn dev(data_dir: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(["dev", "--listen", "127.0.0.1:0", "--data-dir"]).arg(data_dir).args(more);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// Starts it, and waits for `dev.json`, which is written once everything answers.
+async fn start(data_dir: &Path, more: &[&str]) -> (Dev, Places) {
+    let mut child = Dev(dev(data_dir, more).spawn().expect("the program starts"));
+    for _ in 0..600 {
+        if let Ok(json) = std::fs::read(data_dir.join("dev.json")) {
+            return (child, serde_json::from_slice(&json).expect("dev.json is whole"));
+        }
+        assert!(child.0.try_wait().unwrap().is_none(), "dev ended before it answered");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("no dev.json after a minute");
+}
+
+async fn signal(child: &mut Dev, name: &str) -> Option<i32> {
+    let sent = Command::new("kill").args([name, &child.0.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    for _ in 0..300 {
+        if let Some(status) = child.0.try_wait().unwrap() {
+            return status.code();
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("dev did not end within 30 s of {name}");
+}
+
+/// PostgreSQL's port answers as long as it runs.
+async fn postgres_ends(places: &Places) {
+    let address = places.database_url.rsplit_once('@').unwrap().1.split('/').next().unwrap();
+    for _ in 0..200 {
+        if tokio::net::TcpStream::connect(address).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("PostgreSQL outlived dev");
+}
+
+/// The record at a place, read by a consumer that is not ours.
+fn record_at(places: &Places, topic: &str, partition: i32, offset: i64) -> Vec<u8> {
+    let consumer: BaseConsumer =
+        ClientConfig::new().set("bootstrap.servers", &places.kafka_bootstrap).set("group.id", "it").create().unwrap();
+    let mut place = TopicPartitionList::new();
+    place.add_partition_offset(topic, partition, Offset::Offset(offset)).unwrap();
+    consumer.assign(&place).unwrap();
+    let message = consumer.poll(Duration::from_secs(20)).expect("a record in time").expect("a record");
+    assert_eq!(message.offset(), offset);
+    message.payload().unwrap().to_vec()
+}
+
+#[tokio::test]
+async fn state_survives_a_restart_and_offsets_stay_true() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let (mut child, places) = start(&data_dir, &[]).await;
+    let client = Client::new(&places.broker_url).unwrap();
+    let content = bytes(100_000, 1);
+    let options = || UploadOptions { key: Some(b"k".to_vec()), wait_published: true, ..UploadOptions::to("demo") };
+    client.upload(options()).bytes(content.clone()).await.unwrap();
+    let second = client.upload(options()).bytes(content.clone()).await.unwrap();
+    let value = second.pointer.unwrap().to_json().into_bytes();
+    let record = second.record.unwrap();
+    assert_eq!(record_at(&places, "demo", record.partition, record.offset), value);
+    assert_eq!(signal(&mut child, "-INT").await, Some(0), "Ctrl-C ends it in order");
+    assert!(!data_dir.join("dev.json").exists(), "dev.json says what runs");
+    postgres_ends(&places).await;
+
+    let (mut child, again) = start(&data_dir, &[]).await;
+    assert_eq!(again.s3_endpoint, places.s3_endpoint, "URLs signed before stay good");
+    let client = Client::new(&again.broker_url).unwrap();
+    let listed = client.list(&ListUploads::default()).await.unwrap();
+    assert_eq!(listed.items.iter().map(|item| item.state).collect::<Vec<_>>(), [UploadState::Published; 2]);
+    assert_eq!(record_at(&again, "demo", record.partition, record.offset), value);
+    assert!(client.fetch(&value).await.unwrap().to_vec(1 << 20).await.unwrap() == content);
+    let third = client.upload(options()).bytes(content).await.unwrap().record.unwrap();
+    assert_eq!((third.partition, third.offset), (record.partition, record.offset + 1));
+    assert_eq!(signal(&mut child, "-TERM").await, Some(0));
+    postgres_ends(&again).await;
+}
+
+#[tokio::test]
+async fn one_data_directory_has_one_dev() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let (mut child, _) = start(&data_dir, &["--ephemeral"]).await;
+    let second = dev(&data_dir, &[]).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another lfs-broker dev runs on"));
+    assert_eq!(signal(&mut child, "-INT").await, Some(0));
+    assert!(!data_dir.exists(), "--ephemeral leaves nothing");
+}
+
+#[tokio::test]
+async fn a_killed_dev_takes_its_postgresql_with_it() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let (mut child, places) = start(&data_dir, &[]).await;
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
+    postgres_ends(&places).await;
+    // What a kill leaves behind keeps nobody from starting again.
+    std::fs::remove_file(data_dir.join("dev.json")).unwrap();
+    let (mut child, _) = start(&data_dir, &[]).await;
+    assert_eq!(signal(&mut child, "-INT").await, Some(0));
+}
