@@ -9,6 +9,9 @@ mod harness;
 
 mod abort;
 mod client;
+mod dependencies;
+mod expiry;
+mod faults;
 mod idempotency;
 mod integrity;
 mod listing;
@@ -18,6 +21,8 @@ mod parts;
 mod peer;
 mod problems;
 mod reading;
+mod relay;
 mod resolve;
+mod restart;
 mod single;
 mod topics;
