@@ -1,15 +1,19 @@
 //! A `House`: one broker with a database, a bucket and a topic of its own, and everything a test asks of them.
 
+pub(crate) mod faults;
+pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod servers;
 pub(crate) mod uploads;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
-use lfs_broker::app::{self, Running};
+use lfs_broker::app;
 use lfs_broker::kafka::Delivery;
-use lfs_broker::store::{self, Store};
+use lfs_broker::store;
 use lfs_broker::{auth, broker, finish, http, kafka, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
@@ -23,6 +27,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use process::Process;
 use servers::servers;
 
 /// One broker, and what is around it.
@@ -35,8 +40,9 @@ pub(crate) struct House {
     pub(crate) db: PgPool,
     pub(crate) s3: aws_sdk_s3::Client,
     pub(crate) http: reqwest::Client,
-    store: Store,
-    running: Option<Running>,
+    process: Option<Process>,
+    /// How far the clock is pushed: a broker that is started again goes on from there.
+    pushed_ms: AtomicU64,
 }
 
 /// A record as a consumer that is not ours sees it.
@@ -153,12 +159,11 @@ impl House {
         change(&mut settings);
         let s3 = s3_client(&settings.objects);
         s3.create_bucket().bucket(&bucket).send().await.expect("a bucket is made");
-        let store = Store::connect(&settings.store).unwrap();
-        let running = app::start_on(settings.clone(), store.clone()).await.expect("the broker starts");
+        let process = Some(Process::start(&settings, Duration::ZERO).await);
         let db = PgPool::connect(&url).await.unwrap();
         let http = reqwest::Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
         let topic = format!("it-{}", Uuid::new_v4().simple());
-        let house = Self { settings, topic, bucket, db, s3, http, store, running: Some(running) };
+        let house = Self { settings, topic, bucket, db, s3, http, process, pushed_ms: AtomicU64::new(0) };
         house.make_topic(&house.topic, 3).await;
         house
     }
@@ -184,7 +189,7 @@ impl House {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://{}", self.running.as_ref().expect("the broker runs").address())
+        format!("http://{}", self.process.as_ref().expect("the broker runs").address())
     }
 
     /// The real client.
@@ -299,7 +304,12 @@ impl House {
 
     /// Pushes the broker's clock.
     pub(crate) fn push_clock(&self, by: Duration) {
-        self.store.push_clock(by);
+        self.pushed_ms.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
+        self.process.as_ref().expect("the broker runs").push_clock(by);
+    }
+
+    fn pushed(&self) -> Duration {
+        Duration::from_millis(self.pushed_ms.load(Ordering::Relaxed))
     }
 
     /// Every committed record of a topic, by partition and offset, read by a plain consumer.
@@ -322,25 +332,24 @@ impl House {
 
     /// Ends the broker in order and starts it again, with changed settings.
     pub(crate) async fn restart(&mut self, change: impl FnOnce(&mut app::Settings)) {
-        self.running.take().expect("the broker runs").stop().await;
+        self.process.take().expect("the broker runs").stop().await;
         self.start(change).await;
     }
 
     /// Drops the broker as a crash would, and starts another.
     pub(crate) async fn crash(&mut self, change: impl FnOnce(&mut app::Settings)) {
-        self.running.take().expect("the broker runs").kill();
+        self.process.take().expect("the broker runs").crash();
         self.start(change).await;
     }
 
     async fn start(&mut self, change: impl FnOnce(&mut app::Settings)) {
         change(&mut self.settings);
-        self.store = Store::connect(&self.settings.store).unwrap();
-        self.running = Some(app::start_on(self.settings.clone(), self.store.clone()).await.expect("the broker starts"));
+        self.process = Some(Process::start(&self.settings, self.pushed()).await);
     }
 
     /// A second replica on the same database, S3 and Kafka.
-    pub(crate) async fn replica(&self) -> Running {
-        app::start(self.settings.clone()).await.expect("a second replica starts")
+    pub(crate) async fn replica(&self) -> Process {
+        Process::start(&self.settings, self.pushed()).await
     }
 }
 
@@ -354,7 +363,7 @@ fn s3_client(settings: &objects::Settings) -> aws_sdk_s3::Client {
     );
     let config = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
-        .endpoint_url(settings.endpoint.clone().unwrap())
+        .endpoint_url(settings.public_endpoint.clone().or(settings.endpoint.clone()).unwrap())
         .region(Region::new("us-east-1"))
         .credentials_provider(credentials)
         .force_path_style(true)

@@ -1,0 +1,275 @@
+//! Two ways to come between the broker and a server: one that knows only connections, one that knows S3's calls.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// What becomes of connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// They work.
+    Open,
+    /// They are cut, and new ones are refused.
+    Refused,
+    /// They stay, new ones too, and nothing passes any more: neither bytes nor their ends. Those that met it never
+    /// work again, as when a firewall forgot them.
+    Silent,
+}
+
+/// A proxy of connections, on a port of its own.
+pub(crate) struct Wire {
+    address: SocketAddr,
+    mode: watch::Sender<Mode>,
+    task: JoinHandle<()>,
+}
+
+impl Wire {
+    /// Listens, and connects each who comes to `target` (host:port).
+    pub(crate) async fn to(target: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (mode, modes) = watch::channel(Mode::Open);
+        let task = tokio::spawn(listen(address, Some(listener), target.to_owned(), modes));
+        Self { address, mode, task }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Cuts what is connected, and lets nobody connect. Returns when that is so.
+    pub(crate) async fn refuse(&self) {
+        self.mode.send(Mode::Refused).unwrap();
+        for _ in 0..100 {
+            if TcpStream::connect(self.address).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("the proxy goes on listening");
+    }
+
+    /// Lets everything hang.
+    pub(crate) fn silence(&self) {
+        self.mode.send(Mode::Silent).unwrap();
+    }
+
+    /// Works again, for whoever connects from now on.
+    pub(crate) async fn restore(&self) {
+        self.mode.send(Mode::Open).unwrap();
+        for _ in 0..100 {
+            if TcpStream::connect(self.address).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("the proxy does not listen again");
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn listen(address: SocketAddr, mut listener: Option<TcpListener>, target: String, mut modes: watch::Receiver<Mode>) {
+    loop {
+        let mode = *modes.borrow_and_update();
+        match (mode, &listener) {
+            (Mode::Refused, _) => {
+                listener = None;
+                if modes.changed().await.is_err() {
+                    return;
+                }
+            }
+            (_, None) => listener = Some(TcpListener::bind(address).await.expect("the port is still free")),
+            (_, Some(accepting)) => tokio::select! {
+                accepted = accepting.accept() => {
+                    let (client, _) = accepted.unwrap();
+                    tokio::spawn(carry(client, target.clone(), modes.clone()));
+                }
+                changed = modes.changed() => if changed.is_err() { return },
+            },
+        }
+    }
+}
+
+/// Carries one connection until the mode changes for the first time.
+async fn carry(client: TcpStream, target: String, mut modes: watch::Receiver<Mode>) {
+    let mut mode = *modes.borrow_and_update();
+    if mode == Mode::Open {
+        let Ok(server) = TcpStream::connect(&target).await else { return };
+        let (mut from_client, mut to_client) = client.into_split();
+        let (mut from_server, mut to_server) = server.into_split();
+        // No half is dropped before the end: dropping it would tell the other side.
+        tokio::select! {
+            () = async { tokio::join!(pump(&mut from_client, &mut to_server), pump(&mut from_server, &mut to_client)); } => return,
+            _ = modes.changed() => mode = *modes.borrow_and_update(),
+        }
+        if mode != Mode::Refused {
+            // Kept, and never looked at again, until everything is cut or the test ends.
+            let _ = modes.wait_for(|mode| *mode == Mode::Refused).await;
+        }
+        drop((from_client, to_client, from_server, to_server));
+    } else {
+        let _ = modes.wait_for(|mode| *mode == Mode::Refused).await;
+        drop(client);
+    }
+}
+
+async fn pump(from: &mut tokio::net::tcp::OwnedReadHalf, to: &mut tokio::net::tcp::OwnedWriteHalf) {
+    let mut piece = vec![0; 64 << 10];
+    while let Ok(length @ 1..) = from.read(&mut piece).await {
+        if to.write_all(&piece[..length]).await.is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown().await;
+}
+
+/// A call that the broker makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Call {
+    Head,
+    Begin,
+    ListParts,
+    Finish,
+    Other,
+}
+
+impl Call {
+    fn of(method: &Method, uri: &Uri) -> Self {
+        let query = uri.query().unwrap_or_default();
+        match *method {
+            Method::HEAD => Self::Head,
+            Method::POST if query.contains("uploadId=") => Self::Finish,
+            Method::POST if query.contains("uploads") => Self::Begin,
+            Method::GET if query.contains("uploadId=") => Self::ListParts,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// What goes wrong with one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// S3 does not do it, and answers so: status and error code.
+    Instead(u16, &'static str),
+    /// S3 does it, and answers as if it had not.
+    After(u16, &'static str),
+    /// S3 does it, and its answer breaks off.
+    Cut,
+}
+
+/// An S3 that fails as it is told to, in front of one that works.
+pub(crate) struct FaultyS3 {
+    address: SocketAddr,
+    told: Arc<Told>,
+    task: JoinHandle<()>,
+}
+
+struct Told {
+    target: String,
+    http: reqwest::Client,
+    script: Mutex<Vec<(Call, Fault)>>,
+    seen: Mutex<Vec<Call>>,
+}
+
+impl FaultyS3 {
+    pub(crate) async fn before(target: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let told = Arc::new(Told {
+            target: target.to_owned(),
+            http: reqwest::Client::new(),
+            script: Mutex::default(),
+            seen: Mutex::default(),
+        });
+        let router = axum::Router::new().fallback(answer).with_state(Arc::clone(&told));
+        let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self { address, told, task }
+    }
+
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The next such call fails so; said twice, the next two.
+    pub(crate) fn next(&self, call: Call, fault: Fault) {
+        self.told.script.lock().unwrap().push((call, fault));
+    }
+
+    /// How often the call came.
+    pub(crate) fn count(&self, call: Call) -> usize {
+        self.told.seen.lock().unwrap().iter().filter(|seen| **seen == call).count()
+    }
+
+    /// Whether everything that was asked for went wrong.
+    pub(crate) fn is_done(&self) -> bool {
+        self.told.script.lock().unwrap().is_empty()
+    }
+}
+
+impl Drop for FaultyS3 {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn error(status: u16, code: &str) -> Response {
+    let body = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>{code}</Code><Message>as the test wants</Message></Error>"
+    );
+    (StatusCode::from_u16(status).unwrap(), [(header::CONTENT_TYPE, "application/xml")], body).into_response()
+}
+
+async fn answer(State(told): State<Arc<Told>>, request: Request) -> Response {
+    let call = Call::of(request.method(), request.uri());
+    told.seen.lock().unwrap().push(call);
+    let fault = {
+        let mut script = told.script.lock().unwrap();
+        let next = script.iter().position(|(expected, _)| *expected == call);
+        next.map(|next| script.remove(next).1)
+    };
+    match fault {
+        None => forward(&told, request).await,
+        Some(Fault::Instead(status, code)) => error(status, code),
+        Some(Fault::After(status, code)) => {
+            assert!(forward(&told, request).await.status().is_success(), "the call was to be done first");
+            error(status, code)
+        }
+        Some(Fault::Cut) => {
+            assert!(forward(&told, request).await.status().is_success(), "the call was to be done first");
+            let broken = stream::iter([Ok(Bytes::from_static(b"<?xml")), Err(std::io::Error::other("cut"))]);
+            ([(header::CONTENT_LENGTH, "1000")], Body::from_stream(broken)).into_response()
+        }
+    }
+}
+
+/// Passes the request on as it is: its signature covers the host it was meant for.
+async fn forward(told: &Told, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let url = format!("{}{}", told.target, parts.uri);
+    let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
+    let sent = told.http.request(parts.method.clone(), url).headers(parts.headers).body(body).send().await;
+    let Ok(answered) = sent else { return StatusCode::BAD_GATEWAY.into_response() };
+    let status = answered.status();
+    let mut headers: HeaderMap = answered.headers().clone();
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::CONNECTION);
+    if parts.method != Method::HEAD {
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    let body = answered.bytes().await.unwrap_or_default();
+    (status, headers, body).into_response()
+}

@@ -1,0 +1,241 @@
+//! From the outbox to Kafka: in order, once, and one key's trouble is not another's.
+
+use std::time::{Duration, Instant};
+
+use lfs_broker::kafka::Delivery;
+use serde_json::json;
+
+use crate::harness::House;
+use crate::harness::faults::upload_of;
+use crate::harness::servers::{self, servers};
+
+/// What nobody serves.
+const CLOSED: &str = "127.0.0.1:9";
+
+#[tokio::test]
+async fn two_hundred_uploads_of_few_keys_over_two_replicas_keep_the_order_of_their_promises() {
+    let house = House::new().await;
+    house.log_the_outbox().await;
+    let replica = house.replica().await;
+    let bases = [house.url(), format!("http://{}", replica.address())];
+    for _ in 0..10 {
+        let uploads = (0..20).map(|number| {
+            let (house, base) = (&house, &bases[number % 2]);
+            async move {
+                let opened = house.put_up(b"hello", json!({"key": format!("k{}", number % 5)})).await;
+                let complete = house.http.post(format!("{base}/lfs/uploads/{}/complete", opened.id()));
+                house.send(complete).await.expect(200);
+            }
+        });
+        futures_util::future::join_all(uploads).await;
+    }
+    let records = house.records(&house.topic).await;
+    assert_eq!(records.len(), 200);
+    House::assert_in_order(&records, &house.promises().await);
+    replica.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_takes_the_shards_over_keeps_the_order() {
+    let mut house = House::with(|settings| settings.broker.complete_wait = Duration::ZERO).await;
+    house.log_the_outbox().await;
+    let replica = house.replica().await;
+    let base = format!("http://{}", replica.address());
+    for round in 0..3 {
+        for number in 0..12 {
+            let opened = house.put_up(b"hello", json!({"key": format!("k{}", number % 3)})).await;
+            let complete = house.http.post(format!("{base}/lfs/uploads/{}/complete", opened.id()));
+            assert!([200, 202].contains(&house.send(complete).await.status));
+        }
+        if round == 0 {
+            house.crash(|_| {}).await;
+        }
+    }
+    replica.crash();
+    house.eventually("all is published", || async { house.outbox().await == 0 }).await;
+    let records = house.distinct_records().await;
+    assert_eq!(records.len(), 36);
+    House::assert_in_order(&records, &house.promises().await);
+}
+
+#[tokio::test]
+async fn a_pointer_that_kafka_refuses_parks_its_key_and_no_other() {
+    // The client's own limit stands for a topic's: one that every Kafka has.
+    let mut house = House::with(|settings| {
+        settings.kafka.properties.insert("message.max.bytes".to_owned(), "1500".to_owned());
+        settings.broker.complete_wait = Duration::from_millis(500);
+    })
+    .await;
+    house.log_the_outbox().await;
+    let large = house.put_up(b"a", json!({"key": "bad", "headers": {"large": "x".repeat(2000)}})).await.id();
+    let behind = house.put_up(b"b", json!({"key": "bad"})).await.id();
+    assert_eq!(house.complete(&large).await.expect(202).state(), "verified");
+    assert_eq!(house.complete(&behind).await.expect(202).state(), "verified");
+    for number in 0..8 {
+        let other = house.put_up(b"c", json!({"key": format!("good-{number}")})).await.id();
+        house.complete(&other).await;
+        house.until(&other, "published").await;
+    }
+    let seen = house.upload(&large).await.expect(200);
+    assert_eq!((seen.state(), seen.json["error"]["code"].as_str()), ("verified", Some("not-published-yet")));
+    assert!(seen.json["error"]["detail"].as_str().unwrap().to_lowercase().contains("too large"), "{}", seen.text);
+    assert_eq!(house.upload(&behind).await.state(), "verified", "it would be before the one that waits");
+
+    house.restart(|settings| settings.kafka.properties.clear()).await;
+    let done = house.until(&large, "published").await;
+    assert_eq!(done.json.get("error"), None, "{}", done.text);
+    house.until(&behind, "published").await;
+    let records = house.distinct_records().await;
+    assert_eq!(records.len(), 10);
+    House::assert_in_order(&records, &house.promises().await);
+}
+
+#[tokio::test]
+async fn a_topic_that_was_deleted_is_waited_for() {
+    if !servers().real_kafka {
+        // The embedded Kafka cannot delete a topic.
+        return;
+    }
+    let house = House::with(|settings| settings.broker.complete_wait = Duration::from_millis(500)).await;
+    let (gone, other) = (format!("{}-gone", house.topic), &house.topic);
+    house.make_topic(&gone, 3).await;
+    let placed = house.put_up(b"a", json!({"topic": gone, "partition": 2})).await.id();
+    let keyed = house.put_up(b"b", json!({"topic": gone, "key": "k"})).await.id();
+    servers::delete_topic(&gone).await;
+    for id in [&placed, &keyed] {
+        assert_eq!(house.complete(id).await.expect(202).state(), "verified");
+    }
+    house.publish_soon(other).await;
+    for id in [&placed, &keyed] {
+        house
+            .eventually("the error is told", || async { house.upload(id).await.json["error"]["code"] == "not-published-yet" })
+            .await;
+    }
+    house.make_topic(&gone, 1).await;
+    // What was asked for is not there; only an operator can say what shall be instead.
+    house
+        .eventually("the missing partition is told", || async {
+            house.upload(&placed).await.json["error"]["detail"]
+                .as_str()
+                .is_some_and(|detail| detail.contains("none with number 2"))
+        })
+        .await;
+    house.eventually("what can be sent is sent", || async { house.upload(&keyed).await.state() == "published" }).await;
+    assert_eq!(house.records(&gone).await.len(), 1);
+    assert_eq!(house.upload(&placed).await.state(), "verified");
+}
+
+#[tokio::test]
+async fn pointers_go_where_they_were_asked_to_and_need_no_key() {
+    let house = House::new().await;
+    for partition in [2, 0, 1, 2] {
+        let done = house.publish(b"hello", json!({"partition": partition})).await;
+        assert_eq!(done.json["record"]["partition"], partition);
+    }
+    let keyed = house.publish(b"hello", json!({"partition": 1, "key": "k"})).await;
+    assert_eq!(keyed.json["record"]["partition"], 1);
+    let records = house.records(&house.topic).await;
+    assert_eq!(records.iter().map(|record| record.partition).collect::<Vec<_>>(), [0, 1, 1, 2, 2]);
+    assert_eq!(records.iter().filter(|record| record.key.is_none()).count(), 4);
+}
+
+impl House {
+    /// How many pointers wait.
+    async fn outbox(&self) -> i64 {
+        let waiting: (i64,) = sqlx::query_as("select count(*) from outbox").fetch_one(&self.db).await.unwrap();
+        waiting.0
+    }
+
+    async fn publish_soon(&self, topic: &str) {
+        let opened = self.put_up(b"hello", json!({"topic": topic})).await;
+        self.complete(&opened.id()).await;
+        self.until(&opened.id(), "published").await;
+    }
+
+    /// Puts a published upload back to where it was when its record was sent and that was not written down yet.
+    async fn forget_the_mark(&self) {
+        let back = "update upload_sessions set state = 'verified', published_partition = null, published_offset = null, published_at = null;
+             update upload_history set from_state = from_state, version = version + 100 where to_state = 'published';
+             insert into outbox (session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at, batch, attempts)
+                 select session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at,
+                        (select last_batch from relay_shards where relay_shards.shard = outbox_log.shard), 1
+                 from outbox_log;";
+        sqlx::raw_sql(back).execute(&self.db).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_pointer_that_was_sent_but_not_marked_is_found_in_the_marker_and_not_sent_again() {
+    let mut house = House::new().await;
+    if !house.is_exactly_once() {
+        // The embedded Kafka has transactions in name only.
+        return;
+    }
+    house.log_the_outbox().await;
+    let done = house.publish(b"hello", json!({"key": "k"})).await;
+    house.forget_the_mark().await;
+    house.crash(|_| {}).await;
+    house.until(&done.id(), "published").await;
+    assert_eq!(house.complete(&done.id()).await.expect(200).json, done.json);
+    // A later one, so that an earlier one that is under way would have arrived.
+    house.publish(b"after", json!({"key": "k"})).await;
+    assert_eq!(house.records(&house.topic).await.len(), 2);
+}
+
+#[tokio::test]
+async fn at_least_once_sends_what_was_not_marked_again_in_the_same_bytes() {
+    let mut house = House::with(|settings| settings.kafka.delivery = Delivery::AtLeastOnce).await;
+    house.log_the_outbox().await;
+    let done = house.publish(b"hello", json!({"key": "k", "headers": {"a": "1"}})).await;
+    house.forget_the_mark().await;
+    house.crash(|_| {}).await;
+    house.until(&done.id(), "published").await;
+    let records = house.records(&house.topic).await;
+    assert_eq!(records.len(), 2);
+    assert_eq!(records[0].value, records[1].value);
+    assert_eq!((&records[0].key, &records[0].headers), (&records[1].key, &records[1].headers));
+    assert_eq!(upload_of(&records[1]), done.id());
+}
+
+#[tokio::test]
+async fn a_relay_that_lost_its_shards_takes_no_stamp_of_the_next_owner_back() {
+    let house = House::new().await;
+    let done = house.publish(b"hello", json!({"key": "k"})).await;
+    // Another owner has taken every shard, and stamped a row of each under a batch of its own.
+    let stolen = "update relay_shards set owner = gen_random_uuid(), epoch = epoch + 1, last_batch = last_batch + 1,
+                      until = clock_timestamp() + interval '4 seconds'";
+    sqlx::raw_sql(stolen).execute(&house.db).await.unwrap();
+    let opened = house.put_up(b"again", json!({"key": "k"})).await;
+    let begun = Instant::now();
+    house.complete(&opened.id()).await.expect(200);
+    assert!(begun.elapsed() > Duration::from_secs(2), "published under another's lease, after {:?}", begun.elapsed());
+    assert_eq!(house.records(&house.topic).await.len(), 2);
+    assert_eq!(house.upload(&done.id()).await.state(), "published");
+}
+
+#[tokio::test]
+async fn a_thousand_pointers_that_waited_for_kafka_are_published_in_order() {
+    let mut house = House::with(|settings| settings.broker.complete_wait = Duration::ZERO).await;
+    house.log_the_outbox().await;
+    let id = house.put_up(b"hello", json!({"key": "seed"})).await.id();
+    let kafka = house.settings.kafka.bootstrap_servers.clone();
+    house.restart(|settings| settings.kafka.bootstrap_servers = CLOSED.to_owned()).await;
+    house.complete(&id).await.expect(202);
+    let multiply = "with made as (
+             insert into upload_sessions
+             select (jsonb_populate_record(seed, jsonb_build_object('id', gen_random_uuid(), 'object_key', object_key || '-' || n))).*
+             from upload_sessions seed, generate_series(1, 999) n where seed.state = 'verified' returning *)
+         insert into outbox (session_id, shard, topic, ordering, key, value, headers, created_at, next_try_at)
+             select id, n % 20 % 4, topic, n % 20, convert_to('k' || n % 20, 'UTF8'), pointer,
+                    jsonb_build_array(jsonb_build_array('lfs-upload-id', id)), verified_at, verified_at
+             from (select *, row_number() over () n from made) numbered";
+    sqlx::raw_sql(multiply).execute(&house.db).await.unwrap();
+    assert_eq!(house.outbox().await, 1000);
+    house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
+    let begun = Instant::now();
+    house.eventually("the backlog is gone", || async { house.outbox().await == 0 }).await;
+    eprintln!("1,000 pointers in {:?}", begun.elapsed());
+    let records = house.distinct_records().await;
+    assert_eq!(records.len(), 1000);
+    House::assert_in_order(&records, &house.promises().await);
+}
