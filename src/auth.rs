@@ -21,6 +21,25 @@ pub enum Scope {
     Admin,
 }
 
+impl Scope {
+    /// Every scope.
+    pub const ALL: [Self; 3] = [Self::Write, Self::Read, Self::Admin];
+
+    /// The name in tokens.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Write => "lfs:write",
+            Self::Read => "lfs:read",
+            Self::Admin => "lfs:admin",
+        }
+    }
+
+    /// The scope of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|scope| scope.name() == name)
+    }
+}
+
 /// Somebody who was let in.
 #[derive(Debug, Clone)]
 pub struct Caller {
@@ -169,20 +188,75 @@ impl Auth {
                 return Err(Error::Invalid("the token is not valid here"));
             }
         };
-        let tenant = claims.tenant.as_str();
-        let sound = (1..=63).contains(&tenant.len())
-            && tenant.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
-        if !sound || claims.sub.is_empty() {
+        if !is_tenant(&claims.tenant) || claims.sub.is_empty() {
             return Err(Error::Invalid("the token's tenant or sub has the wrong shape"));
         }
-        let scopes = claims.scope.split(' ').filter_map(|scope| match scope {
-            "lfs:write" => Some(Scope::Write),
-            "lfs:read" => Some(Scope::Read),
-            "lfs:admin" => Some(Scope::Admin),
-            _ => None,
-        });
+        let scopes = claims.scope.split(' ').filter_map(Scope::named);
         Ok(Caller { scopes: scopes.collect(), tenant: claims.tenant, subject: claims.sub, topics: claims.topics })
     }
+}
+
+/// What a new token says of its holder.
+#[derive(Debug, Clone)]
+pub struct Grant {
+    /// The tenant it is bound to.
+    pub tenant: String,
+    /// Who holds it: `sub`.
+    pub subject: String,
+    /// What it allows.
+    pub scopes: Vec<Scope>,
+    /// The topics it is for; a trailing `*` is a wildcard.
+    pub topics: Vec<String>,
+    /// When it ends, in seconds since 1970.
+    pub expires_at: u64,
+}
+
+/// Why no token is made.
+#[derive(Debug, thiserror::Error)]
+pub enum NotIssued {
+    /// A token of a public key is made where the private one is.
+    #[error("tokens are made with LFS_BROKER_JWT_HS256_SECRET, which is not set")]
+    NoSecret,
+    /// This broker would not accept it.
+    #[error("{0}")]
+    Settings(#[from] BadSettings),
+    /// No tenant has such a name.
+    #[error("tenant {0:?} is not 1 to 63 of a-z, 0-9 and -")]
+    Tenant(String),
+    /// Somebody must hold it.
+    #[error("the subject is empty")]
+    Subject,
+    /// It could not be signed.
+    #[error("the token cannot be signed: {0}")]
+    Sign(#[from] jsonwebtoken::errors::Error),
+}
+
+/// Makes a token that a broker with the same settings accepts.
+///
+/// # Errors
+/// When there is no secret to sign with, or no broker would accept the outcome.
+pub fn issue(settings: &Settings, grant: Grant) -> Result<String, NotIssued> {
+    use jsonwebtoken::{EncodingKey, Header};
+    let secret = settings.hs256_secret.as_deref().ok_or(NotIssued::NoSecret)?;
+    Auth::new(&Settings { mode: Mode::Jwt, ..settings.clone() })?;
+    let (Some(iss), Some(aud)) = (settings.issuer.clone(), settings.audience.clone()) else {
+        return Err(BadSettings::NoIssuer.into());
+    };
+    if !is_tenant(&grant.tenant) {
+        return Err(NotIssued::Tenant(grant.tenant));
+    }
+    if grant.subject.is_empty() {
+        return Err(NotIssued::Subject);
+    }
+    let scopes: Vec<&str> = grant.scopes.iter().map(|scope| scope.name()).collect();
+    let Grant { tenant, subject: sub, topics, expires_at: exp, .. } = grant;
+    let claims = Claims { sub, tenant, scope: scopes.join(" "), topics, iss, aud, exp };
+    Ok(jsonwebtoken::encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes()))?)
+}
+
+/// Whether a tenant may have this name: it becomes part of object keys.
+fn is_tenant(name: &str) -> bool {
+    (1..=63).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }
 
 fn public_key(pem: &str) -> Result<(jsonwebtoken::DecodingKey, jsonwebtoken::Algorithm), BadSettings> {

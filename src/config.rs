@@ -182,6 +182,15 @@ pub fn load_store(file: Option<&Path>, environment: impl Fn(&str) -> Option<Stri
     Ok(store::Settings::new(&gather(file, environment)?.database_url.ok_or(Error::Missing("DATABASE_URL"))?))
 }
 
+/// Reads how tokens are checked: all that `token` needs.
+///
+/// # Errors
+/// As [`load`], but nothing must be named.
+pub fn load_auth(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<auth::Settings, Error> {
+    let file = gather(file, environment)?;
+    auth_settings(file.auth, file.jwt)
+}
+
 fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
     let mut table = match file {
         Some(path) => read(&path.display().to_string())?.parse::<Table>()?,
@@ -245,9 +254,6 @@ fn settings(file: File) -> Result<app::Settings, Error> {
     let (policies, sweeps, leases, patience) =
         (policy::Settings::default(), sweeper::Settings::default(), finish::Settings::default(), broker::Settings::default());
     let seconds = |name, seconds, default| at_least(name, seconds, 1, Duration::from_secs(default)).map(|d| d.as_secs());
-    if file.jwt.jwks_url.is_some() {
-        return Err(Error::Unsupported("LFS_BROKER_JWT_JWKS_URL"));
-    }
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
         public_url: file.public_url,
@@ -260,26 +266,9 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             .collect(),
         store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
         objects: file.s3,
-        kafka: kafka::Settings {
-            bootstrap_servers: file.kafka.bootstrap_servers.ok_or(Error::Missing("KAFKA_BOOTSTRAP_SERVERS"))?,
-            properties: file.kafka.properties,
-            delivery: match file.delivery {
-                None | Some(DeliveryName::ExactlyOnce) => Delivery::ExactlyOnce,
-                Some(DeliveryName::AtLeastOnce) => Delivery::AtLeastOnce,
-            },
-            create_topics: false,
-        },
+        kafka: kafka_settings(file.kafka, file.delivery)?,
         http: http::Settings::default(),
-        auth: auth::Settings {
-            mode: match file.auth.mode {
-                None | Some(ModeName::Jwt) => auth::Mode::Jwt,
-                Some(ModeName::None) => auth::Mode::None,
-            },
-            hs256_secret: file.jwt.hs256_secret,
-            public_key_pem: file.jwt.public_key_file.as_deref().map(read).transpose()?,
-            issuer: file.jwt.issuer,
-            audience: file.jwt.audience,
-        },
+        auth: auth_settings(file.auth, file.jwt)?,
         policy: policy::Settings {
             default_enabled: file.topics.default_enabled,
             single_put_max_bytes: file.single_put_max_bytes.unwrap_or(policies.single_put_max_bytes),
@@ -304,6 +293,34 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             every: at_least("LFS_BROKER_SWEEP_SECONDS", file.sweep_seconds, 1, sweeps.every)?,
             longest_put: file.longest_put_seconds.map_or(sweeps.longest_put, Duration::from_secs),
         },
+    })
+}
+
+fn kafka_settings(table: KafkaTable, delivery: Option<DeliveryName>) -> Result<kafka::Settings, Error> {
+    Ok(kafka::Settings {
+        bootstrap_servers: table.bootstrap_servers.ok_or(Error::Missing("KAFKA_BOOTSTRAP_SERVERS"))?,
+        properties: table.properties,
+        delivery: match delivery {
+            None | Some(DeliveryName::ExactlyOnce) => Delivery::ExactlyOnce,
+            Some(DeliveryName::AtLeastOnce) => Delivery::AtLeastOnce,
+        },
+        create_topics: false,
+    })
+}
+
+fn auth_settings(auth: AuthTable, jwt: JwtTable) -> Result<auth::Settings, Error> {
+    if jwt.jwks_url.is_some() {
+        return Err(Error::Unsupported("LFS_BROKER_JWT_JWKS_URL"));
+    }
+    Ok(auth::Settings {
+        mode: match auth.mode {
+            None | Some(ModeName::Jwt) => auth::Mode::Jwt,
+            Some(ModeName::None) => auth::Mode::None,
+        },
+        hs256_secret: jwt.hs256_secret,
+        public_key_pem: jwt.public_key_file.as_deref().map(read).transpose()?,
+        issuer: jwt.issuer,
+        audience: jwt.audience,
     })
 }
 

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes};
-use futures_util::stream::{self, Stream, StreamExt as _};
+use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_RANGE;
 use tokio::io::{AsyncRead, AsyncWriteExt as _, ReadBuf};
@@ -113,6 +113,20 @@ impl Download {
     /// What the bytes are held against; none where the topic allowed uploads without a checksum: then only the size is.
     pub fn digest(&self) -> Option<&Digest> {
         self.digest.as_ref()
+    }
+
+    /// Tells `report` how many bytes have come, piece by piece; it must not block.
+    #[must_use]
+    pub fn on_progress(mut self, report: impl Fn(u64) + Send + 'static) -> Self {
+        let mut received = 0;
+        self.bytes = self
+            .bytes
+            .inspect_ok(move |chunk| {
+                received += chunk.len() as u64;
+                report(received);
+            })
+            .boxed();
+        self
     }
 
     /// The next piece, or none at the verified end.

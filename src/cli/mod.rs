@@ -1,7 +1,11 @@
 //! The command line: data to stdout, talk to stderr.
 
 mod dev;
+mod get;
+mod put;
 mod serve;
+mod talk;
+mod token;
 mod topics;
 
 use std::path::PathBuf;
@@ -10,7 +14,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use lfs_broker_client as client;
 
-use crate::{app, config, http, objects, store};
+use crate::{app, auth, config, http, objects, store};
 
 #[derive(Parser)]
 #[command(
@@ -48,6 +52,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Upload files, or standard input, and print where their pointers are
+    Put(put::Arguments),
+    /// Write the bytes that a pointer stands for, verified
+    Get(get::Arguments),
+    /// Print a token for this broker's settings
+    Token(token::Arguments),
     /// Read and store topic policies
     Topics(topics::Arguments),
     /// Print the OpenAPI document
@@ -71,8 +81,36 @@ impl Config {
         Ok(config::load(self.config.as_deref(), |name| std::env::var(name).ok())?)
     }
 
+    fn load_auth(&self) -> Result<auth::Settings, Error> {
+        Ok(config::load_auth(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+
     fn load_store(&self) -> Result<store::Settings, Error> {
         Ok(config::load_store(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+}
+
+/// Which broker a command talks to, and as whom.
+#[derive(clap::Args)]
+struct Connection {
+    /// The broker
+    #[arg(long, env = "LFS_BROKER_URL", default_value = "http://127.0.0.1:8080")]
+    broker: String,
+    /// A bearer token
+    #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Print JSON for machines, and no progress
+    #[arg(long)]
+    json: bool,
+}
+
+impl Connection {
+    fn client(&self) -> Result<client::Client, Error> {
+        let client = client::Client::new(&self.broker)?;
+        Ok(match &self.token {
+            Some(token) => client.with_token(token.as_str()),
+            None => client,
+        })
     }
 }
 
@@ -93,31 +131,51 @@ pub(crate) enum Error {
     Client(#[from] client::Error),
     #[error("{0}")]
     Failed(String),
+    #[error("{0}")]
+    Usage(String),
+    #[error("{0}")]
+    Token(#[from] auth::NotIssued),
+    #[error("cannot write to standard output: {0}")]
+    Output(std::io::Error),
+    #[error("{name}: {source}")]
+    OfFile { name: String, source: client::Error },
+    #[error("{source}")]
+    Upload { source: client::Error, resume: String },
+    #[error("interrupted: {what}")]
+    Interrupted { what: String, resume: Option<String> },
 }
 
 impl Error {
+    fn of_file(source: client::Error, name: &str) -> Self {
+        Self::OfFile { name: name.to_owned(), source }
+    }
+
     /// 1 failed, 2 usage, 3 refused by the broker, 4 integrity, 5 unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => 2,
-            Self::Client(error) => client_exit_code(error),
+            Self::Config(_) | Self::Usage(_) => 2,
+            Self::Client(error) | Self::OfFile { source: error, .. } | Self::Upload { source: error, .. } => {
+                client_exit_code(error)
+            }
             _ => 1,
         }
     }
 
-    fn hint(&self) -> Option<&'static str> {
-        match self {
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
             Self::App(app::Error::Store(store::Error::Schema { .. })) | Self::Store(store::Error::Schema { .. }) => {
-                Some("run `lfs-broker migrate` with the same DATABASE_URL")
+                "run `lfs-broker migrate` with the same DATABASE_URL"
             }
-            Self::App(app::Error::OpenToTheWorld(_)) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
-            Self::App(app::Error::Auth(_)) => Some("for a first look, `lfs-broker dev` needs no tokens"),
-            Self::Config(config::Error::Missing(_)) => Some("the README has a table of all settings"),
-            Self::Client(client::Error::Unreachable { .. }) => {
-                Some("is the broker running there? see --broker and LFS_BROKER_URL")
+            Self::App(app::Error::OpenToTheWorld(_)) => "set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1",
+            Self::App(app::Error::Auth(_)) => "for a first look, `lfs-broker dev` needs no tokens",
+            Self::Config(config::Error::Missing(_)) => "the README has a table of all settings",
+            Self::Client(client::Error::Unreachable { .. }) => "is the broker running there? see --broker and LFS_BROKER_URL",
+            Self::Upload { resume, .. } | Self::Interrupted { resume: Some(resume), .. } => {
+                return Some(format!("go on with: {resume}"));
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(hint.to_owned())
     }
 }
 
@@ -160,6 +218,9 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Migrate { config } => serve::migrate(config.load_store()?).await,
         Command::Dev(arguments) => dev::dev(arguments).await,
         Command::Doctor { config, json } => serve::doctor(config.load()?, json).await,
+        Command::Put(arguments) => put::put(arguments).await,
+        Command::Get(arguments) => get::get(arguments).await,
+        Command::Token(arguments) => token::token(arguments),
         Command::Topics(arguments) => topics::topics(arguments).await,
         Command::Openapi => {
             println!("{}", http::openapi().to_pretty_json().expect("the document has only strings and numbers"));

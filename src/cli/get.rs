@@ -1,0 +1,96 @@
+//! `get`: a pointer in, its bytes out, proved while they pass.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lfs_broker_client::api::ReadUpload;
+use lfs_broker_client::{Client, Download};
+use serde::Deserialize as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use uuid::Uuid;
+
+use super::talk::{self, Meter};
+use super::{Connection, Error};
+
+/// Far more than any pointer: what is longer is the data itself, or something else altogether.
+const POINTER_BYTES: u64 = 64 << 10;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Follow the pointer of this upload, not one from standard input
+    #[arg(long, value_name = "ID")]
+    upload: Option<Uuid>,
+    /// Write here: appears only when it is whole and proved [default: standard output]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// The version of the object: the record's header `lfs-version-id`
+    #[arg(long, value_name = "ID")]
+    version_id: Option<String>,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+impl Arguments {
+    pub(super) fn json(&self) -> bool {
+        self.connection.json
+    }
+}
+
+pub(super) async fn get(arguments: Arguments) -> Result<(), Error> {
+    let client = arguments.connection.client()?;
+    let value = match arguments.upload {
+        Some(id) => pointer_of(&client, id).await?,
+        None => pointer_from_stdin().await?,
+    };
+    let download = client.fetch_version(&value, arguments.version_id.as_deref()).await?;
+    let Some(path) = &arguments.output else { return to_stdout(download).await };
+    let (size, sha256, integrity) = (download.size(), download.pointer().sha256, download.resolved().integrity);
+    let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.json()));
+    let progress = Arc::clone(&meter);
+    let outcome = download.on_progress(move |done| progress.tell(done, size)).to_file(path).await;
+    meter.wipe();
+    outcome.map_err(|error| Error::of_file(error, &path.display().to_string()))?;
+    meter.end(&format!("{}, as promised", talk::size(size)));
+    if arguments.json() {
+        let path = path.display().to_string();
+        talk::data(&serde_json::json!({"path": path, "size": size, "sha256": sha256, "integrity": integrity}).to_string())?;
+    }
+    Ok(())
+}
+
+async fn to_stdout(mut download: Download) -> Result<(), Error> {
+    let mut stdout = tokio::io::stdout();
+    while let Some(chunk) = download.chunk().await? {
+        stdout.write_all(&chunk).await.map_err(Error::Output)?;
+    }
+    stdout.flush().await.map_err(Error::Output)
+}
+
+async fn pointer_of(client: &Client, id: Uuid) -> Result<Vec<u8>, Error> {
+    let upload = client.read(id, &ReadUpload::default()).await?;
+    match upload.pointer {
+        Some(pointer) => Ok(pointer.to_json().into_bytes()),
+        None => Err(Error::Failed(format!("upload {id} is {}: it has no pointer", upload.state))),
+    }
+}
+
+/// A record's value; what `put` prints has it as a member.
+async fn pointer_from_stdin() -> Result<Vec<u8>, Error> {
+    if std::io::stdin().is_terminal() {
+        return Err(Error::Usage("no pointer: give one on standard input, or --upload ID".to_owned()));
+    }
+    let mut value = Vec::new();
+    let read = tokio::io::stdin().take(POINTER_BYTES).read_to_end(&mut value).await;
+    read.map_err(|error| Error::Failed(format!("cannot read standard input: {error}")))?;
+    let value = value.trim_ascii();
+    let completed: Option<serde_json::Value> = serde_json::from_slice(value).ok();
+    match completed.as_ref().and_then(|completed| completed.get("pointer")) {
+        // Read as a pointer first: a map would give it back in another order.
+        Some(pointer) if completed.as_ref().is_some_and(|completed| completed.get("kfs_lfs").is_none()) => {
+            let pointer = lfs_broker_client::pointer::Pointer::deserialize(pointer);
+            Ok(pointer.map_err(|error| Error::Failed(format!("the pointer cannot be read: {error}")))?.to_json().into_bytes())
+        }
+        _ => Ok(value.to_vec()),
+    }
+}

@@ -1,0 +1,173 @@
+//! `put`: bytes up, the pointer's record out.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, OnceLock};
+
+use lfs_broker_client::api::{Completed, Headers, Mode, Policy, UploadState};
+use lfs_broker_client::{self as client, Client, UploadOptions};
+use uuid::Uuid;
+
+use super::talk::{self, Meter};
+use super::{Connection, Error, asked_to_end};
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// What to upload; `-` is standard input
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The topic that gets the pointers
+    #[arg(long)]
+    topic: String,
+    /// The records' key
+    #[arg(long)]
+    key: Option<OsString>,
+    /// A header of the records; may repeat
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    headers: Vec<(String, String)>,
+    /// The bytes' media type
+    #[arg(long, value_name = "TYPE")]
+    content_type: Option<String>,
+    /// Wait until Kafka has the pointer; the broker's promise is enough otherwise
+    #[arg(long)]
+    wait: bool,
+    /// Go on with an upload that was interrupted
+    #[arg(long, value_name = "ID")]
+    resume: Option<Uuid>,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("a header is NAME=VALUE".to_owned()),
+    }
+}
+
+impl Arguments {
+    pub(super) fn json(&self) -> bool {
+        self.connection.json
+    }
+
+    fn options(&self) -> UploadOptions {
+        UploadOptions {
+            key: self.key.clone().map(OsString::into_encoded_bytes),
+            headers: Headers(self.headers.clone()),
+            content_type: self.content_type.clone(),
+            wait_published: self.wait,
+            ..UploadOptions::to(&self.topic)
+        }
+    }
+}
+
+pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
+    if arguments.resume.is_some() && (arguments.files.len() > 1 || is_stdin(&arguments.files[0])) {
+        return Err(Error::Usage("--resume takes exactly one file, and not standard input".to_owned()));
+    }
+    if arguments.files.iter().filter(|file| is_stdin(file)).count() > 1 {
+        return Err(Error::Usage("standard input can be read only once".to_owned()));
+    }
+    let client = arguments.connection.client()?;
+    let min_bytes = min_bytes(&client, &arguments.topic).await?;
+    let mut end = pin!(asked_to_end());
+    let mut files = VecDeque::from(arguments.files.clone());
+    while let Some(file) = files.pop_front() {
+        let completed = put_one(&client, &arguments, &file, end.as_mut()).await?;
+        talk::data(&talk::json(&completed))?;
+        let size = completed.pointer.as_ref().map(|pointer| pointer.size);
+        if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
+            let topic = &arguments.topic;
+            eprintln!("note: {topic} advises min_bytes {min_bytes}; {size} bytes could travel in a record of their own");
+        }
+    }
+    Ok(())
+}
+
+/// From how many bytes on the topic's policy advises an upload.
+async fn min_bytes(client: &Client, topic: &str) -> Result<u64, Error> {
+    match client.topic(topic).await {
+        Ok(policy) => Ok(policy.min_bytes),
+        Err(error) if error.is_problem("topic-not-found") => Ok(Policy::default().min_bytes),
+        // Where nobody answers, the upload would find it out after the same patience once more.
+        Err(error @ client::Error::Unreachable { .. }) => Err(error.into()),
+        // It is only advice: whether the upload may be is not decided here.
+        Err(_) => Ok(0),
+    }
+}
+
+async fn put_one(
+    client: &Client,
+    arguments: &Arguments,
+    file: &Path,
+    end: Pin<&mut impl Future<Output = ()>>,
+) -> Result<Completed, Error> {
+    let name = if is_stdin(file) { "standard input".to_owned() } else { file.display().to_string() };
+    let meter = Arc::new(Meter::new(&name, arguments.json()));
+    let (opened, progress) = (Arc::new(OnceLock::new()), Arc::clone(&meter));
+    let found = Arc::clone(&opened);
+    let uploader = client
+        .upload(arguments.options())
+        .on_open(move |upload| {
+            // A replayed open says the same again.
+            let _ = found.set((upload.id, upload.mode));
+        })
+        .on_progress(move |at| progress.tell(at.bytes_done, at.bytes_total));
+    let work = async {
+        match arguments.resume {
+            Some(id) => uploader.resume(id, file).await,
+            None if is_stdin(file) => uploader.spooled(tokio::io::stdin()).await,
+            None => uploader.file(file).await,
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = work => Some(outcome),
+        () = end => None,
+    };
+    meter.wipe();
+    // Only parts of a file can be gone on with: a single PUT begins anew, and standard input is read.
+    let kept = opened.get().filter(|(_, mode)| *mode == Mode::Multipart && !is_stdin(file)).map(|(id, _)| *id);
+    match (outcome, kept) {
+        (Some(Ok(completed)), _) => {
+            meter.end(&ending(&completed));
+            Ok(completed)
+        }
+        (Some(Err(source)), Some(id)) if source.is_transient() => {
+            Err(Error::Upload { source, resume: resume(arguments, file, id) })
+        }
+        (Some(Err(source)), _) => Err(Error::of_file(source, &name)),
+        (None, Some(id)) => {
+            Err(Error::Interrupted { what: format!("upload {id} stays open"), resume: Some(resume(arguments, file, id)) })
+        }
+        (None, None) => {
+            let what = match opened.get() {
+                Some((id, _)) if client.abort(*id).await.is_ok() => format!("upload {id} was aborted"),
+                Some((id, _)) => format!("upload {id} could not be aborted; it expires by itself"),
+                None => "nothing was uploaded".to_owned(),
+            };
+            Err(Error::Interrupted { what, resume: None })
+        }
+    }
+}
+
+fn resume(arguments: &Arguments, file: &Path, id: Uuid) -> String {
+    let broker = &arguments.connection.broker;
+    format!("lfs-broker put '{}' --topic {} --resume {id} --broker {broker}", file.display(), arguments.topic)
+}
+
+fn ending(completed: &Completed) -> String {
+    let proof = completed.integrity.map_or("unknown", |integrity| integrity.name());
+    match &completed.record {
+        Some(record) => {
+            format!("in {} at partition {}, offset {}, proved by {proof}", record.topic, record.partition, record.offset)
+        }
+        None if completed.state == UploadState::Verified => format!("proved by {proof}; its pointer will reach Kafka"),
+        None => completed.state.to_string(),
+    }
+}
+
+fn is_stdin(file: &Path) -> bool {
+    file.as_os_str() == "-"
+}
