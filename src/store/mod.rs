@@ -21,6 +21,9 @@ pub(crate) use outbox::{Ownership, Placed, Waiting};
 pub use sessions::Quota;
 pub(crate) use sessions::{Created, Filter, Move};
 
+/// A caller hears within two seconds, whatever the database does.
+pub const ANSWER_WITHIN: Duration = Duration::from_millis(1700);
+
 /// Where PostgreSQL is, and how much of it is used.
 #[derive(Clone)]
 pub struct Settings {
@@ -28,13 +31,15 @@ pub struct Settings {
     pub url: String,
     /// Most connections of this replica.
     pub max_connections: u32,
+    /// How long one call may hold its caller.
+    pub answer_within: Duration,
 }
 
 impl Settings {
     /// Settings for `url` with the default number of connections.
     pub fn new(url: &str) -> Self {
         // 20 connections keep two cores of PostgreSQL busy and leave room for other replicas under its default of 100.
-        Self { url: url.to_owned(), max_connections: 20 }
+        Self { url: url.to_owned(), max_connections: 20, answer_within: ANSWER_WITHIN }
     }
 }
 
@@ -94,9 +99,6 @@ pub(crate) struct Deployment {
     pub(crate) shards: i32,
 }
 
-/// Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
-const ACQUIRE_WITHIN: Duration = Duration::from_millis(1500);
-
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// A handle on the database; cheap to clone.
@@ -121,9 +123,10 @@ impl Store {
         ]);
         let pool = PgPoolOptions::new()
             .max_connections(settings.max_connections)
-            .acquire_timeout(ACQUIRE_WITHIN)
+            // Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
+            .acquire_timeout(settings.answer_within.mul_f64(0.9))
             .connect_lazy_with(options);
-        Ok(Self { pool: pool::Pool::new(pool), shift_ms: Arc::default() })
+        Ok(Self { pool: pool::Pool::new(pool, settings.answer_within), shift_ms: Arc::default() })
     }
 
     /// Brings the schema up to date; several may run at once.

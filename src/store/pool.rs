@@ -15,8 +15,6 @@ use sqlx::postgres::{PgQueryResult, PgRow, PgStatement, PgTypeInfo};
 use sqlx::{Describe, Either, Execute, Executor, PgConnection, PgPool, Postgres, SqlStr, query};
 use tokio::time::timeout;
 
-/// One call may hold its caller no longer than this: an answer is due within two seconds.
-pub(super) const ANSWER_WITHIN: Duration = Duration::from_millis(1700);
 /// A worker's batch may take longer; nobody waits for it with a stop-watch.
 pub(super) const WORK_WITHIN: Duration = Duration::from_secs(10);
 /// A connection that is given back must answer once more within this.
@@ -26,7 +24,11 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 
 /// The pool; cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Pool(PgPool);
+pub(super) struct Pool {
+    connections: PgPool,
+    /// How long one call may hold its caller.
+    answer_within: Duration,
+}
 
 /// A connection on loan. Unless it is given back it is closed: what it was doing may still be under way.
 #[derive(Debug)]
@@ -36,23 +38,28 @@ pub(super) struct Lent(Option<PoolConnection<Postgres>>);
 #[derive(Debug)]
 pub(super) struct Tx(Lent);
 
-fn late() -> sqlx::Error {
-    let words = format!("no answer within {} ms", ANSWER_WITHIN.as_millis());
+fn late(after: Duration) -> sqlx::Error {
+    let words = format!("no answer within {} ms", after.as_millis());
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))
 }
 
 impl Pool {
-    pub(super) fn new(pool: PgPool) -> Self {
-        Self(pool)
+    pub(super) fn new(connections: PgPool, answer_within: Duration) -> Self {
+        Self { connections, answer_within }
+    }
+
+    /// Runs one verb's work on the database, all of it, within the time that a caller waits.
+    pub(super) async fn in_time<T>(&self, work: impl Future<Output = Result<T, super::Error>>) -> Result<T, super::Error> {
+        within(self.answer_within, work).await
     }
 
     /// Without bounds, for what an operator waits for.
     pub(super) fn unbounded(&self) -> &PgPool {
-        &self.0
+        &self.connections
     }
 
     pub(super) async fn lend(&self) -> Result<Lent, sqlx::Error> {
-        Ok(Lent(Some(self.0.acquire().await?)))
+        Ok(Lent(Some(self.connections.acquire().await?)))
     }
 
     pub(super) async fn begin(&self) -> Result<Tx, sqlx::Error> {
@@ -63,13 +70,13 @@ impl Pool {
 
     pub(super) async fn close(&self) {
         // Whoever closes is about to end: a connection that hangs ends with it.
-        let _ = timeout(CLOSE_WITHIN, self.0.close()).await;
+        let _ = timeout(CLOSE_WITHIN, self.connections.close()).await;
     }
 }
 
 /// Runs one verb's work on the database, all of it, within a time.
 pub(super) async fn within<T>(time: Duration, work: impl Future<Output = Result<T, super::Error>>) -> Result<T, super::Error> {
-    timeout(time, work).await.unwrap_or_else(|_| Err(late().into()))
+    timeout(time, work).await.unwrap_or_else(|_| Err(late(time).into()))
 }
 
 impl Lent {
@@ -150,7 +157,7 @@ macro_rules! single {
                 }
                 outcome
             };
-            timeout(ANSWER_WITHIN, work).await.unwrap_or_else(|_| Err(late()))
+            timeout(pool.answer_within, work).await.unwrap_or_else(|_| Err(late(pool.answer_within)))
         }
     }};
 }

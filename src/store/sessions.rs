@@ -12,7 +12,6 @@ use uuid::Uuid;
 use row::Row;
 pub(super) use row::record_headers;
 
-use super::pool::{ANSWER_WITHIN, within};
 use super::{Error, Store};
 use crate::session::Session;
 
@@ -85,16 +84,17 @@ impl Store {
         idempotency: Option<(&str, &[u8])>,
         quota: Quota,
     ) -> Result<Created, Error> {
-        within(ANSWER_WITHIN, async {
-            let mut tx = self.pool.begin().await?;
-            let created = write::create(&mut tx, session, part_hashes, idempotency, quota).await?;
-            match created {
-                Created::New => tx.commit().await?,
-                Created::KeyTaken | Created::TooManySessions | Created::TooManyBytes => tx.rollback().await?,
-            }
-            Ok(created)
-        })
-        .await
+        self.pool
+            .in_time(async {
+                let mut tx = self.pool.begin().await?;
+                let created = write::create(&mut tx, session, part_hashes, idempotency, quota).await?;
+                match created {
+                    Created::New => tx.commit().await?,
+                    Created::KeyTaken | Created::TooManySessions | Created::TooManyBytes => tx.rollback().await?,
+                }
+                Ok(created)
+            })
+            .await
     }
 
     /// The session that an idempotency key opened, and the digest of the request that did.
@@ -130,16 +130,17 @@ impl Store {
     /// it becomes verified its outbox row. That row's number is drawn under a lock on topic and key, so that
     /// numbers of one key are in the order of commit.
     pub(crate) async fn save(&self, step: &Move<'_>, shards: i32) -> Result<Session, Error> {
-        within(ANSWER_WITHIN, async {
-            let mut tx = self.pool.begin().await?;
-            let Some(row) = write::save(&mut tx, step, shards).await? else {
-                tx.rollback().await?;
-                return Err(Error::Moved(step.to.id));
-            };
-            tx.commit().await?;
-            Session::try_from(row)
-        })
-        .await
+        self.pool
+            .in_time(async {
+                let mut tx = self.pool.begin().await?;
+                let Some(row) = write::save(&mut tx, step, shards).await? else {
+                    tx.rollback().await?;
+                    return Err(Error::Moved(step.to.id));
+                };
+                tx.commit().await?;
+                Session::try_from(row)
+            })
+            .await
     }
 
     /// Renews the lease on a session that is being completed. `false`: somebody took it over.
@@ -218,13 +219,14 @@ impl Store {
 
     /// Promises hashes of parts; a promise that stands already stays. Gives all that stand for these numbers.
     pub(crate) async fn promise_parts(&self, id: Uuid, parts: &[(u32, Sha256)]) -> Result<Vec<(u32, Sha256)>, Error> {
-        within(ANSWER_WITHIN, async {
-            let mut lent = self.pool.lend().await?;
-            write::insert_parts(&mut lent, id, parts).await?;
-            lent.give_back();
-            Ok(())
-        })
-        .await?;
+        self.pool
+            .in_time(async {
+                let mut lent = self.pool.lend().await?;
+                write::insert_parts(&mut lent, id, parts).await?;
+                lent.give_back();
+                Ok(())
+            })
+            .await?;
         let numbers: Vec<u32> = parts.iter().map(|(number, _)| *number).collect();
         let standing = self.part_hashes(id).await?;
         Ok(standing.into_iter().filter(|(number, _)| numbers.contains(number)).collect())

@@ -27,6 +27,7 @@ async fn house_behind_database() -> (House, Wire) {
     let wire = wire_to_database().await;
     let address = wire.address().to_string();
     let house = House::with(|settings| {
+        settings.store.answer_within = lfs_broker::store::ANSWER_WITHIN;
         let (_, server) = settings.store.url.rsplit_once('@').unwrap();
         let (server, _) = server.split_once('/').unwrap();
         settings.store.url = settings.store.url.replace(server, &address);
