@@ -374,3 +374,53 @@ async fn a_topic_takes_no_uploads_until_somebody_enables_it() {
     house.put_policy(&house.topic, &json!({"enabled": false})).await.expect(200);
     house.open(b"hello", json!({})).await.expect_problem(403, "topic-not-enabled");
 }
+
+#[tokio::test]
+async fn a_flood_of_names_leaves_the_broker_standing() {
+    let house = House::new().await;
+    let asked = (0..500).map(|number| {
+        let house = &house;
+        async move {
+            let topic = format!("flood-{number}");
+            house.get(&format!("/lfs/topics/{topic}")).await.expect_problem(404, "topic-not-found");
+            house.get(&format!("/lfs/{topic}")).await.expect_problem(404, "not-found");
+        }
+    });
+    join_all(asked).await;
+    house.get("/healthz").await.expect(200);
+    house.publish(b"still here", json!({})).await;
+}
+
+#[tokio::test]
+async fn a_token_reaches_its_own_tenant_and_topics_only() {
+    use lfs_broker::auth::{Grant, Mode, Scope, Settings, issue};
+    let keys = Settings {
+        mode: Mode::Jwt,
+        hs256_secret: Some("0123456789abcdef0123456789abcdef".into()),
+        issuer: Some("i".into()),
+        audience: Some("a".into()),
+        ..Settings::default()
+    };
+    let house = House::with(|settings| {
+        settings.objects.allow_copy_source = true;
+        settings.auth = keys.clone();
+    })
+    .await;
+    let token = |tenant: &str, topic: &str| {
+        let scopes = vec![Scope::Write, Scope::Read];
+        let expires_at = u64::try_from(now_ms() / 1000).unwrap() + 600;
+        let grant = Grant { tenant: tenant.into(), subject: "s".into(), scopes, topics: vec![topic.into()], expires_at };
+        issue(&keys, grant).unwrap()
+    };
+    let open = |token: String| {
+        let request = house.http.post(format!("{}/lfs/uploads", house.url())).bearer_auth(token);
+        house.send(request.json(&json!({"topic": house.topic, "size": 0})))
+    };
+    let opened = open(token("acme", &house.topic)).await.expect(201);
+    open(token("acme", "another")).await.expect_problem(403, "topic-forbidden");
+    let read =
+        |token: String| house.send(house.http.get(format!("{}/lfs/uploads/{}", house.url(), opened.id())).bearer_auth(token));
+    read(token("acme", &house.topic)).await.expect(200);
+    read(token("other", &house.topic)).await.expect_problem(404, "upload-not-found");
+    house.upload(&opened.id()).await.expect_problem(401, "unauthenticated");
+}
