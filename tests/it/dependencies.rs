@@ -120,17 +120,15 @@ async fn without_database(house: &House, wire: &Wire, silent: bool) {
     }
     let id = parts.id();
     let away = ["dependency-unavailable"];
-    refused_soon(house.open(b"new", json!({})), &away).await;
     refused_soon(house.upload(&id), &away).await;
-    refused_soon(house.get("/lfs/uploads"), &away).await;
-    refused_soon(house.get(&format!("/lfs/uploads/{id}/history")), &away).await;
-    refused_soon(house.sign(&id, json!({"part_numbers": [1]})), &away).await;
-    refused_soon(house.complete(&id), &away).await;
-    refused_soon(house.complete(&done.id()), &away).await;
-    refused_soon(house.delete(&format!("/lfs/uploads/{id}")), &away).await;
-    refused_soon(house.resolve(&value, ""), &away).await;
-    refused_soon(house.get("/lfs/topics"), &away).await;
-    refused_soon(house.put_policy("other", &json!({})), &away).await;
+    let (history, own) = (format!("/lfs/uploads/{id}/history"), format!("/lfs/uploads/{id}"));
+    let (third, no_policy) = (done.id(), json!({}));
+    // Two at a time: neither takes the other's.
+    tokio::join!(refused_soon(house.open(b"new", json!({})), &away), refused_soon(house.get("/lfs/uploads"), &away));
+    tokio::join!(refused_soon(house.get(&history), &away), refused_soon(house.sign(&id, json!({"part_numbers": [1]})), &away));
+    tokio::join!(refused_soon(house.complete(&id), &away), refused_soon(house.complete(&third), &away));
+    tokio::join!(refused_soon(house.delete(&own), &away), refused_soon(house.resolve(&value, ""), &away));
+    tokio::join!(refused_soon(house.get("/lfs/topics"), &away), refused_soon(house.put_policy("other", &no_policy), &away));
     // More at once than the pool has connections.
     let many = (0..30).map(|_| refused_soon(house.upload(&id), &away));
     futures_util::future::join_all(many).await;

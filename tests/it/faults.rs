@@ -1,5 +1,6 @@
 //! An S3 that does a thing and says that it did not, or the other way round: what it holds decides.
 
+use futures_util::future::join_all;
 use lfs_broker::app::Settings;
 use serde_json::json;
 
@@ -45,23 +46,21 @@ async fn completes(faults: &[(Call, Fault)], at_once: u16) {
 
 #[tokio::test]
 async fn a_join_that_was_done_is_found_whatever_its_answer_was() {
-    for fault in [
+    let faults = [
         Fault::After(200, "InternalError"),
         Fault::After(500, "InternalError"),
         Fault::After(503, "SlowDown"),
         Fault::After(404, "NoSuchUpload"),
         Fault::After(409, "ConditionalRequestConflict"),
         Fault::Cut,
-    ] {
-        completes(&[(Call::Finish, fault)], 200).await;
-    }
+    ];
+    join_all(faults.map(|fault| async move { completes(&[(Call::Finish, fault)], 200).await })).await;
 }
 
 #[tokio::test]
 async fn a_join_that_was_not_done_is_in_doubt_and_done_by_the_next_complete() {
-    for fault in [Fault::Instead(200, "InternalError"), Fault::Instead(500, "InternalError"), Fault::Instead(503, "SlowDown")] {
-        completes(&[(Call::Finish, fault)], 503).await;
-    }
+    let faults = [Fault::Instead(200, "InternalError"), Fault::Instead(500, "InternalError"), Fault::Instead(503, "SlowDown")];
+    join_all(faults.map(|fault| async move { completes(&[(Call::Finish, fault)], 503).await })).await;
     // No verdict before the join either: 403 is also what S3 says to a clock that is wrong.
     completes(&[(Call::ListParts, Fault::Instead(403, "AccessDenied"))], 503).await;
     let slow = (Call::ListParts, Fault::Instead(503, "SlowDown"));

@@ -18,6 +18,9 @@ pub(crate) struct Process {
 impl Process {
     /// Starts a broker whose clock is pushed by this much.
     pub(crate) async fn start(settings: &app::Settings, pushed: Duration) -> Self {
+        // Silent unless RUST_LOG is set; only the first of all tests can set it.
+        let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+        let _ = log.with_test_writer().try_init();
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime is made");
         let settings = settings.clone();
         let start = runtime.spawn(async move {

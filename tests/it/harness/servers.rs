@@ -112,7 +112,12 @@ impl Servers {
     pub(crate) async fn database(&self) -> String {
         let name = format!("lfs_{}", Uuid::new_v4().simple());
         create_database(&self.admin_url, &name, &self.template).await;
-        url_of(&self.admin_url, &name)
+        let url = url_of(&self.admin_url, &name);
+        // A copy is a deployment of its own: two of one identity would fence each other, and read each other's markers.
+        let mut database = PgConnection::connect(&url).await.expect("PostgreSQL answers");
+        database.execute("update deployment set id = gen_random_uuid()").await.expect("the copy gets an identity");
+        database.close().await.unwrap();
+        url
     }
 }
 
