@@ -24,6 +24,10 @@ async fn house_behind_s3() -> (House, Wire) {
 }
 
 async fn house_behind_database() -> (House, Wire) {
+    house_behind_database_with(8).await
+}
+
+async fn house_behind_database_with(max_connections: u32) -> (House, Wire) {
     let wire = wire_to_database().await;
     let address = wire.address().to_string();
     let house = House::with(|settings| {
@@ -31,6 +35,7 @@ async fn house_behind_database() -> (House, Wire) {
         let (_, server) = settings.store.url.rsplit_once('@').unwrap();
         let (server, _) = server.split_once('/').unwrap();
         settings.store.url = settings.store.url.replace(server, &address);
+        settings.store.max_connections = max_connections;
     })
     .await;
     (house, wire)
@@ -180,6 +185,26 @@ async fn a_database_that_falls_silent_under_load_does_not_keep_its_connections()
         assert!(back.elapsed() < Duration::from_secs(20), "some waited until a lease had run out");
     }
     assert_eq!(house.distinct_records().await.len(), ids.len());
+}
+
+#[tokio::test]
+async fn a_pool_whose_every_connection_hangs_is_whole_again() {
+    let (house, wire) = house_behind_database_with(2).await;
+    let id = house.open(b"hello", json!({})).await.expect(201).id();
+    // Both connections wait for a lock when the database falls silent.
+    let mut lock = house.db.begin().await.unwrap();
+    sqlx::raw_sql("lock table upload_sessions in access exclusive mode").execute(&mut *lock).await.unwrap();
+    let stuck = (0..6).map(|_| tokio::spawn(house.http.get(format!("{}/lfs/uploads/{id}", house.url())).send()));
+    let stuck: Vec<_> = stuck.collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    wire.silence();
+    lock.rollback().await.unwrap();
+    for stuck in stuck {
+        assert_eq!(stuck.await.unwrap().unwrap().status(), 503);
+    }
+    wire.restore().await;
+    house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
+    house.upload(&id).await.expect(200);
 }
 
 #[tokio::test]
