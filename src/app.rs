@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use crate::audit;
 use crate::auth::{self, Auth, Mode};
 use crate::broker::{self, Broker, Parts};
 use crate::finish::{self, Finisher, Tasks};
@@ -18,7 +19,7 @@ use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
 use crate::policy;
 use crate::relay::Relay;
-use crate::store::{self, Store};
+use crate::store::{self, Deployment, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
 use crate::wakes::Wakes;
@@ -29,6 +30,9 @@ const LOOK: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long requests and workers may take to end once the end was asked for.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// How long the start may take to read the markers: a crashed replica's open transaction can hide them for a minute.
+const MARKERS: Duration = Duration::from_secs(2);
 
 /// Everything that `serve` can be told.
 #[derive(Clone)]
@@ -86,6 +90,9 @@ pub enum Error {
     /// Kafka.
     #[error("{0}")]
     Kafka(#[from] kafka::Error),
+    /// The database is older than what Kafka holds.
+    #[error("{0}")]
+    Restored(audit::Ahead),
 }
 
 /// A broker that runs.
@@ -133,6 +140,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     refuse_copy_source(&settings, &objects).await?;
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
+    refuse_restored(&store, &kafka, deployment).await?;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();
     let finisher = Finisher {
@@ -226,6 +234,22 @@ async fn refuse_copy_source(settings: &Settings, objects: &Objects) -> Result<()
     }
     let Some(bucket) = objects.default_bucket() else { return Ok(()) };
     if objects.probe(bucket).await?.refuses_copy_source() { Ok(()) } else { Err(Error::CopySource) }
+}
+
+/// Refuses a database that was restored from a backup. A Kafka that does not answer, or not in time, keeps nothing from
+/// starting: the relay looks again before it sends anything of a shard.
+async fn refuse_restored(store: &Store, kafka: &Kafka, deployment: Deployment) -> Result<(), Error> {
+    match tokio::time::timeout(MARKERS, audit::ahead(store, kafka, deployment)).await {
+        Ok(Ok(ahead)) => ahead.into_iter().next().map_or(Ok(()), |ahead| Err(Error::Restored(ahead))),
+        Ok(Err(error)) => {
+            info!(%error, "the markers cannot be read yet; the relay reads them before it sends");
+            Ok(())
+        }
+        Err(_) => {
+            info!("the markers were not read in time; the relay reads them before it sends");
+            Ok(())
+        }
+    }
 }
 
 async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::Receiver<bool>) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use time::OffsetDateTime;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Shard};
@@ -62,6 +62,12 @@ pub(crate) enum Error {
     Kafka(#[from] kafka::Error),
     #[error("another owner has taken the shard")]
     Taken,
+    /// Sending would be a second time for whatever Kafka has and the database does not know of.
+    #[error(
+        "kafka holds batch {marker} of shard {shard}, the database knows {last_batch}: it was restored from a backup; \
+         nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
+    )]
+    Ahead { shard: i32, marker: i64, last_batch: i64 },
 }
 
 impl Relay {
@@ -101,6 +107,11 @@ impl Relay {
                 Err(Error::Taken) => {
                     info!(shard = owned.shard, "shard {} has another owner", owned.shard);
                     self.renewed_at = None;
+                }
+                // Waiting does not help, only an operator does.
+                Err(error @ Error::Ahead { .. }) => {
+                    error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
+                    failed = Some(error);
                 }
                 // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
                 Err(error) => {
@@ -181,12 +192,17 @@ impl Relay {
 
     /// Fences the shard's last owner, and settles what that one had stamped. Says how much of it was published.
     async fn take(&self, owned: Ownership) -> Result<(Held, usize), Error> {
-        let transactional_id = format!("lfs-broker.{}.{}", self.deployment.id, owned.shard);
+        let transactional_id = kafka::transactional_id(self.deployment.id, owned.shard);
         let shard = self.kafka.shard(&transactional_id, owned.shard).await?;
+        let marker = shard.last_marker().await?;
+        // A batch is stamped, and that committed, before anything of it is sent: Kafka cannot know of a later one.
+        let last_batch = self.store.last_batch(owned.shard).await?;
+        if let Some(marker) = marker.as_ref().map(|marker| marker.batch).filter(|batch| *batch > last_batch) {
+            return Err(Error::Ahead { shard: owned.shard, marker, last_batch });
+        }
         let stamped = self.store.stamped(owned.shard).await?;
         let mut published = 0;
         if !stamped.is_empty() {
-            let marker = shard.last_marker().await?;
             let listed: Vec<Placed> = marker.iter().flat_map(|marker| &marker.published).map(placed).collect();
             let listed: Vec<Placed> =
                 listed.into_iter().filter(|placed| stamped.iter().any(|row| row.session_id == placed.session_id)).collect();

@@ -341,6 +341,23 @@ impl Session {
         Self { state: State::Verified(proof), trouble: None, ..self }
     }
 
+    /// Whether an object is still the one that was proved, as far as S3's own word goes: its write token, its size, and
+    /// where S3 knows it the SHA-256 of the whole.
+    pub(crate) fn holds(&self, found: &Object) -> Result<(), Refusal> {
+        if found.token.as_deref() != Some(self.id.to_string().as_str()) {
+            return Err(Refusal::Foreign);
+        }
+        if found.size_bytes != self.promise.size_bytes {
+            return Err(Refusal::Size { promised: self.promise.size_bytes, found: found.size_bytes });
+        }
+        match (self.promise.digest.as_ref().and_then(Digest::sha256), found.sha256) {
+            (Some(promised), Some(found)) if promised != found => {
+                Err(Refusal::Checksum { promised: promised.to_string(), found: found.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Gives a session back to its client: bytes or parts are missing.
     pub(crate) fn reopen(self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {

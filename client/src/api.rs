@@ -745,3 +745,59 @@ pub struct FieldError {
     /// What is wrong there.
     pub detail: String,
 }
+
+/// Asks to publish a verified upload's pointer now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct Redrive {
+    /// Forget the partition that was asked for at open: the key, or chance, decides.
+    pub clear_partition: bool,
+}
+
+/// How things stand.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Stats {
+    /// How many uploads there are, by state.
+    pub uploads: BTreeMap<String, u64>,
+    /// How old the oldest verified upload is that is not published yet; null where there is none.
+    pub oldest_verified_seconds: Option<u64>,
+    /// Pointers that Kafka has not yet.
+    pub outbox: OutboxDepth,
+    /// Whether what the broker stands on answers.
+    pub dependencies: Dependencies,
+}
+
+/// Pointers that Kafka has not yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct OutboxDepth {
+    /// Not tried yet, or on their way.
+    pub waiting: u64,
+    /// Refused by Kafka, and tried again later.
+    pub parked: u64,
+}
+
+/// What the broker stands on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Dependencies {
+    /// PostgreSQL.
+    pub database: Dependency,
+    /// S3.
+    pub storage: Dependency,
+    /// Kafka; without it complete answers 202 and pointers wait.
+    pub kafka: Dependency,
+}
+
+/// One thing that the broker stands on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Dependency {
+    /// Whether it answers.
+    pub ok: bool,
+    /// What is wrong, where something is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}

@@ -3,6 +3,8 @@
 //! Safe are reads, what the contract makes repeatable (complete, parts, abort, resolve, policies), and
 //! open when it carries an `Idempotency-Key`. Anything may be tried again when not even a connection came about.
 
+mod operate;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;

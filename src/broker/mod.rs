@@ -4,6 +4,7 @@
 
 mod complete;
 mod open;
+mod operate;
 mod read;
 mod resolve;
 mod topics;

@@ -1,5 +1,6 @@
 //! The command line: data to stdout, talk to stderr.
 
+mod audit;
 mod dev;
 mod get;
 mod put;
@@ -58,6 +59,8 @@ enum Command {
     Get(get::Arguments),
     /// Print a token for this broker's settings
     Token(token::Arguments),
+    /// Compare the database, S3 and Kafka; exits with 0 when they agree, 1 with findings, 2 when it could not check
+    Audit(audit::Arguments),
     /// Read and store topic policies
     Topics(topics::Arguments),
     /// Print the OpenAPI document
@@ -129,6 +132,11 @@ pub(crate) enum Error {
     Objects(#[from] objects::Error),
     #[error("{0}")]
     Client(#[from] client::Error),
+    /// Also when all of it was repaired, as with fsck: whoever asks again hears that nothing is left.
+    #[error("{0} findings")]
+    Findings(u64),
+    #[error("could not check: {0}")]
+    Unchecked(crate::audit::Error),
     #[error("{0}")]
     Failed(String),
     #[error("{0}")]
@@ -153,7 +161,7 @@ impl Error {
     /// 1 failed, 2 usage, 3 refused by the broker, 4 integrity, 5 unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Usage(_) => 2,
+            Self::Config(_) | Self::Usage(_) | Self::Unchecked(_) => 2,
             Self::Client(error) | Self::OfFile { source: error, .. } | Self::Upload { source: error, .. } => {
                 client_exit_code(error)
             }
@@ -167,6 +175,7 @@ impl Error {
                 "run `lfs-broker migrate` with the same DATABASE_URL"
             }
             Self::App(app::Error::OpenToTheWorld(_)) => "set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1",
+            Self::App(app::Error::Restored(_)) => "run `lfs-broker audit --fix` with the same settings, then serve",
             Self::App(app::Error::Auth(_)) => "for a first look, `lfs-broker dev` needs no tokens",
             Self::Config(config::Error::Missing(_)) => "the README has a table of all settings",
             Self::Client(client::Error::Unreachable { .. }) => "is the broker running there? see --broker and LFS_BROKER_URL",
@@ -221,6 +230,7 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Put(arguments) => put::put(arguments).await,
         Command::Get(arguments) => get::get(arguments).await,
         Command::Token(arguments) => token::token(arguments),
+        Command::Audit(arguments) => audit::audit(arguments).await,
         Command::Topics(arguments) => topics::topics(arguments).await,
         Command::Openapi => {
             println!("{}", http::openapi().to_pretty_json().expect("the document has only strings and numbers"));

@@ -63,7 +63,7 @@ pub(super) struct Reader(pub(super) Caller);
 /// A caller who may resolve.
 pub(super) struct Resolver(pub(super) Caller);
 /// A caller who may administer.
-pub(super) struct Admin(#[expect(dead_code, reason = "the scope is what matters")] pub(super) Caller);
+pub(super) struct Admin(pub(super) Caller);
 /// Anyone who was let in.
 pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is what matters")] pub(super) Caller);
 

@@ -2,6 +2,7 @@
 
 mod edge;
 mod extract;
+mod operate;
 mod pages;
 mod pointers;
 mod problem;
@@ -79,6 +80,7 @@ fn api() -> OpenApiRouter<App> {
         .merge(uploads::routes())
         .merge(pointers::routes())
         .merge(topics::routes())
+        .merge(operate::routes())
         .merge(pages::routes())
 }
 

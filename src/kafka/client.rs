@@ -77,9 +77,10 @@ impl ClientContext for Context {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, Resolve};
+        use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, PartitionEOF, Resolve};
         match error.rdkafka_error_code() {
-            Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | Resolve) => {
+            // The end of a partition is told to the reader too, which waits for it.
+            Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | PartitionEOF | Resolve) => {
                 debug!("kafka connection: {error}: {reason}");
             }
             _ => warn!("kafka client: {error}: {reason}"),

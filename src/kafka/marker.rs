@@ -25,6 +25,11 @@ pub struct Marker {
     pub published: Vec<Delivered>,
 }
 
+/// The name under which a shard's pointers are published: its markers' key, and what Kafka fences by.
+pub fn transactional_id(deployment_id: uuid::Uuid, shard: i32) -> String {
+    format!("lfs-broker.{deployment_id}.{shard}")
+}
+
 /// Reads the last committed marker of `transactional_id`. Blocks.
 ///
 /// Everything below the end of the log, as it is now, is looked at. A reader of committed records sees only up to the

@@ -16,13 +16,15 @@ mod client;
 mod marker;
 #[cfg(test)]
 mod real;
+mod scan;
 mod shard;
 #[cfg(test)]
 mod tests;
 mod topics;
 
 use client::Context;
-pub use marker::Marker;
+pub use marker::{Marker, transactional_id};
+pub use scan::{Batch, Scan, Seen};
 pub use shard::{PublishError, Refusal, Shard};
 use topics::Topics;
 

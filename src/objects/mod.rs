@@ -22,12 +22,14 @@ use crate::session::Object;
 
 mod connect;
 mod download;
+mod list;
 mod multipart;
 mod probe;
 mod remove;
 mod sign;
 
 pub use connect::Settings;
+pub use list::{Behind, Listed, OpenUpload, Page};
 pub use multipart::{Finish, Part};
 pub use probe::Capabilities;
 pub use sign::{Put, Signed};

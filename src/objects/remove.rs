@@ -141,6 +141,6 @@ impl Objects {
 }
 
 /// Whether the store does not have this call at all.
-fn is_lacking<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
+pub(super) fn is_lacking<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
     matches!(status(error), Some(405 | 501)) || matches!(code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
 }

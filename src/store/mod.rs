@@ -3,6 +3,8 @@
 //! It hides PostgreSQL behind verbs on sessions, the outbox and topics. Every write of a session names the
 //! version it read, so that nothing is ever overwritten unseen. No S3 or Kafka call happens inside a transaction.
 
+mod audit;
+mod operate;
 mod outbox;
 mod pool;
 mod sessions;
@@ -17,6 +19,7 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+pub(crate) use audit::{Found, Owner, PAGE, Standing};
 pub(crate) use outbox::{Ownership, Placed, Waiting};
 pub use sessions::Quota;
 pub(crate) use sessions::{Created, Filter, Move};

@@ -1,6 +1,7 @@
 //! Sessions: opened once, moved under their version, read in many ways.
 
 mod row;
+mod walk;
 mod write;
 
 use lfs_broker_client::api::UploadState;

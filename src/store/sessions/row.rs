@@ -56,7 +56,6 @@ pub(super) struct Row {
     pub(super) error_code: Option<String>,
     pub(super) error_detail: Option<String>,
     pub(super) error_items: Option<serde_json::Value>,
-    #[expect(dead_code, reason = "`select *` reads it, the sweeper asks for it in SQL")]
     pub(super) cleanup_due_at: Option<OffsetDateTime>,
 }
 

@@ -207,7 +207,12 @@ async fn remember(tx: &mut PgConnection, step: &Move<'_>, version: i64) -> Resul
     Ok(())
 }
 
-async fn promise_pointer(tx: &mut PgConnection, session: &Session, shards: i32, now: OffsetDateTime) -> Result<(), Error> {
+pub(super) async fn promise_pointer(
+    tx: &mut PgConnection,
+    session: &Session,
+    shards: i32,
+    now: OffsetDateTime,
+) -> Result<(), Error> {
     let State::Verified(proof) = &session.state else { return Ok(()) };
     let promise = &session.promise;
     let headers = record_headers(

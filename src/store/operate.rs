@@ -1,0 +1,68 @@
+//! What an operator asks for: a pointer tried again now, and how much of everything there is.
+
+use sqlx::{query, query_scalar};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::pool::{WORK_WITHIN, within};
+use super::{Error, Store};
+
+/// How much there is, and how old the oldest promise is that Kafka has not.
+#[derive(Debug)]
+pub(crate) struct Depths {
+    /// Sessions by the name of their state.
+    pub(crate) sessions: Vec<(String, i64)>,
+    pub(crate) oldest_verified_at: Option<OffsetDateTime>,
+    /// Pointers in the outbox that Kafka has not refused.
+    pub(crate) waiting: i64,
+    /// Pointers that Kafka refused.
+    pub(crate) parked: i64,
+}
+
+impl Store {
+    /// Makes a verified session's pointer due now and forgets why it was not taken; with `clear_partition` the key, or
+    /// chance, decides where it goes. `false` when the session is not verified any more.
+    pub(crate) async fn redrive(&self, id: Uuid, clear_partition: bool, by: &str, now: OffsetDateTime) -> Result<bool, Error> {
+        // One statement: the row that is sent and the session that is shown never name two partitions.
+        let redriven = query_scalar!(
+            r#"with moved as (
+                   update upload_sessions
+                   set version = version + 1, updated_at = $2, error_code = null, error_detail = null, error_items = null,
+                       record_partition = case when $3 then null else record_partition end
+                   where id = $1 and state = 'verified' returning id, version),
+               told as (
+                   insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
+                   select id, version, $2, 'verified', 'verified',
+                          case when $3 then 'redrive to any partition was asked for' else 'redrive was asked for' end, $4
+                   from moved),
+               due as (
+                   update outbox set next_try_at = $2, error = null, partition = case when $3 then null else partition end
+                   where session_id in (select id from moved))
+               select exists (select from moved) as "redriven!""#,
+            id,
+            now,
+            clear_partition,
+            by
+        );
+        Ok(redriven.fetch_one(&self.pool).await?)
+    }
+
+    /// Counts everything: with millions of sessions it takes a second.
+    pub(crate) async fn depths(&self) -> Result<Depths, Error> {
+        let outbox = query!(
+            r#"select count(*) filter (where error is null) as "waiting!", count(*) filter (where error is not null) as "parked!",
+                      (select min(verified_at) from upload_sessions where state = 'verified') as oldest
+               from outbox"#
+        );
+        // First, because it is quick: a database that does not answer is noticed by it.
+        let outbox = outbox.fetch_one(&self.pool).await?;
+        let sessions = query!(r#"select state, count(*) as "count!" from upload_sessions group by state"#);
+        let sessions = within(WORK_WITHIN, async { Ok(sessions.fetch_all(self.pool.unbounded()).await?) }).await?;
+        Ok(Depths {
+            sessions: sessions.into_iter().map(|row| (row.state, row.count)).collect(),
+            oldest_verified_at: outbox.oldest,
+            waiting: outbox.waiting,
+            parked: outbox.parked,
+        })
+    }
+}
