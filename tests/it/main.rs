@@ -9,6 +9,7 @@ mod harness;
 mod stores;
 
 mod abort;
+mod audit;
 mod cli;
 mod client;
 mod conformance;
@@ -23,6 +24,7 @@ mod integrity;
 mod listing;
 mod multipart;
 mod openapi;
+mod operate;
 mod order;
 mod parts;
 mod peer;

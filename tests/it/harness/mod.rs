@@ -343,9 +343,14 @@ impl House {
         self.start(change).await;
     }
 
-    async fn start(&mut self, change: impl FnOnce(&mut app::Settings)) {
+    pub(crate) async fn start(&mut self, change: impl FnOnce(&mut app::Settings)) {
         change(&mut self.settings);
         self.process = Some(Process::start(&self.settings, self.pushed()).await);
+    }
+
+    /// Ends the broker in order; what follows is done to what is around it, until [`House::start`].
+    pub(crate) async fn stop(&mut self) {
+        self.process.take().expect("the broker runs").stop().await;
     }
 
     /// A second replica on the same database, S3 and Kafka.
