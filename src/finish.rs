@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use crate::failpoint;
 use crate::objects::{self, Finish, Objects, Part, Place};
 use crate::session::{Layout, Object, Refusal, Session, State};
 use crate::store::{self, Move, Store};
@@ -203,6 +204,10 @@ impl Finisher {
         let verdict = tokio::select! {
             verdict = verdict => verdict,
             () = self.keep_lease(id, lease.attempt) => return warn!(session.id = %id, "lost the lease on {id}"),
+        };
+        let verdict = match failpoint::reach("complete.proved").await {
+            Ok(()) => verdict,
+            Err(struck) => Err(Stop::Store(struck.into())),
         };
         match verdict {
             Ok(next) => self.write(next, by).await,

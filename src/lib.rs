@@ -11,6 +11,8 @@
 //! - [`audit`] asks whether PostgreSQL, S3 and Kafka tell the same story.
 //! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
 //! - [`session`] and [`policy`] are the pure core: what is legal, without I/O, clock or chance.
+//!
+//! `failpoint` is where the tests strike between two side effects; a release has none.
 
 pub mod app;
 pub mod audit;
@@ -19,6 +21,7 @@ pub mod broker;
 pub mod cli;
 pub mod config;
 pub mod dev;
+mod failpoint;
 pub mod finish;
 pub mod http;
 pub mod kafka;

@@ -15,6 +15,7 @@ use time::OffsetDateTime;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use crate::failpoint;
 use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Shard};
 use crate::store::{self, Deployment, Ownership, Placed, Store, Waiting};
 use crate::wakes::Wakes;
@@ -194,6 +195,7 @@ impl Relay {
     async fn take(&self, owned: Ownership) -> Result<(Held, usize), Error> {
         let transactional_id = kafka::transactional_id(self.deployment.id, owned.shard);
         let shard = self.kafka.shard(&transactional_id, owned.shard).await?;
+        failpoint::reach("relay.fenced").await.map_err(store::Error::from)?;
         let marker = shard.last_marker().await?;
         // A batch is stamped, and that committed, before anything of it is sent: Kafka cannot know of a later one.
         let last_batch = self.store.last_batch(owned.shard).await?;
@@ -209,6 +211,7 @@ impl Relay {
             published = listed.len();
             let now = self.store.now().await?;
             self.mark(&listed, now).await?;
+            failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = stamped.iter().filter_map(|row| row.batch).collect();
             batches.sort_unstable();
             batches.dedup();

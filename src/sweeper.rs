@@ -9,6 +9,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tracing::{info, warn};
 
+use crate::failpoint;
 use crate::finish::{expire, place};
 use crate::objects::{self, Objects};
 use crate::session::Session;
@@ -76,6 +77,7 @@ impl Sweeper {
         let place = place(session);
         let uploads = self.objects.abort_uploads(&place, session.s3_upload_id.as_deref()).await?;
         let versions = self.objects.delete_versions(&place).await?;
+        failpoint::reach("sweep.removed").await?;
         info!(session.id = %session.id, uploads, versions, "cleaned up after {}", session.id);
         Ok(())
     }

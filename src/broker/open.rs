@@ -12,11 +12,12 @@ use uuid::{ContextV7, Timestamp, Uuid};
 
 use super::{Broker, Error, refused};
 use crate::auth::Caller;
+use crate::failpoint;
 use crate::finish::place;
 use crate::objects::{Put, Signed};
 use crate::policy::{self, Shaped, wrong};
 use crate::session::{Hashes, Layout, Refusal, Session, State};
-use crate::store::Created;
+use crate::store::{self, Created};
 
 /// What comes beside the body of an open.
 #[derive(Debug, Clone, Default)]
@@ -66,6 +67,7 @@ impl Broker {
             Created::TooManyBytes => return Err(Error::TooManyBytes),
         }
         let upload = self.with_urls(session, &hashes, now).await?;
+        failpoint::reach("open.answered").await.map_err(store::Error::from)?;
         Ok(Opened { upload, fresh: true })
     }
 

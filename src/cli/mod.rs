@@ -200,6 +200,8 @@ fn client_exit_code(error: &client::Error) -> u8 {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Reads FAILPOINTS, in builds of the tests only.
+    let _failpoints = fail::has_failpoints().then(fail::FailScenario::setup);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

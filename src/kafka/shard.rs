@@ -11,6 +11,8 @@ use rdkafka::producer::future_producer::Delivery as Acknowledged;
 use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer};
 use uuid::Uuid;
 
+use crate::failpoint::{self, Struck};
+
 use super::client::{self, Context};
 use super::{Delivered, Delivery, Error, Kafka, MARKER_TOPIC, Marker, Record, blocking, drop_aside};
 
@@ -56,6 +58,13 @@ pub enum PublishError {
     /// Whether the batch is published is not known. Drop the shard, open it again and read its last marker.
     #[error("whether the batch is published is not known: {0}")]
     Lost(String),
+}
+
+impl From<Struck> for PublishError {
+    /// As when the answer of a commit is lost.
+    fn from(struck: Struck) -> Self {
+        Self::Lost(struck.to_string())
+    }
 }
 
 /// The right to publish a shard's pointers, until somebody else takes it.
@@ -146,18 +155,26 @@ impl Shard {
         if let Some(failed) = self.failure(records, &sent).await {
             return Err(self.abort(failed).await);
         }
+        if let Err(struck) = failpoint::reach("relay.sent").await {
+            return Err(self.abort(PublishError::Retry(struck.to_string())).await);
+        }
         let published: Vec<Delivered> = sent.into_iter().flatten().collect();
         if let Err(failed) = self.send_marker(Marker { batch, published: published.clone() }).await {
             return Err(self.abort(failed).await);
         }
+        if let Err(struck) = failpoint::reach("relay.listed").await {
+            return Err(self.abort(PublishError::Retry(struck.to_string())).await);
+        }
         // Once a commit was tried, an abort that succeeds proves nothing: librdkafka may have sent the commit, missed
         // the answer and begun a new epoch instead. Only the marker tells.
         self.step(|producer| producer.commit_transaction(STEP)).await.map_err(|error| self.broken(&error))?;
+        failpoint::reach("relay.committed").await?;
         Ok(published)
     }
 
     async fn publish_some(&self, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
         let sent = self.send_in_order(records).await;
+        failpoint::reach("relay.sent").await?;
         let in_part = sent.iter().any(Result::is_ok);
         match self.failure(records, &sent).await {
             None => Ok(sent.into_iter().flatten().collect()),

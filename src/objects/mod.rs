@@ -18,6 +18,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use lfs_broker_client::checksum::{Algorithm, Digest};
 
+use crate::failpoint::Struck;
 use crate::session::Object;
 
 mod connect;
@@ -88,6 +89,13 @@ pub enum Error {
     /// The settings do not make a client.
     #[error("s3 settings: {0}")]
     Settings(String),
+}
+
+impl From<Struck> for Error {
+    /// As when S3's answer is lost.
+    fn from(struck: Struck) -> Self {
+        Self::Unavailable(struck.to_string())
+    }
 }
 
 /// A handle on the store; clones share one connection pool.

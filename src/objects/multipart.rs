@@ -7,6 +7,8 @@ use aws_sdk_s3::types::{
 };
 use lfs_broker_client::checksum::{Algorithm, Sha256, composite};
 
+use crate::failpoint;
+
 use super::connect::{FINISHING, patient};
 use super::{Error, Objects, Place, Put, TOKEN, code, digest, failed, status, words};
 
@@ -62,6 +64,7 @@ impl Objects {
             .send()
             .await
             .map_err(|error| failed("CreateMultipartUpload", &error))?;
+        failpoint::reach("s3.begun").await?;
         match answer.upload_id {
             Some(id) => Ok(id),
             None => Err(Error::Unavailable("CreateMultipartUpload: an answer without an upload id".to_owned())),
@@ -131,6 +134,7 @@ impl Objects {
             .config_override(patient(FINISHING))
             .send()
             .await;
+        failpoint::reach("s3.joined").await?;
         match answer {
             Ok(_) => Ok(Finish::Done),
             Err(error) => refusal(&error),

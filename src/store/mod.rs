@@ -19,6 +19,8 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::failpoint::Struck;
+
 pub(crate) use audit::{Found, Owner, PAGE, Standing};
 pub(crate) use outbox::{Ownership, Placed, Waiting};
 pub use sessions::Quota;
@@ -92,6 +94,13 @@ impl From<sqlx::Error> for Error {
             Some(code) if code == "55P03" => Self::Busy,
             _ => Self::Database(error),
         }
+    }
+}
+
+impl From<Struck> for Error {
+    /// As when the answer to a COMMIT is lost.
+    fn from(struck: Struck) -> Self {
+        Self::Database(sqlx::Error::Io(std::io::Error::other(struck)))
     }
 }
 

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::pool::{WORK_WITHIN, within};
 use super::{Error, Store};
+use crate::failpoint;
 
 /// A pointer that waits for Kafka.
 #[derive(Debug, Clone)]
@@ -99,7 +100,7 @@ impl Store {
         limit: i64,
         now: OffsetDateTime,
     ) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
-        within(WORK_WITHIN, async {
+        let stamped = within(WORK_WITHIN, async {
             let mut tx = self.pool.begin().await?;
             let stamped = stamp(&mut tx, owned, limit, now).await?;
             match stamped {
@@ -108,7 +109,11 @@ impl Store {
             }
             Ok(stamped)
         })
-        .await
+        .await?;
+        if stamped.is_some() {
+            failpoint::reach("relay.stamped").await?;
+        }
+        Ok(stamped)
     }
 
     /// Takes the stamps of these batches back: Kafka does not hold them. `false`, and nothing is done, when the
@@ -184,7 +189,8 @@ impl Store {
             lent.give_back();
             Ok(())
         })
-        .await
+        .await?;
+        Ok(failpoint::reach("relay.marked").await?)
     }
 
     /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.

@@ -14,6 +14,7 @@ use row::Row;
 pub(super) use row::record_headers;
 
 use super::{Error, Store};
+use crate::failpoint;
 use crate::session::Session;
 
 /// How much a tenant may hold at once; 0 is no limit.
@@ -85,7 +86,8 @@ impl Store {
         idempotency: Option<(&str, &[u8])>,
         quota: Quota,
     ) -> Result<Created, Error> {
-        self.pool
+        let created = self
+            .pool
             .in_time(async {
                 let mut tx = self.pool.begin().await?;
                 let created = write::create(&mut tx, session, part_hashes, idempotency, quota).await?;
@@ -95,7 +97,9 @@ impl Store {
                 }
                 Ok(created)
             })
-            .await
+            .await?;
+        failpoint::reach("open.stored").await?;
+        Ok(created)
     }
 
     /// The session that an idempotency key opened, and the digest of the request that did.
@@ -131,7 +135,8 @@ impl Store {
     /// it becomes verified its outbox row. That row's number is drawn under a lock on topic and key, so that
     /// numbers of one key are in the order of commit.
     pub(crate) async fn save(&self, step: &Move<'_>, shards: i32) -> Result<Session, Error> {
-        self.pool
+        let saved = self
+            .pool
             .in_time(async {
                 let mut tx = self.pool.begin().await?;
                 let Some(row) = write::save(&mut tx, step, shards).await? else {
@@ -141,7 +146,9 @@ impl Store {
                 tx.commit().await?;
                 Session::try_from(row)
             })
-            .await
+            .await?;
+        failpoint::reach(saved_as(saved.state.name())).await?;
+        Ok(saved)
     }
 
     /// Renews the lease on a session that is being completed. `false`: somebody took it over.
@@ -347,5 +354,18 @@ impl Store {
         .execute(&self.pool)
         .await?;
         Ok(gone.rows_affected())
+    }
+}
+
+/// The failpoint between the COMMIT of a move and the word of it.
+fn saved_as(state: UploadState) -> &'static str {
+    match state {
+        UploadState::Open => "saved.open",
+        UploadState::Completing => "saved.completing",
+        UploadState::Verified => "saved.verified",
+        UploadState::Published => "relay.marked",
+        UploadState::Aborted => "saved.aborted",
+        UploadState::Expired => "saved.expired",
+        UploadState::Rejected => "saved.rejected",
     }
 }

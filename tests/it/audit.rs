@@ -41,7 +41,7 @@ fn figures(report: &Report, kind: Kind) -> (u64, u64, u64) {
     (*count, *bytes, *fixed)
 }
 
-async fn is_clean(house: &House) {
+pub(crate) async fn is_clean(house: &House) {
     found(&audit(house, false).await.unwrap(), &[]);
 }
 

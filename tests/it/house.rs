@@ -20,6 +20,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("kafka", 7),
     ("objects", 7),
     ("store", 7),
+    ("failpoint", 8),
     ("policy", 8),
     ("wakes", 8),
     ("session", 9),

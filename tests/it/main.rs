@@ -17,6 +17,7 @@ mod dependencies;
 mod dev;
 mod embedded;
 mod expiry;
+mod failpoints;
 mod faults;
 mod house;
 mod idempotency;

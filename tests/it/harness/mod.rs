@@ -4,6 +4,7 @@ pub(crate) mod faults;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod servers;
+pub(crate) mod serving;
 pub(crate) mod uploads;
 
 use std::collections::BTreeMap;
