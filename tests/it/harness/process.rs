@@ -6,6 +6,7 @@ use std::time::Duration;
 use lfs_broker::app::{self, Running};
 use lfs_broker::store::Store;
 use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
 
 /// A broker that runs, or did.
 pub(crate) struct Process {
@@ -19,7 +20,8 @@ impl Process {
     /// Starts a broker whose clock is pushed by this much.
     pub(crate) async fn start(settings: &app::Settings, pushed: Duration) -> Self {
         // Silent unless RUST_LOG is set; only the first of all tests can set it.
-        let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter);
         let _ = log.with_test_writer().try_init();
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime is made");
         let settings = settings.clone();
