@@ -175,7 +175,9 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
     let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
     let public_url = settings.public_url.as_deref().unwrap_or_default().trim_end_matches('/').into();
-    let app = App { broker, auth: Arc::new(Auth::new(&settings.auth)?), public_url, settings: settings.http.clone() };
+    let auth = Arc::new(Auth::new(&settings.auth)?);
+    auth.warm();
+    let app = App { broker, auth, public_url, settings: settings.http.clone() };
     let (stop, stopped) = watch::channel(false);
     let work = vec![
         tokio::spawn(serve(listener, http::router(app, &settings.cors_origins), stopped.clone())),

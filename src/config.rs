@@ -37,9 +37,6 @@ pub enum Error {
     /// Something that has no default is missing.
     #[error("{0} is not set")]
     Missing(&'static str),
-    /// A setting that this version does not know how to honour.
-    #[error("{0} is not supported yet")]
-    Unsupported(&'static str),
 }
 
 #[derive(Clone, Copy)]
@@ -309,9 +306,6 @@ fn kafka_settings(table: KafkaTable, delivery: Option<DeliveryName>) -> Result<k
 }
 
 fn auth_settings(auth: AuthTable, jwt: JwtTable) -> Result<auth::Settings, Error> {
-    if jwt.jwks_url.is_some() {
-        return Err(Error::Unsupported("LFS_BROKER_JWT_JWKS_URL"));
-    }
     Ok(auth::Settings {
         mode: match auth.mode {
             None | Some(ModeName::Jwt) => auth::Mode::Jwt,
@@ -319,6 +313,7 @@ fn auth_settings(auth: AuthTable, jwt: JwtTable) -> Result<auth::Settings, Error
         },
         hs256_secret: jwt.hs256_secret,
         public_key_pem: jwt.public_key_file.as_deref().map(read).transpose()?,
+        jwks_url: jwt.jwks_url,
         issuer: jwt.issuer,
         audience: jwt.audience,
     })

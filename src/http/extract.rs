@@ -67,9 +67,9 @@ pub(super) struct Admin(pub(super) Caller);
 /// Anyone who was let in.
 pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is what matters")] pub(super) Caller);
 
-fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
+async fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
     check_sizes(parts)?;
-    let caller = app.caller(&parts.headers)?;
+    let caller = app.caller(&parts.headers).await?;
     if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
         return Ok(caller);
     }
@@ -82,7 +82,7 @@ macro_rules! caller {
             type Rejection = Problem;
 
             async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-                let_in(parts, app, &$scopes).map(Self)
+                let_in(parts, app, &$scopes).await.map(Self)
             }
         }
     )+};

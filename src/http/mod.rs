@@ -49,11 +49,12 @@ pub(crate) struct App {
 }
 
 impl App {
-    fn caller(&self, headers: &HeaderMap) -> Result<Caller, Problem> {
+    async fn caller(&self, headers: &HeaderMap) -> Result<Caller, Problem> {
         let token = headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
-        self.auth.caller(token).map_err(|error| match error {
+        self.auth.caller(token).await.map_err(|error| match error {
             auth::Error::Unauthenticated => Problem::new("unauthenticated", "the request has no bearer token"),
             auth::Error::Invalid(reason) => Problem::new("invalid-token", reason),
+            auth::Error::Unavailable => Problem::new("dependency-unavailable", "the keys of tokens cannot be fetched now"),
         })
     }
 }

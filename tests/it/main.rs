@@ -9,6 +9,7 @@ mod harness;
 mod stores;
 
 mod abort;
+mod access;
 mod audit;
 mod cli;
 mod client;
@@ -35,4 +36,5 @@ mod relay;
 mod resolve;
 mod restart;
 mod single;
+mod tokens;
 mod topics;

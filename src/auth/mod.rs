@@ -1,4 +1,19 @@
 //! Who is asking: a bearer token turned into a caller, or nobody asked for one.
+//!
+//! Tokens are JWTs, checked as RFC 8725 says: the algorithms are pinned by the key and never taken from the token, `kid`
+//! only picks a key, what else a header offers (`jku`, `jwk`, `x5u`) is not looked at, and `crit` is refused.
+
+mod issue;
+mod jwks;
+mod keys;
+
+use std::sync::Arc;
+
+use jsonwebtoken::decode_header;
+
+pub use issue::{Grant, NotIssued, issue};
+use jwks::Jwks;
+use keys::{Key, Rules};
 
 /// How callers are told apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -96,6 +111,8 @@ pub(crate) enum Error {
     Unauthenticated,
     #[error("{0}")]
     Invalid(&'static str),
+    #[error("the keys of tokens cannot be fetched")]
+    Unavailable,
 }
 
 /// How tokens are checked.
@@ -107,6 +124,8 @@ pub struct Settings {
     pub hs256_secret: Option<String>,
     /// The PEM text of `LFS_BROKER_JWT_PUBLIC_KEY_FILE`.
     pub public_key_pem: Option<String>,
+    /// `LFS_BROKER_JWT_JWKS_URL`.
+    pub jwks_url: Option<String>,
     /// `LFS_BROKER_JWT_ISSUER`.
     pub issuer: Option<String>,
     /// `LFS_BROKER_JWT_AUDIENCE`.
@@ -116,156 +135,110 @@ pub struct Settings {
 /// Settings that let nobody in.
 #[derive(Debug, thiserror::Error)]
 pub enum BadSettings {
-    /// `jwt` without a key.
-    #[error("auth mode jwt needs LFS_BROKER_JWT_HS256_SECRET or LFS_BROKER_JWT_PUBLIC_KEY_FILE")]
-    NoKey,
+    /// `jwt` without a key, or with more than one: which would count?
+    #[error(
+        "auth mode jwt needs one of LFS_BROKER_JWT_HS256_SECRET, LFS_BROKER_JWT_PUBLIC_KEY_FILE and LFS_BROKER_JWT_JWKS_URL, \
+         found {0}"
+    )]
+    OneKey(usize),
     /// `jwt` with an issuer or audience missing.
     #[error("auth mode jwt needs LFS_BROKER_JWT_ISSUER and LFS_BROKER_JWT_AUDIENCE")]
     NoIssuer,
     /// A secret that can be guessed.
     #[error("LFS_BROKER_JWT_HS256_SECRET has {0} bytes, at least 32 are needed (RFC 7518, section 3.2)")]
     ShortSecret(usize),
-    /// A PEM that is not a public key.
-    #[error("the public key cannot be read: {0}")]
+    /// A PEM that is not a public key of a kind that is used here.
+    #[error("the public key is not an RSA, P-256 or Ed25519 key in PEM: {0}")]
     Pem(jsonwebtoken::errors::Error),
+    /// Whoever sits between here and there could make tokens.
+    #[error("LFS_BROKER_JWT_JWKS_URL must begin with https://, or name a loopback address")]
+    PlainUrl,
+    /// No client for the keys.
+    #[error("LFS_BROKER_JWT_JWKS_URL cannot be used: {0}")]
+    Client(reqwest::Error),
 }
 
 /// Turns a request's `Authorization` into a caller.
 pub(crate) enum Auth {
     None,
-    Jwt { key: jsonwebtoken::DecodingKey, validation: Box<jsonwebtoken::Validation> },
+    Fixed(Box<Key>),
+    Remote(Arc<Jwks>),
 }
 
-/// The claims of a token.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Claims {
-    pub(crate) sub: String,
-    pub(crate) tenant: String,
-    pub(crate) scope: String,
+/// What is read of a token; `iss`, `aud`, `exp` and `nbf` are checked beside it.
+#[derive(Debug, Clone, serde::Deserialize)]
+struct Claims {
+    sub: String,
+    tenant: String,
+    scope: String,
     #[serde(default)]
-    pub(crate) topics: Vec<String>,
-    pub(crate) iss: String,
-    pub(crate) aud: String,
-    pub(crate) exp: u64,
+    topics: Vec<String>,
 }
 
 impl Auth {
     /// Checks the settings.
     pub(crate) fn new(settings: &Settings) -> Result<Self, BadSettings> {
-        use jsonwebtoken::{Algorithm, DecodingKey, Validation};
         if settings.mode == Mode::None {
             return Ok(Self::None);
         }
-        let (key, algorithm) = match (&settings.hs256_secret, &settings.public_key_pem) {
-            (Some(secret), _) if secret.len() < 32 => return Err(BadSettings::ShortSecret(secret.len())),
-            (Some(secret), _) => (DecodingKey::from_secret(secret.as_bytes()), Algorithm::HS256),
-            (None, Some(pem)) => public_key(pem)?,
-            (None, None) => return Err(BadSettings::NoKey),
-        };
+        let (secret, pem, url) = (&settings.hs256_secret, &settings.public_key_pem, &settings.jwks_url);
+        let given = usize::from(secret.is_some()) + usize::from(pem.is_some()) + usize::from(url.is_some());
+        if given != 1 {
+            return Err(BadSettings::OneKey(given));
+        }
         let (Some(issuer), Some(audience)) = (&settings.issuer, &settings.audience) else { return Err(BadSettings::NoIssuer) };
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = 30;
-        validation.validate_nbf = true;
-        validation.set_issuer(&[issuer]);
-        validation.set_audience(&[audience]);
-        // Without this an absent claim is not checked at all.
-        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
-        Ok(Self::Jwt { key, validation: Box::new(validation) })
+        let rules = Rules { issuer: issuer.clone(), audience: audience.clone() };
+        match (secret, pem, url) {
+            (Some(secret), ..) => Ok(Self::Fixed(Box::new(Key::of_secret(secret, &rules)?))),
+            (_, Some(pem), _) => Ok(Self::Fixed(Box::new(Key::of_pem(pem, &rules)?))),
+            (_, _, url) => Ok(Self::Remote(Arc::new(Jwks::new(url.as_deref().unwrap_or_default(), rules)?))),
+        }
+    }
+
+    /// Fetches what will be needed, so that the first caller need not wait for it.
+    pub(crate) fn warm(&self) {
+        if let Self::Remote(jwks) = self {
+            jwks.warm();
+        }
     }
 
     /// Who sends this `Authorization`.
-    pub(crate) fn caller(&self, authorization: Option<&str>) -> Result<Caller, Error> {
-        let Self::Jwt { key, validation } = self else { return Ok(Caller::anyone()) };
+    pub(crate) async fn caller(&self, authorization: Option<&str>) -> Result<Caller, Error> {
+        if let Self::None = self {
+            return Ok(Caller::anyone());
+        }
         let authorization = authorization.ok_or(Error::Unauthenticated)?;
         let (scheme, token) = authorization.split_once(' ').ok_or(Error::Unauthenticated)?;
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(Error::Unauthenticated);
         }
-        let claims = match jsonwebtoken::decode::<Claims>(token.trim(), key, validation) {
-            Ok(data) => data.claims,
-            Err(error) => {
-                tracing::info!(%error, "refused a token");
-                return Err(Error::Invalid("the token is not valid here"));
-            }
-        };
+        let claims = self.claims(token.trim()).await?;
         if !is_tenant(&claims.tenant) || claims.sub.is_empty() {
             return Err(Error::Invalid("the token's tenant or sub has the wrong shape"));
         }
         let scopes = claims.scope.split(' ').filter_map(Scope::named);
         Ok(Caller { scopes: scopes.collect(), tenant: claims.tenant, subject: claims.sub, topics: claims.topics })
     }
-}
 
-/// What a new token says of its holder.
-#[derive(Debug, Clone)]
-pub struct Grant {
-    /// The tenant it is bound to.
-    pub tenant: String,
-    /// Who holds it: `sub`.
-    pub subject: String,
-    /// What it allows.
-    pub scopes: Vec<Scope>,
-    /// The topics it is for; a trailing `*` is a wildcard.
-    pub topics: Vec<String>,
-    /// When it ends, in seconds since 1970.
-    pub expires_at: u64,
-}
-
-/// Why no token is made.
-#[derive(Debug, thiserror::Error)]
-pub enum NotIssued {
-    /// A token of a public key is made where the private one is.
-    #[error("tokens are made with LFS_BROKER_JWT_HS256_SECRET, which is not set")]
-    NoSecret,
-    /// This broker would not accept it.
-    #[error("{0}")]
-    Settings(#[from] BadSettings),
-    /// No tenant has such a name.
-    #[error("tenant {0:?} is not 1 to 63 of a-z, 0-9 and -")]
-    Tenant(String),
-    /// Somebody must hold it.
-    #[error("the subject is empty")]
-    Subject,
-    /// It could not be signed.
-    #[error("the token cannot be signed: {0}")]
-    Sign(#[from] jsonwebtoken::errors::Error),
-}
-
-/// Makes a token that a broker with the same settings accepts.
-///
-/// # Errors
-/// When there is no secret to sign with, or no broker would accept the outcome.
-pub fn issue(settings: &Settings, grant: Grant) -> Result<String, NotIssued> {
-    use jsonwebtoken::{EncodingKey, Header};
-    let secret = settings.hs256_secret.as_deref().ok_or(NotIssued::NoSecret)?;
-    Auth::new(&Settings { mode: Mode::Jwt, ..settings.clone() })?;
-    let (Some(iss), Some(aud)) = (settings.issuer.clone(), settings.audience.clone()) else {
-        return Err(BadSettings::NoIssuer.into());
-    };
-    if !is_tenant(&grant.tenant) {
-        return Err(NotIssued::Tenant(grant.tenant));
+    async fn claims(&self, token: &str) -> Result<Claims, Error> {
+        let refused = |error: jsonwebtoken::errors::Error| {
+            tracing::info!(%error, "refused a token");
+            Error::Invalid("the token is not valid here")
+        };
+        let header = decode_header(token).map_err(refused)?;
+        if header.crit.is_some() {
+            return Err(Error::Invalid("the token's header has crit, and no extension is known here"));
+        }
+        let read = match self {
+            Self::None => return Err(Error::Unauthenticated),
+            Self::Fixed(key) => key.read(token),
+            Self::Remote(jwks) => jwks.key(header.kid.as_deref(), header.alg).await?.read(token),
+        };
+        read.map_err(refused)
     }
-    if grant.subject.is_empty() {
-        return Err(NotIssued::Subject);
-    }
-    let scopes: Vec<&str> = grant.scopes.iter().map(|scope| scope.name()).collect();
-    let Grant { tenant, subject: sub, topics, expires_at: exp, .. } = grant;
-    let claims = Claims { sub, tenant, scope: scopes.join(" "), topics, iss, aud, exp };
-    Ok(jsonwebtoken::encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes()))?)
 }
 
 /// Whether a tenant may have this name: it becomes part of object keys.
 fn is_tenant(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
-}
-
-fn public_key(pem: &str) -> Result<(jsonwebtoken::DecodingKey, jsonwebtoken::Algorithm), BadSettings> {
-    use jsonwebtoken::{Algorithm, DecodingKey};
-    let bytes = pem.as_bytes();
-    // The key's own kind pins the one algorithm that is accepted.
-    DecodingKey::from_rsa_pem(bytes)
-        .map(|key| (key, Algorithm::RS256))
-        .or_else(|_| DecodingKey::from_ec_pem(bytes).map(|key| (key, Algorithm::ES256)))
-        .or_else(|_| DecodingKey::from_ed_pem(bytes).map(|key| (key, Algorithm::EdDSA)))
-        .map_err(BadSettings::Pem)
 }
