@@ -35,6 +35,7 @@ mod reading;
 mod relay;
 mod resolve;
 mod restart;
+mod secrets;
 mod single;
 mod tokens;
 mod topics;
