@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
-#   bash .ci/tools.sh debian|kafka|minio|versitygw|openapi ...
+#   bash .ci/tools.sh debian|kafka|minio|versitygw|openapi|deny|cyclonedx ...
 # Each tool's directory carries its version, and appears whole or not at all.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -51,6 +51,18 @@ fetch_openapi() {
     python3 -m pip install -q --target "$OPENAPI_HOME.part" "openapi-spec-validator==$OPENAPI_VERSION"
     mv "$OPENAPI_HOME.part" "$OPENAPI_HOME"
 }
+
+# cargo_install DIRECTORY CRATE VERSION
+cargo_install() {
+    [ ! -d "$1" ] || return 0
+    rm -rf "$1.part"
+    CARGO_TARGET_DIR=$1.build cargo install --quiet --locked --root "$1.part" --version "$3" "$2"
+    rm -rf "$1.build"
+    mv "$1.part" "$1"
+}
+
+fetch_deny() { cargo_install "$DENY_HOME" cargo-deny "$DENY_VERSION"; }
+fetch_cyclonedx() { cargo_install "$CYCLONEDX_HOME" cargo-cyclonedx "$CYCLONEDX_VERSION"; }
 
 mkdir -p "$LFS_CI_TOOLS"
 for tool in "$@"; do
