@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
-#   bash .ci/tools.sh debian|kafka|minio|versitygw|openapi|deny|cyclonedx ...
+#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|deny|cyclonedx ...
 # Each tool's directory carries its version, and appears whole or not at all.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -37,6 +37,7 @@ go_install() {
 
 fetch_minio() { go_install "$MINIO_HOME" "github.com/minio/minio@$MINIO_VERSION"; }
 fetch_versitygw() { go_install "$VERSITYGW_HOME" "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"; }
+fetch_toxiproxy() { go_install "$TOXIPROXY_HOME" "github.com/Shopify/toxiproxy/v2/cmd/server@$TOXIPROXY_VERSION"; }
 
 fetch_kafka() {
     [ ! -d "$KAFKA_HOME" ] || return 0
