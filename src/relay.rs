@@ -254,8 +254,9 @@ impl Relay {
             Err(PublishError::Retry(why)) => {
                 warn!(shard = owned.shard, why, "shard {} tries again", owned.shard);
                 held.failures += 1;
+                let answers = self.kafka.reachable().await.is_ok();
                 // Where Kafka answers, it is something in the batch: a partition without a leader, for one.
-                if held.failures >= PATIENCE && self.kafka.reachable().await.is_ok() {
+                if held.failures >= PATIENCE && answers {
                     held.failures = 0;
                     match rows.as_slice() {
                         [row] => self.park(row, &why).await?,
@@ -263,6 +264,11 @@ impl Relay {
                     }
                 }
                 self.unstamp(owned, &[batch]).await?;
+                // Or it is the producer, which a Kafka that was away can leave without anybody to send to.
+                if answers {
+                    let (fresh, _) = self.take(owned).await?;
+                    *held = Held { singly: held.singly, failures: held.failures, ..fresh };
+                }
                 Ok(0)
             }
             // The stamp stays: the next owner reads the marker first.

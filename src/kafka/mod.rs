@@ -4,7 +4,7 @@
 //! of a shard finds out what its predecessor published.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::BaseConsumer;
@@ -33,6 +33,9 @@ pub const MARKER_TOPIC: &str = "lfs-broker-markers";
 
 /// One request to Kafka may hold an HTTP request no longer than this: the answer is due within two seconds.
 const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
+
+/// While Kafka does not answer, a client that asks is made anew no more often than this.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(2);
 
 /// Blocking questions at the same time. They share one connection, so more threads would only wait.
 const QUESTIONS: usize = 16;
@@ -174,9 +177,13 @@ impl Error {
     }
 }
 
+/// The client that asks questions.
+type Observer = Arc<BaseConsumer<Context>>;
+
 struct Inner {
     settings: Settings,
-    observer: Arc<BaseConsumer<Context>>,
+    /// And when it was made.
+    observer: Mutex<(Observer, Instant)>,
     topics: Mutex<Topics>,
     questions: Semaphore,
 }
@@ -191,11 +198,10 @@ impl Kafka {
         client::check(&settings.properties)?;
         // A producer is never made here, but its settings are checked at start rather than at the first publish.
         drop(client::producer(settings, None)?);
-        let observer = Arc::new(client::observer(settings, false)?);
-        spawn_events_thread(Arc::downgrade(&observer));
+        let observer = observer(settings)?;
         Ok(Self(Arc::new(Inner {
             settings: settings.clone(),
-            observer,
+            observer: Mutex::new((observer, Instant::now())),
             topics: Mutex::new(Topics::default()),
             questions: Semaphore::new(QUESTIONS),
         })))
@@ -227,9 +233,47 @@ impl Kafka {
         if self.delivery() == Delivery::AtLeastOnce {
             return Ok(None);
         }
-        let (settings, observer) = (self.0.settings.clone(), Arc::clone(&self.0.observer));
+        let settings = self.0.settings.clone();
         let id = transactional_id.to_owned();
-        blocking(move || marker::last(&settings, &observer, &id, marker_partition)).await
+        self.observe(|observer| blocking(move || marker::last(&settings, &observer, &id, marker_partition))).await
+    }
+
+    /// Asks a question with the observer, and gives that up where it finds no answer.
+    ///
+    /// librdkafka (2.12) lets go of every broker that an answer does not list, and when a Kafka that was stopped comes
+    /// back and lists none for a moment, of all of them: such a client asks nobody for ever after.
+    async fn observe<T, Q>(&self, question: impl FnOnce(Observer) -> Q) -> Result<T, Error>
+    where
+        Q: Future<Output = Result<T, Error>>,
+    {
+        let observer = Arc::clone(&self.observer().0);
+        let answer = question(Arc::clone(&observer)).await;
+        if answer.is_err() {
+            self.replace(&observer);
+        }
+        let is_current = Arc::ptr_eq(&self.observer().0, &observer);
+        if !is_current {
+            // We may be the last to let go of it.
+            drop_aside(observer);
+        }
+        answer
+    }
+
+    fn observer(&self) -> MutexGuard<'_, (Observer, Instant)> {
+        // It is whole after every statement, so a panic elsewhere does not spoil it.
+        self.0.observer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a new observer in the place of one that failed, unless somebody else has, or it was given no time.
+    fn replace(&self, failed: &Observer) {
+        let mut current = self.observer();
+        if !Arc::ptr_eq(&current.0, failed) || current.1.elapsed() < GIVEN_UP_AFTER {
+            return;
+        }
+        // Settings that made one make another.
+        if let Ok(fresh) = observer(&self.0.settings) {
+            drop_aside(std::mem::replace(&mut *current, (fresh, Instant::now())));
+        }
     }
 
     fn settings(&self) -> &Settings {
@@ -252,6 +296,12 @@ impl Kafka {
         let late = || Error::Unreachable(format!("no answer within {} ms", ANSWER_WITHIN.as_millis()));
         tokio::time::timeout(ANSWER_WITHIN, asked).await.unwrap_or_else(|_| Err(late()))
     }
+}
+
+fn observer(settings: &Settings) -> Result<Observer, Error> {
+    let observer = Arc::new(client::observer(settings, false)?);
+    spawn_events_thread(Arc::downgrade(&observer));
+    Ok(observer)
 }
 
 /// librdkafka queues logs and errors for somebody to fetch; without this thread they would pile up while Kafka is down.

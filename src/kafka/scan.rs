@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::client::{self, Context};
-use super::{Error, Kafka, Settings, blocking, drop_aside};
+use super::{Error, Kafka, Observer, Settings, blocking, drop_aside};
 
 /// Records of ours in one batch.
 const BATCH: usize = 1000;
@@ -105,12 +105,11 @@ impl Kafka {
     /// # Errors
     /// Where Kafka does not answer.
     pub async fn range(&self, topic: &str, partition: i32) -> Result<(i64, i64), Error> {
-        let observer = std::sync::Arc::clone(&self.0.observer);
         let topic = topic.to_owned();
-        self.ask(move |time_left| {
+        let range = move |observer: Observer, time_left| {
             observer.fetch_watermarks(&topic, partition, time_left).map_err(|error| Error::from_kafka(&error))
-        })
-        .await
+        };
+        self.observe(|observer| self.ask(move |time_left| range(observer, time_left))).await
     }
 
     /// Whether a topic drops older records of a key. Where Kafka does not say, it does not.

@@ -273,3 +273,16 @@ fn a_property_that_weakens_a_promise_is_refused() {
     assert_eq!(with("delivery.timeout.ms", "3000"), None);
     assert_eq!(with("sasl.mechanism", "SCRAM-SHA-512"), None);
 }
+
+#[tokio::test]
+async fn a_client_that_found_no_answer_is_not_asked_for_ever() {
+    // Nobody listens there.
+    let kafka = Kafka::connect(&settings("127.0.0.1:1".into(), Delivery::ExactlyOnce)).unwrap();
+    let first = std::sync::Arc::downgrade(&kafka.observer().0);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while first.upgrade().is_some() && Instant::now() < deadline {
+        assert!(matches!(kafka.reachable().await, Err(Error::Unreachable(_))));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(first.upgrade().is_none(), "the same client is asked again and again");
+}

@@ -1,7 +1,7 @@
 //! Which topics exist, remembered for a while, and making the ones that this broker may make.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
@@ -10,7 +10,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 
 use super::client::{self, Context};
-use super::{Error, Kafka, MARKER_TOPIC, blocking, drop_aside};
+use super::{Error, Kafka, MARKER_TOPIC, Observer, blocking, drop_aside};
 
 /// A topic that is made on first use gets as many partitions as librdkafka's mock cluster would give it.
 const NEW_TOPIC_PARTITIONS: i32 = 4;
@@ -134,18 +134,16 @@ impl Kafka {
     }
 
     pub(super) async fn ask_partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
-        let observer = Arc::clone(&self.0.observer);
         let topic = topic.to_owned();
-        self.ask(move |time_left| ask_partitions(&observer, &topic, time_left)).await
+        self.observe(|observer| self.ask(move |time_left| ask_partitions(&observer, &topic, time_left))).await
     }
 
     async fn brokers(&self) -> Result<i32, Error> {
-        let observer = Arc::clone(&self.0.observer);
-        let question = move |time_left| {
+        let count = |observer: Observer, time_left| {
             let metadata = observer.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
             Ok(i32::try_from(metadata.brokers().len()).unwrap_or(i32::MAX))
         };
-        self.ask(question).await
+        self.observe(|observer| self.ask(move |time_left| count(observer, time_left))).await
     }
 
     /// Makes a topic on first use, for `dev`.

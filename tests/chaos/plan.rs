@@ -209,6 +209,8 @@ fn length(fault: Fault, random: &mut fastrand::Rng) -> Duration {
         Fault::Kill(Target::Replica(_)) => within(random, 0, 3000),
         Fault::Kill(_) => within(random, 0, 1500),
         Fault::Stop(Target::Replica(_)) => within(random, 500, 9000),
+        // Longer than its session lasts: it finds itself fenced when it goes on.
+        Fault::Stop(Target::Kafka) => within(random, 2500, 6000),
         Fault::Stop(_) => within(random, 300, 6000),
         Fault::Poison(_, Toxic::Refused) => within(random, 200, 3000),
         Fault::Poison(..) => within(random, 300, 5000),
