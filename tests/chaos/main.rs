@@ -57,6 +57,9 @@ struct Arguments {
     /// out, and a minute after that S3 is swept again
     #[arg(long, default_value_t = 240)]
     rest_seconds: u64,
+    /// The broker's program, to try another build of it
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_lfs-broker"))]
+    broker: PathBuf,
     /// Keep data and logs also when nothing was wrong
     #[arg(long)]
     keep: bool,
@@ -155,7 +158,7 @@ async fn asked_to_end() {
 }
 
 async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result<Outcome, Failure> {
-    let stage = Arc::new(Stage::set(dir, usize::from(arguments.replicas)).await?);
+    let stage = Arc::new(Stage::set(dir, usize::from(arguments.replicas), arguments.broker.clone()).await?);
     eprintln!("everything runs");
     let journal = Arc::new(Journal::new());
     let ended = Arc::new(AtomicBool::new(false));

@@ -51,6 +51,7 @@ struct Programs {
 /// Everything that a run is played on.
 pub(crate) struct Stage {
     pub(crate) dir: PathBuf,
+    broker: PathBuf,
     pub(crate) replicas: Vec<Arc<Part>>,
     pub(crate) postgres: Arc<Part>,
     pub(crate) kafka: Arc<Part>,
@@ -109,7 +110,7 @@ async fn programs() -> Result<Programs, Failure> {
 
 impl Stage {
     /// Sets everything up in `dir` and starts it.
-    pub(crate) async fn set(dir: &Path, replicas: usize) -> Result<Self, Failure> {
+    pub(crate) async fn set(dir: &Path, replicas: usize, broker: PathBuf) -> Result<Self, Failure> {
         let http = reqwest::Client::builder().no_proxy().build().map_err(|error| Failure(error.to_string()))?;
         let programs = programs().await?;
         let toxiproxy_port = port()?;
@@ -135,6 +136,7 @@ impl Stage {
         let s3_endpoint = format!("http://127.0.0.1:{minio_port}");
         let mut stage = Self {
             dir: dir.to_owned(),
+            broker,
             replicas: Vec::new(),
             postgres: Arc::new(postgres),
             kafka: Arc::new(kafka),
@@ -187,7 +189,7 @@ impl Stage {
         environment.extend(more.map(|(name, value)| (name.to_owned(), value)));
         let spec = Spec {
             name: format!("replica-{number}"),
-            program: env!("CARGO_BIN_EXE_lfs-broker").into(),
+            program: self.broker.clone(),
             arguments: vec!["serve".into()],
             environment,
             user: Vec::new(),
@@ -199,7 +201,7 @@ impl Stage {
 
     /// Runs a command of the broker's around every proxy; gives what it printed.
     pub(crate) async fn broker(&self, arguments: &[&str]) -> Result<String, Failure> {
-        let mut command = command(Path::new(env!("CARGO_BIN_EXE_lfs-broker")), &[]);
+        let mut command = command(&self.broker, &[]);
         command.args(arguments).envs(SETTINGS).kill_on_drop(true);
         command.env("DATABASE_URL", &self.database_url).env("KAFKA_BOOTSTRAP_SERVERS", &self.bootstrap);
         command.env("AWS_ENDPOINT_URL_S3", &self.s3_endpoint).env("LFS_BROKER_S3_BUCKET", BUCKET);
