@@ -10,6 +10,7 @@ mod checker;
 mod clients;
 mod facts;
 mod faults;
+mod jobs;
 mod journal;
 mod parts;
 mod plan;
