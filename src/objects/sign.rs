@@ -14,7 +14,7 @@ use aws_sdk_s3::types::ServerSideEncryption;
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
 use tokio::sync::Mutex;
 
-use super::download::{disposition, is_active};
+use super::download::{disposition, safe_type};
 use super::{Error, Objects, Place, TOKEN, chain, failed};
 
 /// The longest life of a presigned URL (Amazon S3 User Guide).
@@ -92,7 +92,7 @@ impl Objects {
         self.0.uploads.part(place, s3_upload_id, number, size_bytes, sha256, expires_in).await
     }
 
-    /// Signs a GET. The answer is a download under `filename`; a type that a browser would run is replaced.
+    /// Signs a GET. The answer is a download under `filename`, of a type that no browser runs.
     ///
     /// # Errors
     /// Where the credentials cannot be had.
@@ -111,7 +111,7 @@ impl Objects {
             .key(&place.key)
             .set_version_id(version_id.map(str::to_owned))
             .response_content_disposition(disposition(filename))
-            .set_response_content_type(content_type.filter(|kind| is_active(kind)).map(|_| "application/octet-stream".to_owned()))
+            .response_content_type(safe_type(content_type))
             .presigned(window.clone())
             .await
             .map_err(|error| failed("signing a GET", &error))?;
@@ -385,7 +385,9 @@ mod tests {
             assert!(signed.url.contains(piece), "{piece} in {}", signed.url);
         }
         let signed = objects().await.sign_get(&place(), None, None, Some("video/mp4"), MINUTE).await.unwrap();
-        assert!(!signed.url.contains("response-content-type"), "{}", signed.url);
+        assert!(signed.url.contains("response-content-type=video%2Fmp4"), "{}", signed.url);
+        let signed = objects().await.sign_get(&place(), None, None, None, MINUTE).await.unwrap();
+        assert!(signed.url.contains("response-content-type=application%2Foctet-stream"), "{}", signed.url);
     }
 
     #[tokio::test]

@@ -39,14 +39,26 @@ async fn a_records_value_is_all_that_is_needed() {
     assert_eq!(got.bytes().await.unwrap(), b"hello".as_slice());
 }
 
+/// Whatever the store remembers of the object, and whatever the pointer says of it.
 #[tokio::test]
 async fn a_page_is_downloaded_and_never_run() {
     let house = House::new().await;
-    let (_, value) = house.published_value(b"<script>", json!({"content_type": "text/html"})).await;
-    let resolved = house.resolve(&value, "").await.expect(200).json;
-    let got = house.http.get(resolved["url"].as_str().unwrap()).send().await.unwrap();
-    assert_eq!((got.status().as_u16(), &got.headers()["content-type"]), (200, &"application/octet-stream".parse().unwrap()));
-    assert_eq!(got.headers()["content-disposition"], "attachment");
+    for stored in ["text/html", "image/svg+xml", "application/xhtml+xml; charset=utf-8", "text/javascript"] {
+        let (_, value) = house.published_value(b"<script>", json!({"content_type": stored})).await;
+        let mut pointers = vec![(String::from_utf8(value.clone()).unwrap(), "application/octet-stream")];
+        let as_written = format!(",\"content_type\":{}", json!(stored));
+        assert!(pointers[0].0.contains(&as_written), "{}", pointers[0].0);
+        pointers.push((pointers[0].0.replace(&as_written, ""), "application/octet-stream"));
+        pointers.push((pointers[0].0.replace(&as_written, ",\"content_type\":\"video/mp4\""), "video/mp4"));
+        pointers
+            .push((pointers[0].0.replace(&as_written, ",\"content_type\":\"video/mp4\\r\\nx: y\""), "application/octet-stream"));
+        for (pointer, shown) in pointers {
+            let resolved = house.resolve(pointer.as_bytes(), "").await.expect(200).json;
+            let got = house.http.get(resolved["url"].as_str().unwrap()).send().await.unwrap();
+            assert_eq!((got.status().as_u16(), got.headers()["content-type"].to_str().unwrap()), (200, shown), "{pointer}");
+            assert_eq!(got.headers()["content-disposition"], "attachment");
+        }
+    }
 }
 
 #[tokio::test]
