@@ -1,12 +1,12 @@
 //! The app: parts wired together, workers kept going, and an orderly end.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -14,9 +14,9 @@ use crate::audit;
 use crate::auth::{self, Auth, Mode};
 use crate::broker::{self, Broker, Parts};
 use crate::finish::{self, Finisher, Tasks};
-use crate::http::{self, App};
+use crate::http::{self, App, Tls};
 use crate::kafka::{self, Kafka};
-use crate::objects::{self, Objects};
+use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
 use crate::relay::Relay;
 use crate::store::{self, Deployment, Store};
@@ -33,6 +33,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// How long the start may take to read the markers: a crashed replica's open transaction can hide them for a minute.
 const MARKERS: Duration = Duration::from_secs(2);
+
+/// How long the start waits to see what the store does, and how soon it is tried again where it did not answer.
+const TRIAL: Duration = Duration::from_secs(3);
+const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Everything that `serve` can be told.
 #[derive(Clone)]
@@ -81,6 +85,9 @@ pub enum Error {
     /// Tokens cannot be checked.
     #[error("{0}")]
     Auth(#[from] auth::BadSettings),
+    /// The certificate.
+    #[error("{0}")]
+    Tls(#[from] http::tls::Error),
     /// The database.
     #[error("{0}")]
     Store(#[from] store::Error),
@@ -114,6 +121,7 @@ impl Settings {
             return Err(Error::OpenToTheWorld(self.listen));
         }
         Auth::new(&self.auth)?;
+        self.http.tls.as_ref().map(Tls::open).transpose()?;
         Kafka::connect(&self.kafka)?;
         Store::connect(&self.store)?;
         Ok(())
@@ -137,10 +145,10 @@ pub async fn start(settings: Settings) -> Result<Running, Error> {
 pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error> {
     store.check_schema().await?;
     let objects = Objects::connect(&settings.objects).await?;
-    refuse_copy_source(&settings, &objects).await?;
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
-    refuse_restored(&store, &kafka, deployment).await?;
+    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects), refuse_restored(&store, &kafka, deployment))?;
+    let (capabilities, trying) = tried;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();
     let finisher = Finisher {
@@ -172,20 +180,28 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
     });
+    let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
     let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
-    let public_url = settings.public_url.as_deref().unwrap_or_default().trim_end_matches('/').into();
-    let auth = Arc::new(Auth::new(&settings.auth)?);
+    let public_url = settings.public_url.as_deref().unwrap_or_default();
+    let auth = Auth::new(&settings.auth)?;
     auth.warm();
-    let app = App { broker, auth, public_url, settings: settings.http.clone() };
+    let app = App::new(broker, auth, public_url, settings.http.clone(), capabilities);
     let (stop, stopped) = watch::channel(false);
-    let work = vec![
-        tokio::spawn(serve(listener, http::router(app, &settings.cors_origins), stopped.clone())),
+    let router = http::router(app, &settings.cors_origins);
+    let door = http::serve(listener, router, tls.clone(), settings.http.clone(), stopped.clone());
+    let mut work = vec![
+        tokio::spawn(serve(door, stopped.clone())),
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
-        tokio::spawn(run_sweeper(sweeper, stopped)),
+        tokio::spawn(run_sweeper(sweeper, stopped.clone())),
     ];
-    info!(%address, "serving on http://{address}");
+    work.push(tokio::spawn(until(stopped.clone(), trying)));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
+        work.push(tokio::spawn(tls.keep_current(files, stopped)));
+    }
+    info!(%address, "serving on {scheme}://{address}");
     Ok(Running { address, store, stop, work, tasks })
 }
 
@@ -229,13 +245,35 @@ impl Running {
     }
 }
 
-async fn refuse_copy_source(settings: &Settings, objects: &Objects) -> Result<(), Error> {
+/// What the store was seen to do, and the task that goes on looking where it was not seen at once.
+///
+/// # Errors
+/// Where uploads would not be safe on this store, or that cannot be found out.
+async fn try_store(settings: &Settings, objects: &Objects) -> Result<(Arc<OnceLock<Capabilities>>, JoinSet<()>), Error> {
+    let mut trying = JoinSet::new();
+    let seen = Arc::new(OnceLock::new());
+    let Some(bucket) = objects.default_bucket().map(str::to_owned) else { return Ok((seen, trying)) };
     let write_only = settings.objects.signing_access_key_id.is_some();
-    if settings.auth.mode == Mode::None || write_only || settings.objects.allow_copy_source {
-        return Ok(());
+    if !(settings.auth.mode == Mode::None || write_only || settings.objects.allow_copy_source) {
+        let found = objects.probe(&bucket).await?;
+        return match found.refuses_copy_source() {
+            true => Ok((Arc::new(OnceLock::from(found)), trying)),
+            false => Err(Error::CopySource),
+        };
     }
-    let Some(bucket) = objects.default_bucket() else { return Ok(()) };
-    if objects.probe(bucket).await?.refuses_copy_source() { Ok(()) } else { Err(Error::CopySource) }
+    let (objects, noted) = (objects.clone(), Arc::clone(&seen));
+    trying.spawn(async move {
+        loop {
+            match objects.probe(&bucket).await {
+                Ok(found) => return drop(noted.set(found)),
+                Err(error) => warn!(%error, "the store could not be tried out yet: {error}"),
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    });
+    // Who asks whether the broker is ready right after its start sees it all; a slow store keeps nothing from starting.
+    let _ = tokio::time::timeout(TRIAL, trying.join_next()).await;
+    Ok((seen, trying))
 }
 
 /// Refuses a database that was restored from a backup. A Kafka that does not answer, or not in time, keeps nothing from
@@ -254,16 +292,22 @@ async fn refuse_restored(store: &Store, kafka: &Kafka, deployment: Deployment) -
     }
 }
 
-async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::Receiver<bool>) {
-    let mut late = stopped.clone();
-    let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
+async fn serve(door: impl Future<Output = ()>, mut stopped: watch::Receiver<bool>) {
+    let late = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
-    });
+        tokio::time::sleep(DRAIN).await;
+    };
     tokio::select! {
-        ended = serving => if let Err(error) = ended { error!(%error, "stopped serving") },
-        () = async { let _ = late.wait_for(|stopped| *stopped).await; tokio::time::sleep(DRAIN).await } => {
-            warn!("requests were still under way at the end");
-        }
+        () = door => {}
+        () = late => warn!("requests were still under way at the end"),
+    }
+}
+
+/// Keeps tasks going until the end is asked for; dropped, it drops them.
+async fn until(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
+    tokio::select! {
+        _ = tasks.join_next() => {}
+        _ = stopped.wait_for(|stopped| *stopped) => {}
     }
 }
 

@@ -5,10 +5,11 @@
 //! the value, for secrets that are mounted.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::Path;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 use toml::{Table, Value};
 
@@ -50,6 +51,17 @@ enum Kind {
 const SETTINGS: &[(&str, &str, Kind)] = &[
     ("LFS_BROKER_LISTEN", "listen", Kind::Text),
     ("LFS_BROKER_PUBLIC_URL", "public_url", Kind::Text),
+    ("LFS_BROKER_TLS_CERTIFICATE_FILE", "tls.certificate_file", Kind::Text),
+    ("LFS_BROKER_TLS_KEY_FILE", "tls.key_file", Kind::Text),
+    ("LFS_BROKER_TRUSTED_PROXIES", "trusted_proxies", Kind::Text),
+    ("LFS_BROKER_CONNECTIONS", "connections", Kind::Number),
+    ("LFS_BROKER_HEADER_SECONDS", "header_seconds", Kind::Number),
+    ("LFS_BROKER_BODY_SECONDS", "body_seconds", Kind::Number),
+    ("LFS_BROKER_REQUEST_SECONDS", "request_seconds", Kind::Number),
+    ("LFS_BROKER_IDLE_SECONDS", "idle_seconds", Kind::Number),
+    ("LFS_BROKER_FAILED_LOGINS_PER_MINUTE", "failed_logins_per_minute", Kind::Number),
+    ("LFS_BROKER_CONCURRENT_COMPLETES", "concurrent_completes", Kind::Number),
+    ("LFS_BROKER_TENANT_REQUESTS_PER_SECOND", "tenant.requests_per_second", Kind::Number),
     ("DATABASE_URL", "database_url", Kind::Text),
     ("KAFKA_BOOTSTRAP_SERVERS", "kafka.bootstrap_servers", Kind::Text),
     ("AWS_REGION", "s3.region", Kind::Text),
@@ -94,6 +106,16 @@ struct File {
     topics: TopicsTable,
     tenant: TenantTable,
     cors: CorsTable,
+    tls: TlsTable,
+    /// Separated by commas.
+    trusted_proxies: String,
+    connections: Option<usize>,
+    header_seconds: Option<u64>,
+    body_seconds: Option<u64>,
+    request_seconds: Option<u64>,
+    idle_seconds: Option<u64>,
+    failed_logins_per_minute: Option<u32>,
+    concurrent_completes: Option<usize>,
     single_put_max_bytes: Option<u64>,
     part_size_bytes: Option<u64>,
     session_seconds: Option<u64>,
@@ -154,6 +176,14 @@ struct TopicsTable {
 struct TenantTable {
     open_sessions: Option<i64>,
     reserved_bytes: Option<i64>,
+    requests_per_second: Option<u32>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct TlsTable {
+    certificate_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
 }
 
 #[derive(Deserialize, Default)]
@@ -253,18 +283,12 @@ fn settings(file: File) -> Result<app::Settings, Error> {
     let seconds = |name, seconds, default| at_least(name, seconds, 1, Duration::from_secs(default)).map(|d| d.as_secs());
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
-        public_url: file.public_url,
-        cors_origins: file
-            .cors
-            .origins
-            .split(',')
-            .map(|origin| origin.trim().to_owned())
-            .filter(|origin| !origin.is_empty())
-            .collect(),
+        public_url: public_url(file.public_url.clone())?,
+        cors_origins: listed(&file.cors.origins).map(origin).collect::<Result<_, _>>()?,
+        http: http_settings(&file)?,
         store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
         objects: file.s3,
         kafka: kafka_settings(file.kafka, file.delivery)?,
-        http: http::Settings::default(),
         auth: auth_settings(file.auth, file.jwt)?,
         policy: policy::Settings {
             default_enabled: file.topics.default_enabled,
@@ -280,6 +304,7 @@ fn settings(file: File) -> Result<app::Settings, Error> {
         },
         broker: broker::Settings {
             complete_wait: file.complete_wait_seconds.map_or(patience.complete_wait, Duration::from_secs),
+            completes: least_one("LFS_BROKER_CONCURRENT_COMPLETES", file.concurrent_completes, patience.completes)?,
             quota: store::Quota {
                 open_sessions: file.tenant.open_sessions.unwrap_or(patience.quota.open_sessions),
                 reserved_bytes: file.tenant.reserved_bytes.unwrap_or(patience.quota.reserved_bytes),
@@ -290,6 +315,85 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             every: at_least("LFS_BROKER_SWEEP_SECONDS", file.sweep_seconds, 1, sweeps.every)?,
             longest_put: file.longest_put_seconds.map_or(sweeps.longest_put, Duration::from_secs),
         },
+    })
+}
+
+/// What a list names, which is separated by commas.
+fn listed(list: &str) -> impl Iterator<Item = &str> {
+    list.split(',').map(str::trim).filter(|item| !item.is_empty())
+}
+
+fn least_one(name: &str, number: Option<usize>, default: usize) -> Result<usize, Error> {
+    match number {
+        Some(0) => Err(wrong(name, "0", "at least 1")),
+        number => Ok(number.unwrap_or(default)),
+    }
+}
+
+fn wrong(name: &str, value: &str, kind: &'static str) -> Error {
+    Error::Value { name: name.to_owned(), value: value.to_owned(), kind }
+}
+
+/// Whether it is `http://host` or `https://host`, and what may follow.
+fn is_base(url: &str, path_too: bool) -> bool {
+    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).unwrap_or_default();
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let sound = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#\"<>\\@".contains(&byte));
+    !host.is_empty() && sound(rest) && (path_too || path.is_empty())
+}
+
+fn public_url(url: Option<String>) -> Result<Option<String>, Error> {
+    match url {
+        Some(url) if !is_base(&url, true) => Err(wrong("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net")),
+        url => Ok(url),
+    }
+}
+
+/// An origin as browsers write it; what they never write would silently match nothing.
+fn origin(origin: &str) -> Result<String, Error> {
+    let sound = origin == "*" || (is_base(origin, false) && !origin.bytes().any(|byte| byte.is_ascii_uppercase()));
+    match sound {
+        true => Ok(origin.to_owned()),
+        false => Err(wrong("LFS_BROKER_CORS_ORIGINS", origin, "* or origins such as https://app.example.net, without a path")),
+    }
+}
+
+/// A request may wait for a change or for Kafka, and is not given up before.
+fn request_time(file: &File, default: Duration) -> Result<Duration, Error> {
+    let seconds = file.request_seconds.unwrap_or(default.as_secs());
+    let longest = broker::MAX_WAIT_SECONDS.max(file.complete_wait_seconds.unwrap_or_default());
+    if seconds > longest {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let kind = "more than LFS_BROKER_COMPLETE_WAIT_SECONDS, and more than the 30 s that a read may wait";
+    Err(wrong("LFS_BROKER_REQUEST_SECONDS", &seconds.to_string(), kind))
+}
+
+fn http_settings(file: &File) -> Result<http::Settings, Error> {
+    let defaults = http::Settings::default();
+    let tls = match (&file.tls.certificate_file, &file.tls.key_file) {
+        (None, None) => None,
+        (Some(certificate), Some(key)) => Some(http::tls::Settings::new(certificate, key)),
+        (Some(_), None) => return Err(Error::Missing("LFS_BROKER_TLS_KEY_FILE")),
+        (None, Some(_)) => return Err(Error::Missing("LFS_BROKER_TLS_CERTIFICATE_FILE")),
+    };
+    let proxy = |text: &str| match text.parse::<IpAddr>() {
+        Ok(address) => Ok(IpNet::from(address)),
+        Err(_) => text.parse::<IpNet>().map_err(|_| {
+            wrong("LFS_BROKER_TRUSTED_PROXIES", text, "addresses and networks such as 10.0.0.0/8, separated by commas")
+        }),
+    };
+    Ok(http::Settings {
+        header_time: at_least("LFS_BROKER_HEADER_SECONDS", file.header_seconds, 1, defaults.header_time)?,
+        body_time: at_least("LFS_BROKER_BODY_SECONDS", file.body_seconds, 1, defaults.body_time)?,
+        request_time: request_time(file, defaults.request_time)?,
+        idle_time: at_least("LFS_BROKER_IDLE_SECONDS", file.idle_seconds, 1, defaults.idle_time)?,
+        connections: least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?,
+        tls,
+        trusted_proxies: listed(&file.trusted_proxies).map(proxy).collect::<Result<_, _>>()?,
+        tenant_requests_per_second: file.tenant.requests_per_second.unwrap_or(defaults.tenant_requests_per_second),
+        failed_logins_per_minute: file.failed_logins_per_minute.unwrap_or(defaults.failed_logins_per_minute),
+        ..defaults
     })
 }
 
@@ -320,60 +424,5 @@ fn auth_settings(auth: AuthTable, jwt: JwtTable) -> Result<auth::Settings, Error
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with(pairs: &[(&str, &str)]) -> Result<app::Settings, Error> {
-        let pairs: BTreeMap<String, String> =
-            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        load(None, |name| pairs.get(name).cloned())
-    }
-
-    const NEEDED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://x/y"), ("KAFKA_BOOTSTRAP_SERVERS", "k:9092")];
-
-    #[test]
-    fn defaults_are_those_of_the_contract() {
-        let settings = with(&NEEDED).unwrap();
-        assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
-        assert_eq!(settings.auth.mode, auth::Mode::Jwt);
-        assert!(!settings.policy.default_enabled);
-        assert_eq!((settings.policy.single_put_max_bytes, settings.policy.part_size_bytes), (64 << 20, 16 << 20));
-        assert_eq!(settings.broker.complete_wait.as_secs(), 5);
-        assert_eq!(settings.kafka.delivery, Delivery::ExactlyOnce);
-    }
-
-    #[test]
-    fn the_environment_wins_over_the_file_and_mistakes_are_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(
-            file.path(),
-            "listen = '127.0.0.1:1'\n[s3]\nbucket = 'file'\n[kafka.properties]\n'security.protocol' = 'ssl'\n",
-        )
-        .unwrap();
-        let environment = |name: &str| match name {
-            "LFS_BROKER_S3_BUCKET" => Some("environment".to_owned()),
-            _ => NEEDED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()),
-        };
-        let settings = load(Some(file.path()), environment).unwrap();
-        assert_eq!(settings.objects.bucket.as_deref(), Some("environment"));
-        assert_eq!(settings.listen.port(), 1);
-        assert_eq!(settings.kafka.properties["security.protocol"], "ssl");
-
-        std::fs::write(file.path(), "lisen = 'x'\n").unwrap();
-        assert!(load(Some(file.path()), environment).err().unwrap().to_string().contains("lisen"));
-        let told = |extra: (&str, &str)| with(&[NEEDED[0], NEEDED[1], extra]).err().unwrap().to_string();
-        assert!(told(("LFS_BROKER_URL_SECONDS", "0")).contains("LFS_BROKER_URL_SECONDS"));
-        assert!(told(("LFS_BROKER_LEASE_SECONDS", "x")).contains("LFS_BROKER_LEASE_SECONDS"));
-        assert!(told(("LFS_BROKER_AUTH_MODE", "maybe")).contains("maybe"));
-        assert!(with(&[]).err().unwrap().to_string().contains("DATABASE_URL"));
-    }
-
-    #[test]
-    fn a_secret_may_come_from_a_file() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "from a file\n").unwrap();
-        let path = file.path().display().to_string();
-        let settings = with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_JWT_HS256_SECRET_FILE", &path)]).unwrap();
-        assert_eq!(settings.auth.hs256_secret.as_deref(), Some("from a file"));
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -202,6 +202,11 @@ impl Auth {
         }
     }
 
+    /// Whether callers have tenants of their own.
+    pub(crate) fn tells_tenants_apart(&self) -> bool {
+        !matches!(self, Self::None)
+    }
+
     /// Who sends this `Authorization`.
     pub(crate) async fn caller(&self, authorization: Option<&str>) -> Result<Caller, Error> {
         if let Self::None = self {

@@ -1,10 +1,12 @@
 //! Complete an upload, or take it back.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lfs_broker_client::api::{CompleteUpload, Completed};
 use lfs_broker_client::checksum::Digest;
 use lfs_broker_client::pointer::Pointer;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::read::record;
@@ -15,6 +17,8 @@ use crate::store::{self, Move};
 
 /// S3 may take minutes to join parts; who asked hears before proxies lose patience (60 s is common).
 const FINISH_WAIT: Duration = Duration::from_secs(25);
+/// Where as many uploads are being completed as may be, who asks waits this long for one to end.
+const SEAT_WAIT: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Completes an upload: the object is held against the promise, the pointer promised, and Kafka waited for.
@@ -33,7 +37,7 @@ impl Broker {
         let mut changes = self.wakes.listen();
         let mut joined = false;
         loop {
-            let (session, _) = self.current(caller, id).await?;
+            let (session, now) = self.current(caller, id).await?;
             check_sha256(&session, &request)?;
             let over = Instant::now() >= deadline;
             match &session.state {
@@ -42,7 +46,7 @@ impl Broker {
                     return Err(stored(&session, session.trouble.clone()));
                 }
                 State::Open | State::Completing { must_read: false, .. } => {
-                    joined |= self.begin(session.clone(), &request, traceparent.clone()).await?;
+                    joined |= self.begin(session.clone(), now, &request, traceparent.clone()).await?;
                     if Instant::now() >= patience {
                         return Ok(completing(id, &session));
                     }
@@ -64,15 +68,27 @@ impl Broker {
     }
 
     /// Takes the session if it is free, and sets the work off. `true`: a completion is under way, ours or another's.
-    async fn begin(&self, session: Session, request: &CompleteUpload, traceparent: Option<String>) -> Result<bool, Error> {
+    async fn begin(
+        &self,
+        session: Session,
+        now: OffsetDateTime,
+        request: &CompleteUpload,
+        traceparent: Option<String>,
+    ) -> Result<bool, Error> {
         let copy = session.clone();
         let mut session = match session.state {
             State::Open => session.promise_sha256(request.sha256).map_err(|refusal| refused(refusal, &copy))?,
             _ => session,
         };
         session.promise.traceparent = session.promise.traceparent.or(traceparent);
+        // Whoever only joins what is under way takes no seat.
+        if let Err(Refusal::InProgress) = session.clone().claim(self.finisher.owner, now, now) {
+            return Ok(true);
+        }
+        let seat = tokio::time::timeout(SEAT_WAIT, Arc::clone(&self.seats).acquire_owned()).await;
+        let seat = seat.map_err(|_| Error::Full)?.expect("nobody closes the seats");
         let by = format!("client:{}", session.subject);
-        match self.finisher.begin(session, &by, ()).await {
+        match self.finisher.begin(session, &by, seat).await {
             Ok(Ok(())) => Ok(true),
             Ok(Err(Refusal::InProgress)) => Ok(true),
             Ok(Err(refusal)) => Err(refused(refusal, &copy)),

@@ -14,9 +14,11 @@ use std::time::Duration;
 
 use lfs_broker_client::api::{FieldError, UploadState};
 use time::OffsetDateTime;
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 pub(crate) use open::OpenContext;
+pub(crate) use read::MAX_WAIT_SECONDS;
 
 use crate::auth::Caller;
 use crate::finish::{self, Finisher};
@@ -34,11 +36,13 @@ pub struct Settings {
     pub complete_wait: Duration,
     /// What a tenant may hold at once.
     pub quota: Quota,
+    /// `LFS_BROKER_CONCURRENT_COMPLETES`: how many uploads one replica completes at once; each asks S3 a few times.
+    pub completes: usize,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { complete_wait: Duration::from_secs(5), quota: Quota::default() }
+        Self { complete_wait: Duration::from_secs(5), quota: Quota::default(), completes: 256 }
     }
 }
 
@@ -75,6 +79,8 @@ pub(crate) enum Error {
     ObjectGone,
     #[error("the pointer says {promised} bytes, S3 holds {found}")]
     PointerSize { promised: u64, found: u64 },
+    #[error("this replica completes as many uploads as it may; ask again")]
+    Full,
     #[error("the completion's outcome is not known yet; asking again resolves it")]
     Unknown,
     #[error("{0}")]
@@ -96,7 +102,11 @@ impl From<store::Error> for Error {
 
 /// The verbs; cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Broker(Arc<Parts>);
+pub(crate) struct Broker {
+    parts: Arc<Parts>,
+    /// One for each upload that is being completed.
+    seats: Arc<Semaphore>,
+}
 
 pub(crate) struct Parts {
     pub(crate) store: Store,
@@ -113,13 +123,13 @@ impl std::ops::Deref for Broker {
     type Target = Parts;
 
     fn deref(&self) -> &Parts {
-        &self.0
+        &self.parts
     }
 }
 
 impl Broker {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self(Arc::new(parts))
+        Self { seats: Arc::new(Semaphore::new(parts.settings.completes)), parts: Arc::new(parts) }
     }
 
     /// The caller's session. Another tenant's does not exist, nor one of a topic that the token does not name.

@@ -20,7 +20,7 @@ use crate::session::{Layout, Place, Session, State};
 use crate::store::Filter;
 
 /// The longest that a reading waits, in seconds: proxies cut at 60.
-const MAX_WAIT_SECONDS: u64 = 30;
+pub(crate) const MAX_WAIT_SECONDS: u64 = 30;
 /// Items a page, and at most.
 const PAGE: u32 = 50;
 const MAX_PAGE: u32 = 200;

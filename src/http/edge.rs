@@ -1,13 +1,14 @@
 //! The edge of the door: what is the same for every request and every answer.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::header::{self, HeaderName, HeaderValue};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, response};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt as _, Limited};
@@ -16,22 +17,32 @@ use lfs_broker_client::api;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
+use super::address::client_address;
 use super::problem::Problem;
+use super::serve::Peer;
+use super::{App, pages};
 
 /// How much of a refused body is still read, in bytes, and for how long.
 const UNWANTED_BYTES: usize = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How soon asking again makes sense, in seconds.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
-
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Names the request, and writes whatever problem comes back.
-pub(super) async fn edge(request: Request, next: Next) -> Response {
+/// Names the request, gives it a time, and writes whatever problem comes back.
+pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
-    let span = tracing::info_span!("request", id = %id, method = %request.method(), path = request.uri().path());
+    let peer = request.extensions().get::<Peer>().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.0);
+    let client = client_address(peer, request.headers(), &app.settings.trusted_proxies);
+    request.extensions_mut().insert(client);
+    let path = request.uri().path();
+    let span = tracing::info_span!("request", id = %id, client = %client.0, method = %request.method(), path);
+    let policy = pages::content_policy(path);
     let request = request.map(|body| Body::new(Patient(Some(body))));
-    let mut response = next.run(request).instrument(span).await;
+    let answer = tokio::time::timeout(app.settings.request_time, next.run(request).instrument(span));
+    let mut response = answer.await.unwrap_or_else(|_| {
+        let seconds = app.settings.request_time.as_secs_f32();
+        tracing::warn!(id, "a request was given up after {seconds} s");
+        Problem::new("dependency-unavailable", format!("there was no answer within {seconds} s; ask again")).into_response()
+    });
     if response.extensions().get::<Problem>().is_none() {
         match response.status() {
             StatusCode::METHOD_NOT_ALLOWED => {
@@ -46,12 +57,32 @@ pub(super) async fn edge(request: Request, next: Next) -> Response {
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         response = write(problem, &id, response);
     }
-    let headers = response.headers_mut();
-    headers.insert(REQUEST_ID, HeaderValue::from_str(&id).expect("checked, or a UUID"));
+    seal(response.headers_mut(), &id, policy);
+    response
+}
+
+/// What every answer bears.
+fn seal(headers: &mut HeaderMap, id: &str, policy: &'static str) {
+    headers.insert(REQUEST_ID, HeaderValue::from_str(id).expect("checked, or a UUID"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(policy));
     // Answers carry presigned URLs: no cache may keep them.
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    response
+}
+
+/// The bytes of an answer to what did not become a request; the connection ends with it.
+pub(super) fn last_answer(problem: Problem) -> Vec<u8> {
+    let (id, status) = (Uuid::new_v4().to_string(), problem.kind().status);
+    let (mut parts, body) = compose(problem, &id, Response::new(Body::empty()));
+    seal(&mut parts.headers, &id, pages::content_policy(""));
+    let reason = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or_default();
+    let mut answer =
+        format!("HTTP/1.1 {status} {reason}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len()).into_bytes();
+    for (name, value) in &parts.headers {
+        answer.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    [answer.as_slice(), b"\r\n", &body].concat()
 }
 
 /// The caller's own id where it is harmless in a log, else a fresh one.
@@ -64,6 +95,11 @@ fn request_id(headers: &HeaderMap) -> String {
 }
 
 fn write(problem: Problem, id: &str, empty: Response) -> Response {
+    let (parts, json) = compose(problem, id, empty);
+    Response::from_parts(parts, Body::from(json))
+}
+
+fn compose(problem: Problem, id: &str, empty: Response) -> (response::Parts, Vec<u8>) {
     let kind = problem.kind();
     let body = api::Problem {
         kind: format!("/problems/{}", kind.code),
@@ -88,12 +124,11 @@ fn write(problem: Problem, id: &str, empty: Response) -> Response {
             parts.headers.insert(header::WWW_AUTHENTICATE, challenge);
         }
         429 | 503 => {
-            parts.headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+            parts.headers.insert(header::RETRY_AFTER, HeaderValue::from(problem.retry_after_seconds));
         }
         _ => {}
     }
-    let json = serde_json::to_vec(&body).expect("a problem has only strings and numbers");
-    Response::from_parts(parts, Body::from(json))
+    (parts, serde_json::to_vec(&body).expect("a problem has only strings and numbers"))
 }
 
 /// A handler that panicked is a bug: logged whole by the panic hook, told briefly.

@@ -69,9 +69,9 @@ pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is 
 
 async fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
     check_sizes(parts)?;
-    let caller = app.caller(&parts.headers).await?;
+    let caller = app.caller(parts).await?;
     if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
-        return Ok(caller);
+        return app.admit(caller);
     }
     Err(Problem::new("insufficient-scope", format!("this route needs {scopes:?}").to_lowercase()))
 }

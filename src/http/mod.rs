@@ -1,21 +1,27 @@
 //! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
 
+mod address;
 mod edge;
 mod extract;
 mod operate;
 mod pages;
 mod pointers;
 mod problem;
+mod rates;
+mod serve;
+pub mod tls;
 mod topics;
 mod uploads;
+mod wire;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderName, Method, header, request};
+use ipnet::IpNet;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::CorsLayer;
+use tower_http::cors::{AllowOrigin, CorsLayer};
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa_axum::router::OpenApiRouter;
@@ -23,40 +29,121 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
+use crate::objects::Capabilities;
+use address::ClientAddress;
 use problem::Problem;
+use rates::Rates;
+pub(crate) use serve::serve;
+pub(crate) use tls::Tls;
 
-/// How patient the door is.
+/// How patient the door is, and for how many.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How long a body may take to arrive: one of 64 KiB takes as much on 50 kbit/s.
+    /// `LFS_BROKER_HEADER_SECONDS`: how long a request's head may take to arrive, and a TLS handshake.
+    pub header_time: Duration,
+    /// `LFS_BROKER_BODY_SECONDS`: how long a body may take to arrive: one of 64 KiB takes as much on 50 kbit/s.
     pub body_time: Duration,
+    /// `LFS_BROKER_REQUEST_SECONDS`: how long a request may take in all: more than the longest wait, which is 30 s.
+    pub request_time: Duration,
+    /// `LFS_BROKER_IDLE_SECONDS`: how long a connection may wait for its next request: longer than proxies keep theirs
+    /// (60 s is common), or they send a request into a connection that is being closed.
+    pub idle_time: Duration,
+    /// How long a client may take nothing of its answer.
+    pub write_time: Duration,
+    /// `LFS_BROKER_CONNECTIONS`: how many are served at once; others wait in the system's queue.
+    pub connections: usize,
+    /// The certificate; none: no TLS.
+    pub tls: Option<tls::Settings>,
+    /// `LFS_BROKER_TRUSTED_PROXIES`: whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<IpNet>,
+    /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`: 0: no limit. Without tokens there is none.
+    pub tenant_requests_per_second: u32,
+    /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`: tokens that are not valid, by the client's address; 0: no limit.
+    pub failed_logins_per_minute: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { body_time: Duration::from_secs(10) }
+        let seconds = Duration::from_secs;
+        Self {
+            header_time: seconds(10),
+            body_time: seconds(10),
+            request_time: seconds(60),
+            idle_time: seconds(75),
+            write_time: seconds(30),
+            connections: 4096,
+            tls: None,
+            trusted_proxies: Vec::new(),
+            tenant_requests_per_second: 1000,
+            failed_logins_per_minute: 600,
+        }
     }
 }
 
 /// What every handler may use.
 #[derive(Clone)]
-pub(crate) struct App {
+pub(crate) struct App(Arc<Parts>);
+
+pub(crate) struct Parts {
     pub(crate) broker: Broker,
-    pub(crate) auth: Arc<Auth>,
+    auth: Auth,
     /// Base of `Location`, without a slash at its end; empty for a path alone.
-    pub(crate) public_url: Arc<str>,
-    pub(crate) settings: Settings,
+    public_url: String,
+    settings: Settings,
+    rates: Rates,
+    /// What the store was seen to do, once that is known.
+    capabilities: Arc<OnceLock<Capabilities>>,
+}
+
+impl std::ops::Deref for App {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
 }
 
 impl App {
-    async fn caller(&self, headers: &HeaderMap) -> Result<Caller, Problem> {
-        let token = headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
+    pub(crate) fn new(
+        broker: Broker,
+        auth: Auth,
+        public_url: &str,
+        settings: Settings,
+        capabilities: Arc<OnceLock<Capabilities>>,
+    ) -> Self {
+        let per_second = if auth.tells_tenants_apart() { settings.tenant_requests_per_second } else { 0 };
+        let rates = Rates::new(per_second, settings.failed_logins_per_minute);
+        let public_url = public_url.trim_end_matches('/').to_owned();
+        Self(Arc::new(Parts { broker, auth, public_url, settings, rates, capabilities }))
+    }
+
+    /// Who asks. Whoever comes with a valid token is let in, however many others failed at the same address.
+    async fn caller(&self, parts: &request::Parts) -> Result<Caller, Problem> {
+        let token = parts.headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
         self.auth.caller(token).await.map_err(|error| match error {
             auth::Error::Unauthenticated => Problem::new("unauthenticated", "the request has no bearer token"),
-            auth::Error::Invalid(reason) => Problem::new("invalid-token", reason),
+            auth::Error::Invalid(reason) => {
+                let counted = parts.extensions.get::<ClientAddress>().map(|client| self.rates.failed_login(client.0));
+                match counted {
+                    Some(Err(seconds)) => limited(seconds, "too many tokens that are not valid come from this address"),
+                    _ => Problem::new("invalid-token", reason),
+                }
+            }
             auth::Error::Unavailable => Problem::new("dependency-unavailable", "the keys of tokens cannot be fetched now"),
         })
     }
+
+    /// Counts what the caller asks.
+    fn admit(&self, caller: Caller) -> Result<Caller, Problem> {
+        match self.rates.request(&caller.tenant) {
+            Ok(()) => Ok(caller),
+            Err(seconds) => Err(limited(seconds, "the tenant sends more requests than it may")),
+        }
+    }
+}
+
+fn limited(seconds: u64, detail: &str) -> Problem {
+    Problem { retry_after_seconds: seconds.max(1), ..Problem::new("rate-limited", detail) }
 }
 
 #[derive(OpenApi)]
@@ -86,8 +173,12 @@ fn api() -> OpenApiRouter<App> {
 }
 
 fn cors(origins: &[String]) -> CorsLayer {
-    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
-    let request = [
+    // No cookie is involved, and no answer is for whoever has no token: any origin may be let in.
+    let origins = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        false => AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse().ok())),
+    };
+    let asked = [
         header::AUTHORIZATION,
         header::CONTENT_TYPE,
         HeaderName::from_static("idempotency-key"),
@@ -95,7 +186,7 @@ fn cors(origins: &[String]) -> CorsLayer {
     ];
     let answer = [header::LOCATION, header::RETRY_AFTER, HeaderName::from_static("x-request-id")];
     let methods = [Method::GET, Method::POST, Method::PUT, Method::DELETE];
-    CorsLayer::new().allow_origin(origins).allow_methods(methods).allow_headers(request).expose_headers(answer)
+    CorsLayer::new().allow_origin(origins).allow_methods(methods).allow_headers(asked).expose_headers(answer)
 }
 
 /// The OpenAPI 3.1 document of these routes.
@@ -117,6 +208,6 @@ pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
         .fallback(async || Problem::new("not-found", "no such route"))
         .layer(cors(cors_origins))
         .layer(CatchPanicLayer::custom(edge::panicked))
-        .layer(axum::middleware::from_fn(edge::edge))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge))
         .with_state(app)
 }

@@ -16,6 +16,7 @@ use utoipa_axum::routes;
 use super::App;
 use super::extract::Fits;
 use super::problem::{Problem, kind_of};
+use crate::objects::Capabilities;
 
 /// The routes of this file.
 pub(super) fn routes() -> OpenApiRouter<App> {
@@ -24,6 +25,20 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(readyz))
         .routes(routes!(contract))
         .routes(routes!(explain_problem))
+}
+
+/// What a browser may do with an answer: nothing, or what the page needs, and never with anything from outside.
+pub(super) fn content_policy(path: &str) -> &'static str {
+    match path.split('/').nth(1) {
+        Some("docs") => {
+            "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; \
+             base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        }
+        Some("problems") => {
+            "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        }
+        _ => "default-src 'none'; frame-ancestors 'none'",
+    }
 }
 
 /// That the process runs.
@@ -44,6 +59,9 @@ pub(super) struct Readiness {
     storage: Part,
     /// Kafka; without it complete answers 202 and pointers wait.
     kafka: Part,
+    /// What the store of the default bucket was seen to do when the broker started; absent while that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    capabilities: Option<Capabilities>,
 }
 
 /// One dependency.
@@ -91,6 +109,7 @@ async fn readyz(_: Fits, State(app): State<App>) -> Response {
         database: Part::of("the database", database),
         storage: Part::of("object storage", storage),
         kafka: Part::of("Kafka", kafka),
+        capabilities: app.capabilities.get().cloned(),
     };
     let (status, word) = match (ready.database.ok && ready.storage.ok, ready.kafka.ok) {
         (true, true) => (StatusCode::OK, "ok"),

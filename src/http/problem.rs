@@ -28,6 +28,13 @@ pub(crate) const CATALOG: &[Kind] = &[
     kind(400, "malformed-json", false, "Malformed JSON", "The body is not JSON, repeats a member, or is nested too deeply."),
     kind(
         400,
+        "malformed-request",
+        false,
+        "Malformed request",
+        "What came is not a request of HTTP/1.1; the connection is closed.",
+    ),
+    kind(
+        400,
         "idempotency-key-invalid",
         false,
         "Invalid Idempotency-Key",
@@ -61,7 +68,7 @@ pub(crate) const CATALOG: &[Kind] = &[
         "Method not allowed",
         "The route does not take this method; Allow names those it takes.",
     ),
-    kind(408, "request-timeout", true, "Request time-out", "The body did not arrive in time."),
+    kind(408, "request-timeout", true, "Request time-out", "The request's head or its body did not arrive in time."),
     kind(
         409,
         "object-missing",
@@ -106,7 +113,13 @@ pub(crate) const CATALOG: &[Kind] = &[
     kind(422, "idempotency-key-reused", false, "Idempotency-Key reused", "The key was used for another request."),
     kind(422, "record-too-large", false, "Record too large", "The record's headers have more than 8 KiB."),
     kind(422, "pointer-invalid", false, "Invalid pointer", "The body is not a pointer."),
-    kind(429, "rate-limited", true, "Rate limited", "Too many requests: slow down."),
+    kind(
+        429,
+        "rate-limited",
+        true,
+        "Rate limited",
+        "The tenant sends too many requests, or the address too many tokens that are not valid: slow down.",
+    ),
     kind(
         429,
         "quota-bytes-exceeded",
@@ -115,9 +128,21 @@ pub(crate) const CATALOG: &[Kind] = &[
         "The tenant's open uploads reserve as many bytes as they may.",
     ),
     kind(429, "quota-sessions-exceeded", true, "Session quota exceeded", "The tenant has as many open uploads as it may."),
-    kind(431, "headers-too-large", false, "Headers too large", "The request's headers have more than 16 KiB."),
+    kind(
+        431,
+        "headers-too-large",
+        false,
+        "Headers too large",
+        "The request's headers are more than 100, or have more than 16 KiB.",
+    ),
     kind(500, "internal", false, "Internal error", "A bug in the broker; its log has the request id."),
-    kind(503, "dependency-unavailable", true, "Dependency unavailable", "The database, S3 or Kafka did not answer; ask again."),
+    kind(
+        503,
+        "dependency-unavailable",
+        true,
+        "Dependency unavailable",
+        "The database, S3 or Kafka did not answer, or the broker has too much to do; ask again.",
+    ),
     kind(
         503,
         "completion-unknown",
@@ -134,11 +159,13 @@ pub(crate) struct Problem {
     pub(crate) detail: String,
     pub(crate) state: Option<UploadState>,
     pub(crate) errors: Vec<FieldError>,
+    /// How soon asking again makes sense, where it does.
+    pub(crate) retry_after_seconds: u64,
 }
 
 impl Problem {
     pub(crate) fn new(code: &'static str, detail: impl Into<String>) -> Self {
-        Self { code, detail: detail.into(), state: None, errors: Vec::new() }
+        Self { code, detail: detail.into(), state: None, errors: Vec::new(), retry_after_seconds: 1 }
     }
 
     pub(crate) fn invalid(errors: Vec<FieldError>) -> Self {
@@ -183,6 +210,7 @@ impl From<Error> for Problem {
             Error::ObjectGone => "object-gone",
             Error::PointerSize { .. } => "size-mismatch",
             Error::Unknown => "completion-unknown",
+            Error::Full => "dependency-unavailable",
             Error::Store(store::Error::Corrupt { .. }) => {
                 return Self::ours("internal", &error, "a row of the database is not as it should be");
             }
@@ -217,7 +245,7 @@ mod tests {
 
     #[test]
     fn the_catalog_is_the_contracts_error_table() {
-        assert_eq!(CATALOG.len(), 40);
+        assert_eq!(CATALOG.len(), 41);
         for kind in CATALOG {
             assert!(StatusCode::from_u16(kind.status).is_ok());
             assert_eq!(CATALOG.iter().filter(|other| other.code == kind.code).count(), 1, "{}", kind.code);

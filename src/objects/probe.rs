@@ -36,7 +36,7 @@ const SOME_ORIGIN: &str = "https://lfs-broker.example";
 const SOME_HEADERS: &str = "content-type,if-none-match,x-amz-checksum-sha256,x-amz-meta-lfs-upload-id";
 
 /// What a store was seen to do.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Capabilities {
     /// A PUT whose bytes do not match the signed SHA-256 fails, and stores nothing.
     pub refuses_wrong_bytes: bool,

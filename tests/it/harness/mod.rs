@@ -3,6 +3,7 @@
 pub(crate) mod faults;
 pub(crate) mod process;
 pub(crate) mod proxy;
+pub(crate) mod raw;
 pub(crate) mod servers;
 pub(crate) mod serving;
 pub(crate) mod uploads;
