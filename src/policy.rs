@@ -12,6 +12,8 @@ use crate::session::{Hashes, Layout, MAX_PART_BYTES, MAX_PARTS, MAX_PUT_BYTES, M
 
 /// Longest record key in bytes: it stands in every row and record.
 const MAX_KEY_BYTES: usize = 4096;
+/// Amazon S3, "Creating object key names".
+const MAX_OBJECT_KEY_BYTES: usize = 1024;
 /// All record headers together, names and values, in bytes: a pointer record stays small.
 const MAX_HEADERS_BYTES: usize = 8192;
 /// The largest object, in bytes (Amazon S3: 5 TiB).
@@ -223,6 +225,9 @@ fn headers(request: &OpenUpload, errors: &mut Vec<FieldError>) -> usize {
             errors.push(wrong(&pointer, "a header's name is not empty and has no control character"));
         } else if name.to_ascii_lowercase().starts_with("lfs-") {
             errors.push(wrong(&pointer, "names that begin with lfs- are the broker's"));
+        } else if value.contains('\0') {
+            // PostgreSQL's text holds every character but this one.
+            errors.push(wrong(&pointer, "a header's value has no NUL character"));
         }
         bytes += name.len() + value.len();
     }
@@ -410,8 +415,8 @@ pub(crate) fn owner_of<'a>(prefix: Option<&str>, object_key: &'a str) -> Option<
     };
     let mut segments = rest.split('/');
     let (tenant, topic, lfs) = (segments.next()?, segments.next()?, segments.next()?);
-    let clean =
-        segments.clone().next().is_some() && segments.all(|segment| !segment.is_empty() && segment != "." && segment != "..");
+    let plain = |segment: &str| !matches!(segment, "" | "." | "..") && !segment.chars().any(char::is_control);
+    let clean = object_key.len() <= MAX_OBJECT_KEY_BYTES && segments.clone().next().is_some() && segments.all(plain);
     (lfs == "lfs" && clean && !tenant.is_empty() && is_topic(topic)).then_some((tenant, topic))
 }
 

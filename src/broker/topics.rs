@@ -21,7 +21,9 @@ impl Broker {
 
     /// A topic's stored policy.
     pub(crate) async fn topic(&self, topic: &str) -> Result<Policy, Error> {
-        self.store.policy(topic).await?.ok_or_else(|| Error::PolicyNotFound(topic.to_owned()))
+        let missing = || Error::PolicyNotFound(topic.to_owned());
+        // What no topic is called has no policy, and the database is not asked for it.
+        if policy::is_topic(topic) { self.store.policy(topic).await?.ok_or_else(missing) } else { Err(missing()) }
     }
 
     /// Stores a topic's policy whole; it holds at once, on every replica.
@@ -40,7 +42,7 @@ impl Broker {
 
     /// Forgets a topic's policy.
     pub(crate) async fn delete_topic(&self, topic: &str) -> Result<(), Error> {
-        Ok(self.store.delete_policy(topic).await?)
+        if policy::is_topic(topic) { Ok(self.store.delete_policy(topic).await?) } else { Ok(()) }
     }
 
     /// A page of stored policies by name.
@@ -51,6 +53,7 @@ impl Broker {
                 .decode(cursor)
                 .ok()
                 .and_then(|bytes| String::from_utf8(bytes).ok())
+                .filter(|topic| policy::is_topic(topic))
                 .ok_or_else(|| invalid_cursor("not a cursor"))?,
             None => String::new(),
         };

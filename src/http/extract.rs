@@ -1,5 +1,6 @@
 //! What handlers are given: who asks, for which upload, with what body and query. Each refusal is a [`Problem`].
 
+use std::collections::HashSet;
 use std::fmt;
 
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, OriginalUri, Path, Query as AxumQuery, Request};
@@ -134,35 +135,36 @@ impl FromRequestParts<App> for Filters {
 fn filters(pairs: Vec<(String, String)>) -> Result<ListUploads, Vec<FieldError>> {
     let mut list = ListUploads::default();
     let mut errors = Vec::new();
+    let mut seen = HashSet::new();
     for (name, value) in pairs {
-        let place = format!("/{name}");
-        let mut once = |member: &mut Option<String>, value: String| {
-            if member.replace(value).is_some() {
-                errors.push(wrong(&place, "is given twice"));
-            }
+        let taken = match name != "state" && !seen.insert(name.clone()) {
+            true => Err("is given twice"),
+            false => filter(&mut list, &name, value),
         };
-        match name.as_str() {
-            "topic" => once(&mut list.topic, value),
-            "key_prefix" => once(&mut list.key_prefix, value),
-            "tenant" => once(&mut list.tenant, value),
-            "cursor" => once(&mut list.cursor, value),
-            "state" => match UploadState::ALL.into_iter().find(|state| state.name() == value) {
-                Some(state) => list.state.push(state),
-                None => errors.push(wrong(&place, "not a state")),
-            },
-            "limit" => match value.parse() {
-                Ok(limit) => list.limit = Some(limit),
-                Err(_) => errors.push(wrong(&place, "1 to 200")),
-            },
-            "created_after" | "created_before" => match OffsetDateTime::parse(&value, &Rfc3339) {
-                Ok(at) if name == "created_after" => list.created_after = Some(at),
-                Ok(at) => list.created_before = Some(at),
-                Err(_) => errors.push(wrong(&place, "not an RFC 3339 time; a + in it is written %2B")),
-            },
-            _ => errors.push(wrong(&place, "no such filter")),
-        }
+        errors.extend(taken.err().map(|why| wrong(&format!("/{name}"), why)));
     }
     if errors.is_empty() { Ok(list) } else { Err(errors) }
+}
+
+fn filter(list: &mut ListUploads, name: &str, value: String) -> Result<(), &'static str> {
+    let time = |value: &str| OffsetDateTime::parse(value, &Rfc3339).map_err(|_| "not an RFC 3339 time; a + in it is written %2B");
+    match name {
+        // PostgreSQL has no text with it, so nothing can match.
+        _ if value.contains('\0') => return Err("has a NUL character"),
+        "topic" => list.topic = Some(value),
+        "key_prefix" => list.key_prefix = Some(value),
+        "tenant" => list.tenant = Some(value),
+        "cursor" => list.cursor = Some(value),
+        "state" => {
+            let state = UploadState::ALL.into_iter().find(|state| state.name() == value);
+            list.state.push(state.ok_or("not a state")?);
+        }
+        "limit" => list.limit = Some(value.parse().map_err(|_| "1 to 200")?),
+        "created_after" => list.created_after = Some(time(&value)?),
+        "created_before" => list.created_before = Some(time(&value)?),
+        _ => return Err("no such filter"),
+    }
+    Ok(())
 }
 
 /// A JSON body.
@@ -292,7 +294,7 @@ impl<'de> Deserialize<'de> for Strict {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Strict, A::Error> {
-                let mut names = std::collections::HashSet::new();
+                let mut names = HashSet::new();
                 while let Some(name) = map.next_key::<String>()? {
                     map.next_value::<Strict>()?;
                     if let Some(name) = names.replace(name) {

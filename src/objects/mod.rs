@@ -144,6 +144,10 @@ impl Objects {
         match answer {
             Ok(output) => Ok(Some(found(&output))),
             Err(error) if status(&error) == Some(404) => Ok(None),
+            // A version that cannot be, or one that says "deleted"; unless S3 dislikes more than the version.
+            Err(error) if version_id.is_some() && matches!(status(&error), Some(400 | 405)) => {
+                Box::pin(self.head(place, None)).await.map(|_| None)
+            }
             Err(error) => Err(failed("HeadObject", &error)),
         }
     }

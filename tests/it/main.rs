@@ -21,6 +21,7 @@ mod embedded;
 mod expiry;
 mod failpoints;
 mod faults;
+mod hostile;
 mod house;
 mod idempotency;
 mod integrity;
