@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
-#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|deny|cyclonedx ...
+#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|schemathesis|deny|cyclonedx ...
 # Each tool's directory carries its version, and appears whole or not at all.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -46,12 +46,16 @@ fetch_kafka() {
     mv "$KAFKA_HOME.part" "$KAFKA_HOME"
 }
 
-fetch_openapi() {
-    [ ! -d "$OPENAPI_HOME" ] || return 0
-    rm -rf "$OPENAPI_HOME.part"
-    python3 -m pip install -q --target "$OPENAPI_HOME.part" "openapi-spec-validator==$OPENAPI_VERSION"
-    mv "$OPENAPI_HOME.part" "$OPENAPI_HOME"
+# pip_install DIRECTORY PACKAGE==VERSION
+pip_install() {
+    [ ! -d "$1" ] || return 0
+    rm -rf "$1.part"
+    python3 -m pip install -q --target "$1.part" "$2"
+    mv "$1.part" "$1"
 }
+
+fetch_openapi() { pip_install "$OPENAPI_HOME" "openapi-spec-validator==$OPENAPI_VERSION"; }
+fetch_schemathesis() { pip_install "$SCHEMATHESIS_HOME" "schemathesis==$SCHEMATHESIS_VERSION"; }
 
 # cargo_install DIRECTORY CRATE VERSION
 cargo_install() {

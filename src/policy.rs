@@ -354,8 +354,10 @@ fn matches_type(allowed: &str, content_type: &str) -> bool {
 /// Says every place where a policy contradicts itself or S3.
 pub(crate) fn check(policy: &Policy) -> Vec<FieldError> {
     let mut errors = Vec::new();
-    if policy.max_bytes > MAX_OBJECT_BYTES {
-        errors.push(wrong("/max_bytes", format!("S3 holds {MAX_OBJECT_BYTES} bytes at most")));
+    for (place, bytes) in [("/min_bytes", policy.min_bytes), ("/max_bytes", policy.max_bytes)] {
+        if bytes > MAX_OBJECT_BYTES {
+            errors.push(wrong(place, format!("S3 holds {MAX_OBJECT_BYTES} bytes at most")));
+        }
     }
     if policy.checksums.is_empty() {
         errors.push(wrong("/checksums", "at least one checksum must be allowed"));

@@ -29,11 +29,14 @@ pub const PARTS_PER_CALL: usize = 100;
 #[serde(deny_unknown_fields)]
 pub struct OpenUpload {
     /// The Kafka topic that gets the pointer.
+    #[cfg_attr(feature = "openapi", schema(pattern = "^[A-Za-z0-9._-]{1,249}$"))]
     pub topic: String,
     /// The size of the bytes; 0 is legal.
+    #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub size: u64,
     /// The record's key as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(max_length = 4096))]
     pub key: Option<String>,
     /// The record's key as base64, for keys that are not text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -52,6 +55,7 @@ pub struct OpenUpload {
     pub content_type: Option<String>,
     /// The name that a download is offered under.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 255, pattern = r"^[^/\\\x00-\x1f\x7f-\x9f]*$"))]
     pub filename: Option<String>,
     /// Headers of the record in Kafka, in order; names that begin with `lfs-` are refused.
     #[serde(default, skip_serializing_if = "Headers::is_empty")]
@@ -59,12 +63,15 @@ pub struct OpenUpload {
     pub headers: Headers,
     /// The partition of the record; the key decides when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 0))]
     pub partition: Option<i32>,
     /// The size of a part in bytes, at least 5 MiB; required with `part_sha256`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 5242880, maximum = 5368709120u64))]
     pub part_size: Option<u64>,
     /// SHA-256 of each part, in order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 10000))]
     pub part_sha256: Option<Vec<Sha256>>,
     /// `deferred` promises that each `/parts` call brings the hashes of its parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -475,9 +482,11 @@ pub struct History {
 pub struct SignParts {
     /// The parts to sign, at most 100.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 100))]
     pub part_numbers: Option<Vec<u32>>,
     /// The parts to sign with their hashes, at most 100.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 100))]
     pub parts: Option<Vec<PartRequest>>,
 }
 
@@ -487,6 +496,7 @@ pub struct SignParts {
 #[serde(deny_unknown_fields)]
 pub struct PartRequest {
     /// 1 to `part_count`.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 10000))]
     pub part_number: u32,
     /// SHA-256 of the part's bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -617,8 +627,10 @@ pub struct Policy {
     /// Whether uploads may be opened.
     pub enabled: bool,
     /// Advice to clients: below it, send the bytes inline.
+    #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub min_bytes: u64,
     /// The largest upload in bytes.
+    #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub max_bytes: u64,
     /// The bucket; the broker's default when null.
     pub bucket: Option<String>,
@@ -637,6 +649,7 @@ pub struct Policy {
     /// How long a URL lives.
     pub url_seconds: u64,
     /// The KMS key that S3 encrypts with; the bucket's own rule when null.
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048, pattern = "^[!-~]*$"))]
     pub kms_key_id: Option<String>,
     /// What becomes of the objects: they are kept.
     pub retention: Retention,

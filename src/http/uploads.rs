@@ -32,7 +32,10 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 /// With an `Idempotency-Key` asking again gives the same upload with fresh URLs.
 #[utoipa::path(
     post, path = "/lfs/uploads", operation_id = "openUpload", tag = "uploads", request_body = OpenUpload,
-    params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible ASCII characters")),
+    params((
+        "Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible ASCII characters, bare or quoted",
+        pattern = r#"^(?!""$)([!-~]{1,255}|"[!-~]{1,255}")$"#
+    )),
     responses(
         (status = 201, description = "Opened", body = Upload, headers(("Location" = String, description = "The upload"))),
         (status = 200, description = "Opened before under this Idempotency-Key", body = Upload),

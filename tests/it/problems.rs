@@ -166,6 +166,8 @@ async fn a_body_must_say_that_it_is_json() {
     let complete = format!("/lfs/uploads/{UNKNOWN}/complete");
     house.send(house.request("POST", &complete).body("{}")).await.expect_problem(415, "unsupported-media-type");
     house.send(house.request("POST", &complete)).await.expect_problem(404, "upload-not-found");
+    house.send_json("POST", &complete, "null").await.expect_problem(404, "upload-not-found");
+    house.send_json("POST", &complete, " ").await.expect_problem(400, "malformed-json");
 }
 
 /// Sent in chunks, so that nobody knows its length before the end.
