@@ -162,4 +162,38 @@ proptest! {
         let asked = OpenUpload { topic, key_base64: key, filename: Some(name), content_type: Some(content_type), ..request(1) };
         let _ = shape(asked);
     }
+
+    #[test]
+    fn a_policy_that_is_taken_keeps_every_bound(
+        (least, most, seconds) in (any::<u64>(), any::<u64>(), any::<[u64; 3]>()),
+        (bucket, prefix, kind) in ("[ -~]{0,8}", "[ -~]{0,8}", "[ -~]{0,8}"),
+    ) {
+        let [session_seconds, session_max_seconds, url_seconds] = seconds.map(|seconds| seconds % (2 * MAX_SECONDS));
+        let asked = Policy {
+            min_bytes: least,
+            max_bytes: most,
+            session_seconds,
+            session_max_seconds,
+            url_seconds,
+            bucket: Some(bucket.clone()),
+            prefix: Some(prefix.clone()),
+            content_types: vec![kind],
+            ..Policy::default()
+        };
+        let taken = |policy: &Policy| check(policy).is_empty();
+        let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte));
+        for policy in [asked.clone(), Policy { bucket: None, prefix: None, content_types: vec!["*/*".to_owned()], ..asked.clone() }] {
+            if taken(&policy) {
+                prop_assert!(policy.max_bytes <= MAX_OBJECT_BYTES && policy.min_bytes <= MAX_OBJECT_BYTES);
+                let limits = [policy.session_seconds, policy.session_max_seconds, policy.url_seconds];
+                prop_assert!(limits.iter().all(|limit| (1..=MAX_SECONDS).contains(limit)));
+                prop_assert!(policy.bucket.as_deref().is_none_or(plain) && policy.prefix.as_deref().is_none_or(plain));
+            }
+        }
+        for prefix in [prefix, bucket] {
+            let policy = Policy { prefix: Some(prefix.clone()), ..Policy::default() };
+            let sound = !prefix.is_empty() && plain(&prefix) && prefix.split('/').all(|part| !matches!(part, "" | "." | ".."));
+            prop_assert_eq!(taken(&policy), sound, "{}", prefix);
+        }
+    }
 }

@@ -223,4 +223,19 @@ mod tests {
         let value = br#"{"kfs_lfs":1,"bucket":"b","key":"k","size":9,"checksum":"cbf4","checksum_alg":"crc32"}"#;
         assert!(matches!(Pointer::parse(value), Err(NotAPointer::Malformed(_))));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_value_makes_a_reader_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200), rest in "[ -~]{0,120}") {
+            let _ = Pointer::parse(&bytes);
+            let _ = Pointer::parse(format!("{{\"kfs_lfs\":1,{rest}}}").as_bytes());
+        }
+
+        #[test]
+        fn what_is_written_is_read_back(bucket in "[a-z0-9.-]{3,63}", key in "\\PC{1,80}", size: u64, kind in "[ -~]{1,40}", hash: [u8; 32]) {
+            let at = OffsetDateTime::from_unix_timestamp(1_763_706_959).unwrap();
+            let written = Pointer::new(&bucket, &key, size, &Digest::from(Sha256(hash)), &kind, at);
+            proptest::prop_assert_eq!(Pointer::parse(written.to_json().as_bytes()).unwrap(), written);
+        }
+    }
 }

@@ -261,16 +261,43 @@ fn read_cursor(cursor: &str, bound: &[u8; 8]) -> Option<(OffsetDateTime, Uuid)> 
     let (filters, rest) = bytes.split_first_chunk::<8>()?;
     let (at, id) = rest.split_first_chunk::<16>()?;
     let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from_be_bytes(*at)).ok()?;
+    // Nobody has uploads from before Christ, nor PostgreSQL times from before 4713 BC.
+    let at = Some(at).filter(|at| at.year() >= 0)?;
     (filters == bound).then_some((at, Uuid::from_slice(id).ok()?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn missing_parts_are_told_as_ranges() {
         assert_eq!(ranges([1, 2, 3, 7, 9, 10].into_iter()), [[1, 3], [7, 7], [9, 10]]);
         assert_eq!(ranges(std::iter::empty()), Vec::<[u32; 2]>::new());
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_hold_every_number_once_and_no_other(numbers in proptest::collection::btree_set(1u32..400, 0..200)) {
+            let ranges = ranges(numbers.iter().copied());
+            prop_assert!(ranges.windows(2).all(|pair| pair[0][1] + 1 < pair[1][0]), "{:?}", ranges);
+            let back: Vec<u32> = ranges.iter().flat_map(|[from, to]| *from..=*to).collect();
+            prop_assert_eq!(back, numbers.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn a_cursor_is_what_was_written_and_nothing_else(bound: [u8; 8], other: [u8; 8], bytes: [u8; 40], text in "[ -~]{0,60}") {
+            let whole = |bound: [u8; 8]| URL_SAFE_NO_PAD.encode([bound.as_slice(), &bytes[8..]].concat());
+            for (at, _) in [read_cursor(&text, &bound), read_cursor(&whole(bound), &bound)].into_iter().flatten() {
+                prop_assert!((0..=9999).contains(&at.year()));
+            }
+            prop_assert!(bound == other || read_cursor(&whole(bound), &other).is_none());
+            let now = OffsetDateTime::UNIX_EPOCH + time::Duration::nanoseconds(i64::from_be_bytes(other));
+            let id = Uuid::from_slice(&bytes[..16]).unwrap();
+            let nanos = now.unix_timestamp_nanos().to_be_bytes();
+            let written = URL_SAFE_NO_PAD.encode([bound.as_slice(), &nanos, id.as_bytes()].concat());
+            prop_assert_eq!(read_cursor(&written, &bound), Some((now, id)));
+        }
     }
 }

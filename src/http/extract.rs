@@ -10,8 +10,8 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use lfs_broker_client::api::{FieldError, ListUploads, UploadState};
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 use uuid::Uuid;
 
 use super::App;
@@ -147,7 +147,12 @@ fn filters(pairs: Vec<(String, String)>) -> Result<ListUploads, Vec<FieldError>>
 }
 
 fn filter(list: &mut ListUploads, name: &str, value: String) -> Result<(), &'static str> {
-    let time = |value: &str| OffsetDateTime::parse(value, &Rfc3339).map_err(|_| "not an RFC 3339 time; a + in it is written %2B");
+    // An offset can carry a time beyond the years that a time has.
+    let in_utc = |at: OffsetDateTime| at.checked_to_offset(UtcOffset::UTC).filter(|at| (0..=9999).contains(&at.year()));
+    let time = |value: &str| {
+        let at = OffsetDateTime::parse(value, &Rfc3339).ok().and_then(in_utc);
+        at.ok_or("not an RFC 3339 time of the years 0 to 9999; a + in it is written %2B")
+    };
     match name {
         // PostgreSQL has no text with it, so nothing can match.
         _ if value.contains('\0') => return Err("has a NUL character"),
@@ -383,6 +388,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn no_filter_makes_the_parser_panic(
+            name in "topic|key_prefix|tenant|cursor|state|limit|created_after|created_before|[ -~]{0,9}",
+            value in "\\PC{0,40}|[0-9]{4}-[01][0-9]-[0-3][0-9]T[012][0-9]:[0-5][0-9]:[0-6][0-9](Z|[+-][0-2][0-9]:[0-5][0-9])",
+        ) {
+            if let Ok(list) = filters(vec![(name, value)]) {
+                let times = [list.created_after, list.created_before];
+                prop_assert!(times.into_iter().flatten().all(|at| (0..=9999).contains(&at.year()) && at.offset().is_utc()));
+            }
+        }
+
         #[test]
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse::<OpenUpload>(&bytes);

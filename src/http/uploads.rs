@@ -210,3 +210,36 @@ fn traceparent(headers: &HeaderMap) -> Option<String> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::HeaderValue;
+    use proptest::prelude::*;
+
+    fn with(name: &'static str, value: &[u8]) -> Option<HeaderMap> {
+        Some(HeaderMap::from_iter([(name.parse().ok()?, HeaderValue::from_bytes(value).ok()?)]))
+    }
+
+    proptest! {
+        #[test]
+        fn a_key_is_visible_ascii_bare_or_quoted(key in "[!-~]{1,255}", any in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let bare = !(key.len() > 1 && key.starts_with('"') && key.ends_with('"'));
+            let read = |value: &[u8]| with("idempotency-key", value).and_then(|headers| idempotency_key(&headers));
+            prop_assert_eq!(read(format!("\"{key}\"").as_bytes()), Some(Some(key.clone())));
+            prop_assert!(!bare || read(key.as_bytes()) == Some(Some(key)));
+            if let Some(Some(key)) = read(&any) {
+                prop_assert!((1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()));
+            }
+        }
+
+        #[test]
+        fn a_trace_is_taken_whole_or_not_at_all(any in "[ -~]{0,60}", ids in "[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}") {
+            let read = |value: &str| with("traceparent", value.as_bytes()).and_then(|headers| traceparent(&headers));
+            let sound = format!("00-{ids}");
+            prop_assert_eq!(read(&sound), Some(sound.clone()));
+            prop_assert_eq!(read(&sound.to_uppercase()).is_some(), sound == sound.to_uppercase());
+            prop_assert!(read(&any).is_none_or(|taken| taken == any));
+        }
+    }
+}

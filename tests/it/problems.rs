@@ -425,3 +425,27 @@ async fn every_answer_bears_a_request_id_and_echoes_one_that_is_sane() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_row_that_is_not_as_it_should_be_is_a_bug_and_told_briefly() {
+    let house = House::new().await;
+    let id = house.open(b"x", json!({})).await.expect(201).id();
+    let spoilt = sqlx::query("update upload_sessions set record_headers = '\"spoilt\"' where id = $1");
+    spoilt.bind(id.parse::<uuid::Uuid>().unwrap()).execute(&house.db).await.unwrap();
+    let answer = house.upload(&id).await.expect_problem(500, "internal");
+    assert!(!answer.text.contains("headers") && answer.json["retryable"] == false, "{}", answer.text);
+}
+
+/// A code that no test meets is one that nobody has seen.
+#[test]
+fn every_code_is_met_by_a_test() {
+    let mut tests = String::new();
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            tests += &std::fs::read_to_string(path).unwrap();
+        }
+    }
+    let unseen = |(status, code): &&(u16, &str)| !tests.contains(&format!("expect_problem({status}, \"{code}\")"));
+    assert_eq!(CODES.iter().filter(unseen).collect::<Vec<_>>(), Vec::<&(u16, &str)>::new());
+}

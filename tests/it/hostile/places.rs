@@ -1,0 +1,305 @@
+//! The same for what stands beside a body: characters in names and queries, headers, paths, cursors.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde_json::{Value, json};
+
+use super::{UNKNOWN, open_with, refused, survived};
+use crate::harness::{House, sha256};
+
+#[tokio::test]
+async fn control_characters_reach_no_header_no_name_and_no_table() {
+    let house = House::new().await;
+    let mut tried = 0;
+    for control in [
+        "\\u0000",
+        "\\r\\n",
+        "\\n",
+        "\\r",
+        "\\t",
+        "\\u001b[2J",
+        "\\u007f",
+        "\\u0085",
+        "\\u2028",
+        "\\u202e",
+        "\\ufeff",
+        "\\ud83d\\ude00",
+    ] {
+        for (member, value) in [
+            ("topic", format!("\"a{control}b\"")),
+            ("key", format!("\"a{control}b\"")),
+            ("filename", format!("\"a{control}set-cookie: x\"")),
+            ("content_type", format!("\"text/plain{control}x: y\"")),
+            ("headers", format!("{{\"a{control}b\":\"1\"}}")),
+            ("headers", format!("{{\"a\":\"1{control}x: y\"}}")),
+            ("sha256", format!("\"{control}\"")),
+            ("key_base64", format!("\"YQ=={control}\"")),
+            ("part_hashes", format!("\"{control}\"")),
+        ] {
+            let answer = house.send_json("POST", "/lfs/uploads", open_with(&house, member, &value)).await;
+            survived(&answer, &format!("{member} {value}"));
+            let is_control = !matches!(control, "\\u2028" | "\\u202e" | "\\ufeff" | "\\ud83d\\ude00");
+            if is_control && matches!(member, "topic" | "filename" | "content_type") {
+                answer.expect_problem(422, "validation-failed");
+            } else if answer.status == 201 {
+                let read = house.upload(&answer.id()).await.expect(200);
+                if member == "key" {
+                    let sent: Value = serde_json::from_str(&value).unwrap();
+                    assert_eq!(read.json["key"], sent);
+                }
+            }
+            tried += 1;
+        }
+        for (member, value) in [("bucket", control), ("prefix", control), ("kms_key_id", control)] {
+            let answer = house.send_json("PUT", "/lfs/topics/t", format!("{{\"{member}\":\"a{value}b\"}}")).await;
+            survived(&answer, &format!("policy {member} {value}"));
+            tried += 1;
+        }
+        for (member, other) in [("bucket", "key"), ("key", "bucket"), ("content_type", "key")] {
+            let pointer =
+                format!("{{\"kfs_lfs\":1,\"{member}\":\"a/t/lfs/{control}\",\"{other}\":\"default/t/lfs/x\",\"size\":1}}");
+            refused(house.send_json("POST", "/lfs/resolve", pointer).await, &format!("pointer {member} {control}"));
+            tried += 1;
+        }
+    }
+    for control in ["%00", "%0d%0a", "%0A", "%7f", "%ff", "%c3%28", "%", "%zz", "%E2%80%AE", "a%00b"] {
+        for path in [
+            format!("/lfs/uploads?topic={control}"),
+            format!("/lfs/uploads?key_prefix={control}"),
+            format!("/lfs/uploads?tenant={control}"),
+            format!("/lfs/uploads?cursor={control}"),
+            format!("/lfs/uploads?state={control}"),
+            format!("/lfs/uploads?{control}=1"),
+            format!("/lfs/uploads?created_after={control}"),
+            format!("/lfs/uploads/{control}"),
+            format!("/lfs/uploads/{UNKNOWN}?wait={control}"),
+            format!("/lfs/topics/{control}"),
+            format!("/lfs/topics?cursor={control}"),
+            format!("/problems/{control}"),
+            format!("/docs/{control}"),
+            format!("/{control}"),
+        ] {
+            let answers = house.raw(format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").as_bytes()).await;
+            assert!((200..500).contains(&answers[0].status), "{path}: {:?}", answers[0]);
+            assert!(
+                !answers[0].head.contains("\r\nset-cookie") && answers[0].head.contains("x-request-id"),
+                "{path}: {:?}",
+                answers[0]
+            );
+            tried += 1;
+        }
+        let put = "content-type: application/json\r\ncontent-length: 2\r\n\r\n{}";
+        for (method, rest) in [("PUT", put), ("DELETE", "\r\n")] {
+            let request = format!("{method} /lfs/topics/{control} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n{rest}");
+            let answers = house.raw(request.as_bytes()).await;
+            assert!((200..500).contains(&answers[0].status), "{control}: {:?}", answers[0]);
+            tried += 1;
+        }
+    }
+    // Keys of the caller's own, as far as their beginning tells.
+    for end in [
+        "\\u0000",
+        "a\\u0000b",
+        "\\r\\nx: y",
+        "../x",
+        "a/../../b",
+        ".",
+        "..",
+        "%2e%2e",
+        "a//b",
+        "\\ud83d\\ude00",
+        &"x".repeat(1500),
+        "",
+    ] {
+        let (bucket, topic) = (&house.bucket, &house.topic);
+        let pointer = format!("{{\"kfs_lfs\":1,\"bucket\":\"{bucket}\",\"key\":\"default/{topic}/lfs/{end}\",\"size\":1}}");
+        for query in ["", "?validate=true", "?version_id=x"] {
+            refused(house.send_json("POST", &format!("/lfs/resolve{query}"), pointer.clone()).await, &pointer);
+            tried += 1;
+        }
+    }
+    let resolved = house.publish(b"hello", json!({})).await.json["pointer"].to_string();
+    for version in ["%00", "%0d%0ax", "%ff", "..", "null", "%F0%9F%98%80", &"x".repeat(4000)] {
+        let answer = house.send_json("POST", &format!("/lfs/resolve?version_id={version}"), resolved.clone()).await;
+        survived(&answer, version);
+        tried += 1;
+    }
+    println!("control characters: {tried} requests");
+}
+
+#[tokio::test]
+async fn no_header_of_a_request_breaks_anything() {
+    let house = House::new().await;
+    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")}).to_string();
+    let mut tried = 0;
+    for name in [
+        "idempotency-key",
+        "traceparent",
+        "x-request-id",
+        "authorization",
+        "content-type",
+        "x-forwarded-for",
+        "origin",
+        "accept",
+        "host",
+        "expect",
+        "cookie",
+    ] {
+        for value in [
+            b"".as_slice(),
+            b" ",
+            b"\t",
+            b"\xff\xfe",
+            b"a\xc3\xa9",
+            b"\"",
+            b"\"\"",
+            b"a,b",
+            b"00-0-0-0",
+            b"../..",
+            b"%0d%0a",
+            &[b'x'; 8000],
+        ] {
+            let head =
+                format!("POST /lfs/uploads HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
+            let kind: &[u8] = if name == "content-type" { b"" } else { b"content-type: application/json\r\n" };
+            let request = [head.as_bytes(), kind, name.as_bytes(), b": ", value, b"\r\n\r\n", body.as_bytes()].concat();
+            let answers = house.raw(&request).await;
+            let answer = answers.last().unwrap_or_else(|| panic!("{name} {value:?}: no answer"));
+            assert!((200..500).contains(&answer.status), "{name} {value:?}: {answer:?}");
+            assert!(answer.head.contains("x-request-id: "), "{name} {value:?}: {answer:?}");
+            tried += 1;
+        }
+    }
+    println!("headers: {tried} requests");
+}
+
+#[tokio::test]
+async fn paths_mean_what_they_say_and_nothing_else() {
+    let house = House::new().await;
+    let id = house.open(b"x", json!({})).await.expect(201).id();
+    house.put_policy("t", &json!({})).await.expect(200);
+    let get = async |path: &str| {
+        let answers = house.raw(format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").as_bytes()).await;
+        (
+            answers[0].status,
+            serde_json::from_str::<Value>(&answers[0].body).unwrap_or_default()["code"].as_str().unwrap_or_default().to_owned(),
+        )
+    };
+    // A UUID is the same in either case, and in no other form.
+    assert_eq!(get(&format!("/lfs/uploads/{}", id.to_uppercase())).await.0, 200);
+    let mut tried = 1;
+    for path in [
+        format!("/lfs/uploads/{id}/"),
+        format!("/lfs/uploads//{id}"),
+        format!("//lfs/uploads/{id}"),
+        format!("/lfs/./uploads/{id}"),
+        format!("/lfs/topics/../uploads/{id}"),
+        format!("/lfs/topics/..%2fuploads%2f{id}"),
+        format!("/lfs%2fuploads/{id}"),
+        format!("/lfs/uploads%2f{id}"),
+        format!("/LFS/uploads/{id}"),
+        format!("/lfs/uploads/{id}/../{id}"),
+        format!("/lfs/uploads/{id}/complete/.."),
+        format!("/lfs/uploads/{id};a=b"),
+        format!("/lfs/uploads/{id}%00"),
+        format!("/lfs/uploads/{id}%20"),
+        format!("/lfs/uploads/%2e%2e/{id}"),
+        format!("/lfs/uploads/{}", id.replacen('0', "%2530", 1)),
+        format!("/lfs/uploads/..%2f{id}"),
+        format!("/docs/../lfs/uploads/{id}"),
+        "/docs/..%2f..%2fetc%2fpasswd".to_owned(),
+        "/docs/%2e%2e/%2e%2e/Cargo.toml".to_owned(),
+        "/docs/....//index.html".to_owned(),
+        "/problems/../openapi.json".to_owned(),
+        "/problems/internal/".to_owned(),
+        "/problems/INTERNAL".to_owned(),
+        "/lfs/topics/t/".to_owned(),
+        "/lfs/topics/t%2f".to_owned(),
+        "/lfs/topics/T".to_owned(),
+        "/lfs/topics/%74%2fx".to_owned(),
+        "/healthz/".to_owned(),
+        "/.".to_owned(),
+        "/..".to_owned(),
+        "/%2e%2e".to_owned(),
+    ] {
+        let (status, code) = get(&path).await;
+        assert!(status == 404 && code.ends_with("not-found"), "{path}: {status} {code}");
+        tried += 1;
+    }
+    // One decoding is due, a second is not.
+    assert_eq!(get("/lfs/topics/%74").await.0, 200);
+    assert_eq!(get("/lfs/topics/%2574").await, (404, "topic-not-found".to_owned()));
+    for form in ["{}", "urn:uuid:{}"] {
+        let path = format!("/lfs/uploads/{}", form.replace("{}", &id));
+        let (status, code) = get(&path).await;
+        assert!(status == 200 || code == "upload-not-found", "{path}: {status} {code}");
+    }
+    // An absolute form names the same place, whatever host it names.
+    assert_eq!(get(&format!("http://elsewhere.example/lfs/uploads/{id}")).await.0, 200);
+    for (method, path) in
+        [("OPTIONS", "*"), ("CONNECT", "a:443"), ("TRACE", "/"), ("get", "/healthz"), ("X".repeat(200).as_str(), "/")]
+    {
+        let answers = house.raw(format!("{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").as_bytes()).await;
+        assert!(answers.iter().all(|answer| (200..500).contains(&answer.status)), "{method} {path}: {answers:?}");
+        tried += 1;
+    }
+    println!("paths: {} requests", tried + 6);
+}
+
+#[tokio::test]
+async fn cursors_that_were_not_given_are_refused() {
+    let house = House::new().await;
+    for n in 0..3u8 {
+        house.open(&[n], json!({})).await.expect(201);
+    }
+    let page = house.get("/lfs/uploads?limit=1").await.expect(200);
+    let cursor = page.json["next_cursor"].as_str().unwrap().to_owned();
+    house.get(&format!("/lfs/uploads?limit=1&cursor={cursor}")).await.expect(200);
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut tried = 0;
+    for n in 0..300 {
+        let mut bytes = cursor.clone().into_bytes();
+        match n % 3 {
+            0 => {
+                let at = random.usize(..bytes.len());
+                bytes[at] = random.alphanumeric() as u8;
+            }
+            1 => bytes.truncate(random.usize(..bytes.len())),
+            _ => bytes.extend((0..random.usize(1..40)).map(|_| random.alphanumeric() as u8)),
+        }
+        let changed = String::from_utf8(bytes).unwrap();
+        let answer = house.get(&format!("/lfs/uploads?limit=1&cursor={changed}")).await;
+        if changed != cursor {
+            survived(&answer, &changed);
+            tried += 1;
+        }
+    }
+    // The list's own beginning, and a time that is none in PostgreSQL.
+    let read = URL_SAFE_NO_PAD.decode(&cursor).unwrap();
+    for seconds in [
+        -377_705_116_800i128,
+        -210_866_803_300,
+        -62_167_219_201,
+        253_402_300_799,
+        i128::from(i64::MAX),
+        i128::MIN / 2_000_000_000,
+    ] {
+        let forged = URL_SAFE_NO_PAD.encode([&read[..8], &(seconds * 1_000_000_000).to_be_bytes(), &read[24..]].concat());
+        survived(&house.get(&format!("/lfs/uploads?limit=1&cursor={forged}")).await, &format!("{seconds}"));
+        tried += 1;
+    }
+    for time in [
+        "0000-01-01T00:00:00Z",
+        "0001-01-01T00:00:00%2B23:59",
+        "9999-12-31T23:59:59-23:59",
+        "2026-02-30T00:00:00Z",
+        "2026-11-21T23:59:60Z",
+    ] {
+        survived(&house.get(&format!("/lfs/uploads?created_after={time}&created_before={time}")).await, time);
+        tried += 1;
+    }
+    for other in ["topic=x", "state=open", "key_prefix=a"] {
+        refused(house.get(&format!("/lfs/uploads?limit=1&{other}&cursor={cursor}")).await, other);
+    }
+    println!("cursors: {tried} changed");
+}
