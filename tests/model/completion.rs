@@ -1,0 +1,709 @@
+//! Completion: one session from its open to its promise or its failure, and what is left of it in S3.
+//!
+//! Two tasks at a time work on it, as `finish.rs` and `broker/complete.rs` do, beside its client, two requests that
+//! make its multipart upload (`broker/open.rs`) and the sweeper. A task is of any replica, or all are of one: who holds
+//! a lease is not modelled, only its attempt, for that is all that tells two tasks of one replica apart. The version
+//! of the row is not counted: a task's knowledge of it is current, or it is not.
+
+use stateright::{Model, Property};
+
+/// The decisions of the protocol. One of them changed is a broken design.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Design {
+    /// A presigned PUT carries a signed `If-None-Match: *`.
+    pub(crate) puts_once: bool,
+    /// A move is written under the state and the version that its writer has read.
+    pub(crate) guards_moves: bool,
+    /// A session is ended in PostgreSQL before anything of it is destroyed in S3.
+    pub(crate) decides_first: bool,
+    /// S3 is swept once more when nothing can land in it any more.
+    pub(crate) sweeps_twice: bool,
+    /// Every multipart upload of the key is aborted, not only the one that the row names.
+    pub(crate) sweeps_all: bool,
+}
+
+impl Design {
+    /// The design of this house.
+    pub(crate) const HOUSE: Self =
+        Self { puts_once: true, guards_moves: true, decides_first: true, sweeps_twice: true, sweeps_all: true };
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// One PUT.
+    Single,
+    /// One PUT whose bytes S3 cannot prove: they are read back.
+    ReadBack,
+    /// Parts, of which one stands for all.
+    Multipart,
+}
+
+pub(crate) const SAME_BYTES: &str = "the object of a promised session is the one that was verified";
+pub(crate) const NOTHING_LEFT: &str = "at rest a failed session has no object and no multipart upload";
+pub(crate) const ONE_END: &str = "no session ends in two ways";
+pub(crate) const ALL_END: &str = "at rest the session has ended";
+
+/// A design, and the bounds within which all of it is looked at.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Completion {
+    pub(crate) design: Design,
+    pub(crate) layout: Layout,
+    /// How often its client asks to complete it.
+    pub(crate) asks: u8,
+    pub(crate) crashes: u8,
+    /// Everything else that goes wrong: so often in all.
+    pub(crate) faults: u8,
+}
+
+/// What PostgreSQL and S3 hold, what is in flight, and what each process has in memory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    state: State,
+    /// The multipart upload that the row names.
+    upload: Option<usize>,
+    /// How often the session was promised or has failed.
+    ends: u8,
+
+    object: Option<Bytes>,
+    uploads: [Upload; 2],
+    /// A CompleteMultipartUpload of these bytes, whose sender waits no more.
+    finish_in_flight: Option<(usize, Bytes)>,
+
+    puts: [Put; 2],
+    asks_left: u8,
+    may_abort: bool,
+    /// The end of the session has passed, and with it the end of every URL.
+    is_over: bool,
+
+    tasks: [Option<Task>; 2],
+    makings: [Option<Making>; 2],
+    /// Passes may be repeated, so one sweeper stands for all.
+    sweep: Option<Sweep>,
+    crashes_left: u8,
+    faults_left: u8,
+}
+
+/// Where the session stands, as its row says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum State {
+    Open,
+    Completing { lease: Lease, must_read: bool },
+    Verified(Bytes),
+    Failed(Failure, Cleanup),
+}
+
+/// Attempts count from 1 again when the session was given back to its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Lease {
+    attempt: u8,
+    /// It ran out, or was given back.
+    is_over: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Failure {
+    Aborted,
+    Expired,
+    Rejected,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Cleanup {
+    Due,
+    /// Due when nothing of the session can land in S3 any more.
+    DueLate,
+    Done,
+}
+
+/// `Right` and `AlsoRight` both pass the proof that was promised (of the size alone), and yet are different.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Bytes {
+    Right,
+    AlsoRight,
+    Wrong,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Upload {
+    Unborn,
+    Begun(Option<Bytes>),
+    Joined,
+    Aborted,
+    /// A part landed after the abort: S3 stores it until the upload is aborted once more.
+    Leftover,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Put {
+    Unsent,
+    InFlight(Bytes, Option<usize>),
+    Over,
+}
+
+/// A completion under way: what it knows is as old as its last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Task {
+    step: Step,
+    attempt: u8,
+    must_read: bool,
+    /// Nobody has moved the row since this task read or wrote it.
+    is_current: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Step {
+    /// The row was read; the claim is not written yet.
+    Claiming,
+    Look,
+    List,
+    /// These bytes were listed.
+    Finish(Bytes),
+    LookAgain(Answer),
+    /// These bytes were looked at.
+    Read(Bytes),
+    Decided(Verdict),
+    /// S3 gave no verdict.
+    Releasing,
+}
+
+/// What came of CompleteMultipartUpload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Answer {
+    /// It was not sent: S3 lists no such upload.
+    Unlisted,
+    Refused,
+    /// Done, gone, or nothing was heard: the look that follows decides.
+    Any,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Verdict {
+    Missing,
+    MustRead,
+    Wrong,
+    Good(Bytes),
+}
+
+/// A request that makes the session's multipart upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Making {
+    Asked,
+    Made(usize),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Sweep {
+    step: Sweeping,
+    /// Nothing could land any more when the pass began.
+    is_last: bool,
+    /// What was overdue is destroyed before it is ended.
+    is_undecided: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Sweeping {
+    Uploads,
+    Object,
+    /// Whether there was an object.
+    Noting(bool),
+}
+
+/// One atomic step of somebody. Whoever is between two steps may stay there while the others go on: a pause, a zombie
+/// and a late PUT are orders of steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    PutBegins(Bytes),
+    PutLands(usize),
+    AskToComplete,
+    Abort,
+    TimePasses,
+    Expire,
+    AskForUpload,
+    Make(usize, Making),
+    /// What a task does next follows from where it stands.
+    Work(usize, Task),
+    TakeOver,
+    FinishLands,
+    /// Its holder is dead, or has given up.
+    LeaseEnds,
+    Sweep,
+
+    CrashTask(usize),
+    CrashMaking(usize),
+    CrashSweeper,
+    /// Its holder lives, and is stopped or cut off from PostgreSQL.
+    LivingLeaseEnds,
+    /// S3 does not answer.
+    Silence(usize),
+    /// S3 makes the upload, and its answer is lost.
+    MakeUnheard(usize),
+}
+
+impl Completion {
+    pub(crate) fn house(layout: Layout, asks: u8, crashes: u8, faults: u8) -> Self {
+        Self { design: Design::HOUSE, layout, asks, crashes, faults }
+    }
+
+    fn is_multipart(&self) -> bool {
+        self.layout == Layout::Multipart
+    }
+
+    fn offer_usual(&self, world: &World, offers: &mut Vec<Action>) {
+        self.offer_client(world, offers);
+        for (making, step) in world.makings.iter().enumerate().filter_map(|(making, step)| Some((making, (*step)?))) {
+            offers.push(Action::Make(making, step));
+        }
+        for (number, task) in world.tasks.iter().enumerate().filter_map(|(number, task)| Some((number, (*task)?))) {
+            offers.push(Action::Work(number, task));
+        }
+        if world.finish_in_flight.is_some() {
+            offers.push(Action::FinishLands);
+        }
+        if let State::Completing { lease, .. } = world.state {
+            match lease.is_over {
+                true if world.tasks.contains(&None) => offers.push(Action::TakeOver),
+                false if !world.is_worked_on(lease) => offers.push(Action::LeaseEnds),
+                _ => {}
+            }
+        }
+        if world.sweep.is_some() || self.next_sweep(world).is_some() {
+            offers.push(Action::Sweep);
+        }
+    }
+
+    fn offer_client(&self, world: &World, offers: &mut Vec<Action>) {
+        if !world.is_over {
+            offers.push(Action::TimePasses);
+            if !self.is_multipart() || world.upload.is_some() {
+                match world.puts {
+                    [Put::Unsent, _] => offers.extend([Action::PutBegins(Bytes::Right), Action::PutBegins(Bytes::Wrong)]),
+                    [_, Put::Unsent] => offers.push(Action::PutBegins(Bytes::AlsoRight)),
+                    _ => {}
+                }
+            }
+        }
+        let in_flight = (0..world.puts.len()).filter(|put| matches!(world.puts[*put], Put::InFlight(..)));
+        offers.extend(in_flight.map(Action::PutLands));
+        let is_open = world.state == State::Open;
+        if is_open && !world.is_over && world.asks_left > 0 && world.tasks.contains(&None) {
+            offers.push(Action::AskToComplete);
+        }
+        if world.may_abort && (is_open || matches!(world.state, State::Completing { must_read: true, .. })) {
+            offers.push(Action::Abort);
+        }
+        if is_open && world.is_over && self.design.decides_first {
+            offers.push(Action::Expire);
+        }
+        let unborn = world.uploads.iter().filter(|upload| **upload == Upload::Unborn).count();
+        let asked = world.makings.iter().filter(|making| **making == Some(Making::Asked)).count();
+        let may_ask = self.is_multipart() && is_open && !world.is_over && world.upload.is_none();
+        if may_ask && asked < unborn && world.makings.contains(&None) {
+            offers.push(Action::AskForUpload);
+        }
+    }
+
+    fn offer_faults(&self, world: &World, offers: &mut Vec<Action>) {
+        let tasks = || world.tasks.iter().enumerate().filter_map(|(number, task)| Some((number, (*task)?)));
+        let makings = || world.makings.iter().enumerate().filter_map(|(making, step)| Some((making, (*step)?)));
+        if world.crashes_left > 0 {
+            offers.extend(tasks().map(|(number, _)| Action::CrashTask(number)));
+            offers.extend(makings().map(|(making, _)| Action::CrashMaking(making)));
+            offers.extend(world.sweep.map(|_| Action::CrashSweeper));
+        }
+        if world.faults_left > 0 {
+            let asks_s3 = |task: &Task| !matches!(task.step, Step::Claiming | Step::Decided(_) | Step::Releasing);
+            offers.extend(tasks().filter(|(_, task)| asks_s3(task)).map(|(number, _)| Action::Silence(number)));
+            let asked = makings().filter(|(_, step)| *step == Making::Asked);
+            offers.extend(asked.map(|(making, _)| Action::MakeUnheard(making)));
+            if let State::Completing { lease, .. } = world.state
+                && !lease.is_over
+                && world.is_worked_on(lease)
+            {
+                offers.push(Action::LivingLeaseEnds);
+            }
+        }
+    }
+
+    /// Whether nothing happens any more unless something fails.
+    fn is_at_rest(&self, world: &World) -> bool {
+        let mut offers = Vec::new();
+        self.offer_usual(world, &mut offers);
+        offers.is_empty()
+    }
+
+    /// One step of a task; `None` when it has ended.
+    fn work(&self, world: &mut World, task: Task) -> Option<Task> {
+        let step = match task.step {
+            Step::Claiming => return world.claim(task),
+            Step::Look if self.is_multipart() && task.attempt == 1 => Step::List,
+            Step::Look => match world.object {
+                Some(bytes) if task.must_read => Step::Read(bytes),
+                Some(bytes) => self.found(world, bytes),
+                None if self.is_multipart() => Step::List,
+                None => Step::Decided(Verdict::Missing),
+            },
+            Step::List => match world.upload.map(|upload| world.uploads[upload]) {
+                Some(Upload::Begun(Some(bytes))) => Step::Finish(bytes),
+                Some(Upload::Begun(None)) | None => Step::Decided(Verdict::Missing),
+                Some(_) => Step::LookAgain(Answer::Unlisted),
+            },
+            Step::Finish(bytes) => Step::LookAgain(world.upload.map_or(Answer::Any, |upload| world.join(upload, bytes))),
+            Step::LookAgain(answer) => match (world.object, answer) {
+                (Some(bytes), _) => self.found(world, bytes),
+                (None, Answer::Any) => Step::Releasing,
+                (None, Answer::Refused) => Step::Decided(Verdict::Missing),
+                (None, Answer::Unlisted) => {
+                    world.upload = None;
+                    Step::Decided(Verdict::Missing)
+                }
+            },
+            // `If-Match`: other bytes than those that were looked at are an error.
+            Step::Read(bytes) if world.object == Some(bytes) => Step::Decided(judge(bytes)),
+            Step::Read(_) => Step::Releasing,
+            Step::Decided(verdict) => {
+                let is_ours = task.is_current && matches!(world.state, State::Completing { .. });
+                if is_ours || !self.design.guards_moves {
+                    world.decide(verdict);
+                }
+                return None;
+            }
+            Step::Releasing => {
+                world.release(task.attempt);
+                return None;
+            }
+        };
+        Some(Task { step, ..task })
+    }
+
+    /// What a look at the object leads to. The uploads that were not used are aborted on the way.
+    fn found(&self, world: &mut World, bytes: Bytes) -> Step {
+        if self.is_multipart() {
+            world.abort_uploads(None);
+        }
+        Step::Decided(if self.layout == Layout::ReadBack { Verdict::MustRead } else { judge(bytes) })
+    }
+
+    fn land(&self, world: &mut World, put: usize) {
+        let Put::InFlight(bytes, upload) = world.puts[put] else { return };
+        world.puts[put] = Put::Over;
+        match upload.map(|upload| &mut world.uploads[upload]) {
+            Some(Upload::Begun(part)) => *part = Some(bytes),
+            // Amazon S3 says of AbortMultipartUpload that parts in flight may succeed, and to abort again.
+            Some(upload @ Upload::Aborted) => *upload = Upload::Leftover,
+            Some(_) => {}
+            None if world.object.is_none() || !self.design.puts_once => world.object = Some(bytes),
+            None => {}
+        }
+    }
+
+    fn next_sweep(&self, world: &World) -> Option<Sweep> {
+        let is_last = world.is_quiet();
+        let is_undecided = world.state == State::Open && world.is_over && !self.design.decides_first;
+        let is_due = match world.state {
+            State::Failed(_, Cleanup::Due) => true,
+            State::Failed(_, Cleanup::DueLate) => is_last,
+            _ => is_undecided,
+        };
+        is_due.then_some(Sweep { step: Sweeping::Uploads, is_last, is_undecided })
+    }
+
+    fn sweep(&self, world: &mut World) {
+        let Some(sweep) = world.sweep else {
+            world.sweep = self.next_sweep(world);
+            return;
+        };
+        let next = match sweep.step {
+            Sweeping::Uploads => {
+                let known = world.upload;
+                world.abort_uploads(if self.design.sweeps_all { None } else { Some(known) });
+                Some(Sweeping::Object)
+            }
+            Sweeping::Object => Some(Sweeping::Noting(world.object.take().is_some())),
+            Sweeping::Noting(_) => {
+                if sweep.is_undecided && world.state == State::Open {
+                    world.fail(Failure::Expired);
+                }
+                if let State::Failed(_, cleanup) = &mut world.state {
+                    *cleanup = if sweep.is_last || !self.design.sweeps_twice { Cleanup::Done } else { Cleanup::DueLate };
+                }
+                None
+            }
+        };
+        world.sweep = next.map(|step| Sweep { step, ..sweep });
+    }
+}
+
+fn judge(bytes: Bytes) -> Verdict {
+    if bytes == Bytes::Wrong { Verdict::Wrong } else { Verdict::Good(bytes) }
+}
+
+impl World {
+    /// Whether a task has the lease and renews it.
+    fn is_worked_on(&self, lease: Lease) -> bool {
+        self.tasks.iter().flatten().any(|task| task.attempt == lease.attempt && task.step != Step::Claiming)
+    }
+
+    /// Whether nothing that was begun for the session can land in S3 any more: the longest PUT, the longest request
+    /// and S3's time-out have passed since its URLs and leases ended.
+    fn is_quiet(&self) -> bool {
+        let is_landing = self.puts.iter().any(|put| matches!(put, Put::InFlight(..))) || self.finish_in_flight.is_some();
+        self.is_over && !is_landing && self.makings == [None; 2]
+    }
+
+    /// Reads the row to complete the session.
+    fn begin(&mut self, attempt: u8, must_read: bool) {
+        if let Some(free) = self.tasks.iter_mut().find(|task| task.is_none()) {
+            *free = Some(Task { step: Step::Claiming, attempt, must_read, is_current: true });
+        }
+    }
+
+    fn claim(&mut self, task: Task) -> Option<Task> {
+        if !task.is_current {
+            return None;
+        }
+        let lease = Lease { attempt: task.attempt, is_over: false };
+        self.write(State::Completing { lease, must_read: task.must_read });
+        Some(Task { step: Step::Look, ..task })
+    }
+
+    /// Writes the row: whoever read it before knows its version no more.
+    fn write(&mut self, state: State) {
+        self.state = state;
+        for task in self.tasks.iter_mut().flatten() {
+            task.is_current = false;
+        }
+    }
+
+    fn decide(&mut self, verdict: Verdict) {
+        match verdict {
+            Verdict::Missing => self.write(State::Open),
+            Verdict::Wrong => self.fail(Failure::Rejected),
+            Verdict::MustRead => {
+                if let State::Completing { lease, .. } = self.state {
+                    self.write(State::Completing { lease: Lease { is_over: true, ..lease }, must_read: true });
+                }
+            }
+            Verdict::Good(bytes) => {
+                self.write(State::Verified(bytes));
+                self.end();
+            }
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.write(State::Failed(failure, Cleanup::Due));
+        self.end();
+    }
+
+    /// Nobody asks for anything any more: worlds that differ only in what could have been asked are one.
+    fn end(&mut self) {
+        self.ends += 1;
+        self.asks_left = 0;
+        self.may_abort = false;
+    }
+
+    /// Gives a lease back: named by its attempt, not by the session's version.
+    fn release(&mut self, attempt: u8) {
+        if let State::Completing { lease, must_read } = self.state
+            && lease.attempt == attempt
+        {
+            self.write(State::Completing { lease: Lease { is_over: true, ..lease }, must_read });
+        }
+    }
+
+    /// What S3 does on CompleteMultipartUpload with `If-None-Match: *`, naming the bytes that were listed.
+    fn join(&mut self, upload: usize, listed: Bytes) -> Answer {
+        match self.uploads[upload] {
+            Upload::Begun(_) if self.object.is_some() => Answer::Refused,
+            Upload::Begun(part) if part != Some(listed) => Answer::Refused,
+            Upload::Begun(_) => {
+                self.uploads[upload] = Upload::Joined;
+                self.object = Some(listed);
+                Answer::Any
+            }
+            _ => Answer::Any,
+        }
+    }
+
+    /// Aborts all uploads of the key, or only one that is named, if any.
+    fn abort_uploads(&mut self, only: Option<Option<usize>>) {
+        for (number, upload) in self.uploads.iter_mut().enumerate() {
+            let is_meant = only.is_none_or(|only| only == Some(number));
+            if is_meant && matches!(upload, Upload::Begun(_) | Upload::Leftover) {
+                *upload = Upload::Aborted;
+            }
+        }
+    }
+
+    fn begin_upload(&mut self) -> Option<usize> {
+        let unborn = self.uploads.iter().position(|upload| *upload == Upload::Unborn)?;
+        self.uploads[unborn] = Upload::Begun(None);
+        Some(unborn)
+    }
+
+    fn make(&mut self, making: usize) {
+        self.makings[making] = match self.makings[making] {
+            Some(Making::Asked) => self.begin_upload().map(Making::Made),
+            // Stored where none is yet and the session is open; whoever comes second aborts its own.
+            Some(Making::Made(made)) => {
+                match self.upload {
+                    None if self.state == State::Open => self.upload = Some(made),
+                    _ => self.abort_uploads(Some(Some(made))),
+                }
+                None
+            }
+            None => None,
+        };
+    }
+
+    /// S3 does not answer a task. What was to be finished is perhaps still finished, however late.
+    fn silence(&mut self, number: usize) {
+        let Some(task) = &mut self.tasks[number] else { return };
+        task.step = match task.step {
+            Step::Finish(bytes) => {
+                self.finish_in_flight = self.upload.map(|upload| (upload, bytes));
+                Step::LookAgain(Answer::Any)
+            }
+            _ => Step::Releasing,
+        };
+    }
+}
+
+impl Model for Completion {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World {
+            state: State::Open,
+            upload: None,
+            ends: 0,
+            object: None,
+            uploads: [Upload::Unborn; 2],
+            finish_in_flight: None,
+            puts: [Put::Unsent; 2],
+            asks_left: self.asks,
+            may_abort: true,
+            is_over: false,
+            tasks: [None; 2],
+            makings: [None; 2],
+            sweep: None,
+            crashes_left: self.crashes,
+            faults_left: self.faults,
+        }]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        self.offer_usual(world, actions);
+        self.offer_faults(world, actions);
+    }
+
+    fn next_state(&self, last: &World, action: Action) -> Option<World> {
+        let mut world = last.clone();
+        match action {
+            Action::PutBegins(bytes) => {
+                let unsent = world.puts.iter().position(|put| *put == Put::Unsent)?;
+                world.puts[unsent] = Put::InFlight(bytes, world.upload);
+            }
+            Action::PutLands(put) => self.land(&mut world, put),
+            Action::AskToComplete => {
+                world.asks_left -= 1;
+                world.begin(1, false);
+            }
+            Action::TakeOver => {
+                if let State::Completing { lease, must_read } = world.state {
+                    world.begin(lease.attempt + 1, must_read);
+                }
+            }
+            Action::Work(number, task) => {
+                world.tasks[number] = None;
+                world.tasks[number] = self.work(&mut world, task);
+            }
+            Action::FinishLands => {
+                if let Some((upload, bytes)) = world.finish_in_flight.take() {
+                    world.join(upload, bytes);
+                }
+            }
+            Action::Abort => world.fail(Failure::Aborted),
+            Action::Expire => world.fail(Failure::Expired),
+            Action::TimePasses => world.is_over = true,
+            Action::AskForUpload => {
+                let free = world.makings.iter().position(Option::is_none)?;
+                world.makings[free] = Some(Making::Asked);
+            }
+            Action::Make(making, _) => world.make(making),
+            Action::Sweep => self.sweep(&mut world),
+            Action::LeaseEnds | Action::LivingLeaseEnds => {
+                if let State::Completing { lease, .. } = &mut world.state {
+                    lease.is_over = true;
+                }
+            }
+            Action::CrashTask(number) => world.tasks[number] = None,
+            Action::CrashMaking(making) => world.makings[making] = None,
+            Action::CrashSweeper => world.sweep = None,
+            Action::Silence(number) => world.silence(number),
+            Action::MakeUnheard(making) => {
+                world.begin_upload();
+                world.makings[making] = None;
+            }
+        }
+        match action {
+            Action::CrashTask(_) | Action::CrashMaking(_) | Action::CrashSweeper => world.crashes_left -= 1,
+            Action::LivingLeaseEnds | Action::Silence(_) | Action::MakeUnheard(_) => world.faults_left -= 1,
+            _ => {}
+        }
+        // Tasks have no names, nor have requests.
+        world.tasks.sort_unstable();
+        world.makings.sort_unstable();
+        Some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always(SAME_BYTES, |_, world: &World| match world.state {
+                State::Verified(bytes) => world.object == Some(bytes),
+                _ => true,
+            }),
+            Property::always(NOTHING_LEFT, |house: &Self, world: &World| {
+                let is_kept = |upload: &Upload| matches!(upload, Upload::Begun(_) | Upload::Leftover);
+                let is_clean = world.object.is_none() && !world.uploads.iter().any(is_kept);
+                is_clean || !matches!(world.state, State::Failed(..)) || !house.is_at_rest(world)
+            }),
+            Property::always(ONE_END, |_, world: &World| world.ends <= 1),
+            Property::always(ALL_END, |house: &Self, world: &World| {
+                matches!(world.state, State::Verified(_) | State::Failed(_, Cleanup::Done)) || !house.is_at_rest(world)
+            }),
+            Property::sometimes("a session is promised", |_, world: &World| matches!(world.state, State::Verified(_))),
+            Property::sometimes("a session is aborted", |_, world: &World| has_failed(world, Failure::Aborted)),
+            Property::sometimes("a session expires", |_, world: &World| has_failed(world, Failure::Expired)),
+            Property::sometimes("a session is rejected", |_, world: &World| has_failed(world, Failure::Rejected)),
+            Property::sometimes("two tasks work at once", |_, world: &World| {
+                world.tasks.iter().flatten().filter(|task| task.step != Step::Claiming).count() == 2
+            }),
+            Property::sometimes("a takeover proves the object that somebody else has left", |_, world: &World| {
+                let proves = |task: &Task| task.attempt > 1 && matches!(task.step, Step::Decided(Verdict::Good(_)));
+                world.tasks.iter().flatten().any(|task| proves(task) && task.is_current)
+            }),
+        ];
+        if self.is_multipart() {
+            properties.extend([
+                Property::sometimes("two multipart uploads stand side by side", |_, world: &World| {
+                    world.uploads.iter().all(|upload| matches!(upload, Upload::Begun(_)))
+                }),
+                Property::sometimes("a part lands after the abort of its upload", |_, world: &World| {
+                    world.uploads.contains(&Upload::Leftover)
+                }),
+            ]);
+        } else {
+            properties.push(Property::sometimes("the second pass removes the object of a late PUT", |_, world: &World| {
+                let is_second = matches!(world.state, State::Failed(_, Cleanup::DueLate));
+                is_second && world.sweep.is_some_and(|sweep| sweep.step == Sweeping::Noting(true))
+            }));
+        }
+        properties
+    }
+}
+
+fn has_failed(world: &World, how: Failure) -> bool {
+    matches!(world.state, State::Failed(failure, Cleanup::Done) if failure == how)
+}

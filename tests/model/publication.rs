@@ -1,0 +1,641 @@
+//! Publication: two pointers on their way from PostgreSQL's promise to one committed record each in Kafka.
+//!
+//! Two replicas relay one shard, as `relay.rs`, `store/outbox.rs` and `kafka/shard.rs` do. Who is the owner and who
+//! is fenced is kept as what the others did meanwhile, not as epochs: two worlds that differ in numbers only are one.
+
+use stateright::{Model, Property};
+
+const REPLICAS: usize = 2;
+/// Most pointers of a check.
+const POINTERS: usize = 3;
+
+/// By pointer: the batch that its row was stamped with, as somebody knows it.
+type Stamps = [Option<u8>; POINTERS];
+
+/// The decisions of the protocol. One of them changed is a broken design.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Design {
+    /// Taking a shard makes Kafka refuse whoever had it before, and abort what that one had not committed.
+    pub(crate) fences: bool,
+    pub(crate) settling: Settling,
+    /// No new batch while an older stamp is unsettled.
+    pub(crate) settles_first: bool,
+    /// Only the shard's owner takes a stamp back.
+    pub(crate) unstamps_as_owner: bool,
+    /// A row is parked only while it bears the stamp of who parks it.
+    pub(crate) parks_by_stamp: bool,
+    /// A parked row holds up the later ones of its topic and key.
+    pub(crate) parks_the_key: bool,
+    /// An outbox number is drawn under a lock on topic and key.
+    pub(crate) locks_the_key: bool,
+    /// A batch takes rows above the highest number that was published, instead of those without a stamp.
+    pub(crate) has_cursor: bool,
+}
+
+/// What a new owner makes of rows that were stamped and not marked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Settling {
+    /// Those that the last marker lists are published.
+    ByList,
+    /// Those of batches up to the last marker's are published.
+    ByNumber,
+    /// No marker is read: all are sent again.
+    Unread,
+}
+
+impl Design {
+    /// The design of this house.
+    pub(crate) const HOUSE: Self = Self {
+        fences: true,
+        settling: Settling::ByList,
+        settles_first: true,
+        unstamps_as_owner: true,
+        parks_by_stamp: true,
+        parks_the_key: true,
+        locks_the_key: true,
+        has_cursor: false,
+    };
+}
+
+pub(crate) const NEVER_LOST: &str = "at rest each promised pointer is published and has one record";
+pub(crate) const NEVER_TWICE: &str = "no pointer has two committed records";
+pub(crate) const IN_ORDER: &str = "records of one key stand in the order of their promises";
+pub(crate) const TRULY_MARKED: &str = "what is marked published is in Kafka";
+pub(crate) const ONE_TRANSACTION: &str = "a shard has one open transaction at most";
+pub(crate) const NEVER_AHEAD: &str = "the marker is never ahead of the stamps, so no relay takes the database for a backup";
+
+/// A design, and the bounds within which all of it is looked at.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Publication {
+    pub(crate) design: Design,
+    /// The topic and key of each pointer.
+    pub(crate) keys: &'static [u8],
+    pub(crate) crashes: u8,
+    /// Everything else that goes wrong: so often in all.
+    pub(crate) faults: u8,
+}
+
+/// What PostgreSQL and Kafka hold, and what each relay has in memory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    pointers: Vec<Pointer>,
+    /// The pointers with an outbox number, by number.
+    drawn: Vec<usize>,
+    /// The pointers whose promise was committed, in that order.
+    promised: Vec<usize>,
+    shard: Shard,
+    relays: [Relay; REPLICAS],
+    /// The committed records. Those of an open transaction get no place here before its commit: where Kafka fences,
+    /// no other can be open beside it.
+    log: Vec<usize>,
+    open: Vec<Transaction>,
+    /// The last one that was committed.
+    marker: Option<Marker>,
+    crashes_left: u8,
+    faults_left: u8,
+}
+
+/// The session from its proof on, and its row in the outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Pointer {
+    Proved,
+    /// The transaction that promises it is open, and has drawn its number.
+    Drawn,
+    Promised { batch: Option<u8>, parked: bool },
+    Published,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shard {
+    owner: Owner,
+    /// The lease ran out.
+    is_free: bool,
+    last_batch: u8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Owner {
+    Nobody,
+    Replica(usize),
+    /// A process that crashed. Its successor has another identity, so the lease must run out.
+    Dead,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Relay {
+    step: Step,
+    /// The shard's epoch is not the one that this relay knows.
+    is_ousted: bool,
+    /// Kafka refuses its producer.
+    is_fenced: bool,
+}
+
+/// How far a relay is, and what it knows: as old as its last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Step {
+    Idle,
+    /// The lease is ours.
+    Owning,
+    Fenced,
+    /// The marker was read.
+    Asked(Option<Marker>),
+    /// The stamped rows were read; which of them the marker lists.
+    Settling(Stamps, [bool; POINTERS]),
+    /// Kafka does not hold these.
+    Unstamping(Stamps),
+    Ready,
+    /// The stamps are committed.
+    Stamped(Stamps),
+    /// Records and marker are in the open transaction.
+    Sent(Stamps),
+    Committing(Stamps),
+    /// Kafka said yes.
+    Marking(Stamps),
+    /// The transaction was aborted, because Kafka refused one record.
+    Parking(Stamps, usize),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Transaction {
+    lists: Stamps,
+    /// The relay that waits for its end.
+    waiter: Option<usize>,
+    /// The commit is on its way, and may arrive when nobody waits any more.
+    is_committing: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Marker {
+    lists: [bool; POINTERS],
+    batch: u8,
+}
+
+/// One atomic step of somebody. Whoever is between two steps may stay there while the others go on: a pause, a zombie
+/// and a late message are orders of steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    Draw(usize),
+    Promise(usize),
+    /// What a relay does next follows from where it stands.
+    Relay(usize, Step),
+    /// A relay that is ready stamps the first rows that are due: one, or all.
+    Stamp(usize, usize),
+    /// The owner's lease was lost, and its replica takes it again behind the back of the batch under way.
+    Renew(usize),
+    DeadLeaseEnds,
+    CommitLands(usize),
+    ParkingEnds(usize),
+
+    Crash(usize),
+    /// The transaction that promises is rolled back.
+    RollBack(usize),
+    /// The owner lives, and is stopped or cut off from PostgreSQL.
+    LeaseEnds,
+    /// Somebody did not answer: what was asked for is done or not, and the relay drops the shard.
+    Unheard(usize),
+    /// Kafka refuses one record for good.
+    Refuse(usize, usize),
+    /// Kafka takes nothing of a batch, and nobody is to blame.
+    Abort(usize),
+    /// Kafka gives up a transaction that took too long, and its producer with it.
+    TimeOut(usize),
+}
+
+impl Publication {
+    pub(crate) fn house(keys: &'static [u8], crashes: u8, faults: u8) -> Self {
+        Self { design: Design::HOUSE, keys, crashes, faults }
+    }
+
+    fn offer_usual(&self, world: &World, offers: &mut Vec<Action>) {
+        for (pointer, state) in world.pointers.iter().enumerate() {
+            let of_key = |state: Pointer| (0..self.keys.len()).filter(move |other| self.keys[*other] == self.keys[pointer] && world.pointers[*other] == state);
+            match *state {
+                // Those of one key that nobody has begun are alike: the first stands for all.
+                Pointer::Proved if of_key(Pointer::Proved).next() != Some(pointer) => {}
+                Pointer::Proved if self.design.locks_the_key && of_key(Pointer::Drawn).next().is_some() => {}
+                Pointer::Proved => offers.push(Action::Draw(pointer)),
+                Pointer::Drawn => offers.push(Action::Promise(pointer)),
+                Pointer::Promised { parked: true, .. } => offers.push(Action::ParkingEnds(pointer)),
+                Pointer::Promised { .. } | Pointer::Published => {}
+            }
+        }
+        if world.shard.owner == Owner::Dead && !world.shard.is_free {
+            offers.push(Action::DeadLeaseEnds);
+        }
+        let landing = world.open.iter().enumerate().filter(|(_, open)| open.is_committing);
+        offers.extend(landing.map(|(number, _)| Action::CommitLands(number)));
+        let is_free = world.shard.is_free || world.shard.owner == Owner::Nobody;
+        // Two idle replicas are alike where neither is the owner: the first stands for both.
+        let idle = world.relays.iter().position(|relay| relay.step == Step::Idle);
+        for replica in 0..REPLICAS {
+            let relay = &world.relays[replica];
+            match relay.step {
+                Step::Idle => {
+                    let may_own = if is_free { idle == Some(replica) } else { world.shard.owner == Owner::Replica(replica) };
+                    if may_own && world.has_waiting() {
+                        offers.push(Action::Relay(replica, relay.step));
+                    }
+                    continue;
+                }
+                Step::Ready if !relay.is_ousted => {
+                    let due = self.due(world).len();
+                    offers.extend((due > 0).then_some(Action::Stamp(replica, 1)));
+                    offers.extend((due > 1).then_some(Action::Stamp(replica, due)));
+                }
+                Step::Committing(_) if world.transaction_of(replica).is_some() => {}
+                _ => offers.push(Action::Relay(replica, relay.step)),
+            }
+            if world.shard.is_free {
+                offers.push(Action::Renew(replica));
+            }
+        }
+    }
+
+    fn offer_faults(&self, world: &World, offers: &mut Vec<Action>) {
+        let has_memory = |replica: &usize| {
+            world.relays[*replica].step != Step::Idle || world.shard.owner == Owner::Replica(*replica)
+        };
+        if world.crashes_left > 0 {
+            offers.extend((0..REPLICAS).filter(has_memory).map(Action::Crash));
+        }
+        if world.faults_left == 0 {
+            return;
+        }
+        offers.extend((0..self.keys.len()).filter(|pointer| world.pointers[*pointer] == Pointer::Drawn).map(Action::RollBack));
+        if matches!(world.shard.owner, Owner::Replica(_)) && !world.shard.is_free {
+            offers.push(Action::LeaseEnds);
+        }
+        offers.extend((0..world.open.len()).map(Action::TimeOut));
+        for (replica, relay) in world.relays.iter().enumerate() {
+            match relay.step {
+                Step::Idle => continue,
+                Step::Sent(stamps) if !relay.is_fenced => {
+                    offers.push(Action::Abort(replica));
+                    let sent = (0..POINTERS).filter(|pointer| stamps[*pointer].is_some());
+                    offers.extend(sent.map(|pointer| Action::Refuse(replica, pointer)));
+                }
+                _ => {}
+            }
+            offers.push(Action::Unheard(replica));
+        }
+    }
+
+    /// Whether nothing happens any more unless something fails.
+    fn is_at_rest(&self, world: &World) -> bool {
+        let mut offers = Vec::new();
+        self.offer_usual(world, &mut offers);
+        offers.is_empty()
+    }
+
+    /// The pointers that the next batch may take, by number.
+    fn due(&self, world: &World) -> Vec<usize> {
+        let mut due = Vec::new();
+        let mut held_up = Vec::new();
+        for (place, pointer) in world.drawn.iter().enumerate() {
+            match world.pointers[*pointer] {
+                Pointer::Promised { parked: true, .. } if self.design.parks_the_key => held_up.push(self.keys[*pointer]),
+                Pointer::Promised { batch: None, parked: false }
+                    if !held_up.contains(&self.keys[*pointer]) && !self.is_passed(world, place) =>
+                {
+                    due.push(*pointer);
+                }
+                _ => {}
+            }
+        }
+        due
+    }
+
+    /// Whether a cursor stands behind this place already.
+    fn is_passed(&self, world: &World, place: usize) -> bool {
+        self.design.has_cursor && world.drawn[place..].iter().any(|later| world.pointers[*later] == Pointer::Published)
+    }
+
+    fn go(&self, world: &mut World, replica: usize) -> Step {
+        let Relay { step, is_ousted, is_fenced } = world.relays[replica];
+        match step {
+            Step::Idle => {
+                if world.shard.is_free || world.shard.owner != Owner::Replica(replica) {
+                    world.own(replica);
+                }
+                world.relays[replica].is_ousted = false;
+                Step::Owning
+            }
+            Step::Owning => {
+                self.fence(world, replica);
+                Step::Fenced
+            }
+            Step::Fenced => Step::Asked(world.marker.filter(|_| self.design.settling != Settling::Unread)),
+            Step::Asked(marker) => {
+                let stamps = world.stamps();
+                if stamps == [None; POINTERS] { Step::Ready } else { Step::Settling(stamps, self.listed(stamps, marker)) }
+            }
+            Step::Settling(stamps, listed) => {
+                world.mark(listed);
+                Step::Unstamping(stamps)
+            }
+            Step::Unstamping(_) if is_ousted && self.design.unstamps_as_owner => Step::Idle,
+            Step::Unstamping(stamps) => {
+                world.unstamp(stamps);
+                Step::Ready
+            }
+            // The epoch that was read on renewing is another.
+            Step::Ready => Step::Idle,
+            Step::Stamped(_) | Step::Sent(_) if is_fenced => {
+                world.leave(replica);
+                Step::Idle
+            }
+            Step::Stamped(stamps) => {
+                world.open.push(Transaction { lists: stamps, waiter: Some(replica), is_committing: false });
+                Step::Sent(stamps)
+            }
+            Step::Sent(stamps) => {
+                if let Some(number) = world.transaction_of(replica) {
+                    world.open[number].is_committing = true;
+                }
+                Step::Committing(stamps)
+            }
+            // The transaction is gone: Kafka refuses the commit.
+            Step::Committing(_) => Step::Idle,
+            Step::Marking(stamps) => {
+                world.mark(stamps.map(|stamp| stamp.is_some()));
+                Step::Ready
+            }
+            Step::Parking(stamps, refused) => {
+                if let Pointer::Promised { batch, .. } = world.pointers[refused]
+                    && (batch == stamps[refused] || !self.design.parks_by_stamp)
+                {
+                    world.pointers[refused] = Pointer::Promised { batch: None, parked: true };
+                }
+                Step::Unstamping(stamps)
+            }
+        }
+    }
+
+    /// `init_transactions`.
+    fn fence(&self, world: &mut World, replica: usize) {
+        if self.design.fences {
+            world.open.clear();
+            for relay in world.relays.iter_mut().filter(|relay| relay.step != Step::Idle) {
+                relay.is_fenced = true;
+            }
+        }
+        world.relays[replica].is_fenced = false;
+    }
+
+    fn listed(&self, stamps: Stamps, marker: Option<Marker>) -> [bool; POINTERS] {
+        std::array::from_fn(|pointer| match (stamps[pointer], marker) {
+            (Some(batch), Some(marker)) if self.design.settling == Settling::ByNumber => batch <= marker.batch,
+            (Some(_), Some(marker)) => marker.lists[pointer],
+            _ => false,
+        })
+    }
+
+    /// An error on the way: the relay drops the shard, and whoever takes it fences and settles.
+    fn fail(&self, world: &mut World, replica: usize) {
+        let goes_on = !self.design.settles_first && matches!(world.relays[replica].step, Step::Marking(_));
+        world.leave(replica);
+        world.turn(replica, if goes_on { Step::Ready } else { Step::Idle });
+    }
+}
+
+impl World {
+    fn records(&self, pointer: usize) -> usize {
+        self.log.iter().filter(|record| **record == pointer).count()
+    }
+
+    /// Whether the first records of these pointers stand in the order of their promises.
+    fn is_in_order(&self, of_key: impl Fn(&&usize) -> bool) -> bool {
+        let offset = |pointer: &usize| self.log.iter().position(|record| record == pointer);
+        self.promised.iter().filter(of_key).filter_map(offset).is_sorted()
+    }
+
+    fn is_published(&self) -> bool {
+        self.pointers.iter().all(|pointer| *pointer == Pointer::Published)
+    }
+
+    fn has_waiting(&self) -> bool {
+        self.pointers.iter().any(|pointer| matches!(pointer, Pointer::Promised { .. }))
+    }
+
+    fn transaction_of(&self, replica: usize) -> Option<usize> {
+        self.open.iter().position(|open| open.waiter == Some(replica))
+    }
+
+    /// The stamps that stand in the outbox.
+    fn stamps(&self) -> Stamps {
+        std::array::from_fn(|pointer| match self.pointers.get(pointer) {
+            Some(Pointer::Promised { batch, .. }) => *batch,
+            _ => None,
+        })
+    }
+
+    /// Takes the shard's lease: whoever knew its epoch knows it no more.
+    fn own(&mut self, replica: usize) {
+        self.shard = Shard { owner: Owner::Replica(replica), is_free: false, ..self.shard };
+        for relay in self.relays.iter_mut().filter(|relay| relay.step != Step::Idle) {
+            relay.is_ousted = true;
+        }
+    }
+
+    fn stamp(&mut self, due: &[usize]) -> Stamps {
+        self.shard.last_batch += 1;
+        let mut stamps = [None; POINTERS];
+        for pointer in due {
+            stamps[*pointer] = Some(self.shard.last_batch);
+            self.pointers[*pointer] = Pointer::Promised { batch: stamps[*pointer], parked: false };
+        }
+        stamps
+    }
+
+    fn unstamp(&mut self, stamps: Stamps) {
+        for pointer in &mut self.pointers {
+            if let Pointer::Promised { batch, .. } = pointer
+                && batch.is_some_and(|batch| stamps.contains(&Some(batch)))
+            {
+                *batch = None;
+            }
+        }
+    }
+
+    /// Moves sessions to published, and deletes their rows whoever has stamped them.
+    fn mark(&mut self, published: [bool; POINTERS]) {
+        for (pointer, _) in published.into_iter().enumerate().filter(|(_, is_published)| *is_published) {
+            self.pointers[pointer] = Pointer::Published;
+        }
+    }
+
+    /// Nobody waits for the relay's transaction any more. One whose commit was not sent is as good as aborted.
+    fn leave(&mut self, replica: usize) {
+        if let Some(number) = self.transaction_of(replica) {
+            self.open[number].waiter = None;
+            if !self.open[number].is_committing {
+                self.open.remove(number);
+            }
+        }
+    }
+
+    fn commit(&mut self, number: usize) {
+        let committed = self.open.remove(number);
+        let records = self.drawn.iter().filter(|pointer| committed.lists[**pointer].is_some());
+        self.log.extend(records);
+        let batch = committed.lists.into_iter().flatten().max().unwrap_or_default();
+        self.marker = Some(Marker { lists: committed.lists.map(|stamp| stamp.is_some()), batch });
+        if let Some(replica) = committed.waiter {
+            self.turn(replica, Step::Marking(committed.lists));
+        }
+    }
+
+    /// Where a relay stands now. One that is idle remembers nothing.
+    fn turn(&mut self, replica: usize, step: Step) {
+        let relay = &mut self.relays[replica];
+        *relay = if step == Step::Idle { Relay::IDLE } else { Relay { step, ..*relay } };
+    }
+
+    /// A transaction is aborted by its own producer, who goes on.
+    fn give_up(&mut self, replica: usize, next: impl Fn(Stamps) -> Step) {
+        if let Step::Sent(stamps) = self.relays[replica].step {
+            self.leave(replica);
+            self.turn(replica, next(stamps));
+        }
+    }
+
+    fn crash(&mut self, replica: usize) {
+        self.leave(replica);
+        self.relays[replica] = Relay::IDLE;
+        if self.shard.owner == Owner::Replica(replica) {
+            self.shard.owner = Owner::Dead;
+        }
+        self.crashes_left -= 1;
+    }
+}
+
+impl Relay {
+    const IDLE: Self = Self { step: Step::Idle, is_ousted: false, is_fenced: false };
+}
+
+impl Model for Publication {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World {
+            pointers: vec![Pointer::Proved; self.keys.len()],
+            drawn: Vec::new(),
+            promised: Vec::new(),
+            shard: Shard { owner: Owner::Nobody, is_free: false, last_batch: 0 },
+            relays: [Relay::IDLE; REPLICAS],
+            log: Vec::new(),
+            open: Vec::new(),
+            marker: None,
+            crashes_left: self.crashes,
+            faults_left: self.faults,
+        }]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        self.offer_usual(world, actions);
+        self.offer_faults(world, actions);
+    }
+
+    fn next_state(&self, last: &World, action: Action) -> Option<World> {
+        let mut world = last.clone();
+        match action {
+            Action::Draw(pointer) => {
+                world.pointers[pointer] = Pointer::Drawn;
+                world.drawn.push(pointer);
+            }
+            Action::Promise(pointer) => {
+                world.pointers[pointer] = Pointer::Promised { batch: None, parked: false };
+                world.promised.push(pointer);
+            }
+            Action::Relay(replica, _) => {
+                let next = self.go(&mut world, replica);
+                world.turn(replica, next);
+            }
+            Action::Stamp(replica, rows) => {
+                let due = self.due(&world);
+                let stamped = Step::Stamped(world.stamp(&due[..rows]));
+                world.turn(replica, stamped);
+            }
+            Action::Renew(replica) => world.own(replica),
+            Action::DeadLeaseEnds => world.shard.is_free = true,
+            Action::CommitLands(number) => world.commit(number),
+            Action::ParkingEnds(pointer) => world.pointers[pointer] = Pointer::Promised { batch: None, parked: false },
+            Action::Crash(replica) => world.crash(replica),
+            fault => {
+                world.faults_left -= 1;
+                match fault {
+                    Action::RollBack(pointer) => {
+                        world.pointers[pointer] = Pointer::Proved;
+                        world.drawn.retain(|drawn| *drawn != pointer);
+                    }
+                    Action::LeaseEnds => world.shard.is_free = true,
+                    Action::Unheard(replica) => self.fail(&mut world, replica),
+                    Action::Refuse(replica, refused) => world.give_up(replica, |stamps| Step::Parking(stamps, refused)),
+                    Action::Abort(replica) if self.design.settles_first => world.give_up(replica, Step::Unstamping),
+                    Action::Abort(replica) => world.give_up(replica, |_| Step::Ready),
+                    Action::TimeOut(number) => {
+                        if let Some(replica) = world.open.remove(number).waiter {
+                            world.relays[replica].is_fenced = true;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always(NEVER_LOST, |house: &Self, world: &World| {
+                let is_kept = world.is_published() && (0..house.keys.len()).all(|pointer| world.records(pointer) == 1);
+                is_kept || !house.is_at_rest(world)
+            }),
+            Property::always(NEVER_TWICE, |_, world: &World| (0..POINTERS).all(|pointer| world.records(pointer) <= 1)),
+            Property::always(IN_ORDER, |house: &Self, world: &World| {
+                house.keys.iter().all(|key| world.is_in_order(|pointer| house.keys[**pointer] == *key))
+            }),
+            Property::always(TRULY_MARKED, |_, world: &World| {
+                let is_so = |(pointer, state): (usize, &Pointer)| *state != Pointer::Published || world.records(pointer) > 0;
+                world.pointers.iter().enumerate().all(is_so)
+            }),
+            Property::always(ONE_TRANSACTION, |house: &Self, world: &World| !house.design.fences || world.open.len() <= 1),
+            Property::always(NEVER_AHEAD, |_, world: &World| {
+                world.marker.is_none_or(|marker| marker.batch <= world.shard.last_batch)
+            }),
+            Property::sometimes("all pointers are published in one batch", |house: &Self, world: &World| {
+                world.marker.is_some_and(|marker| marker.lists[..house.keys.len()].iter().all(|listed| *listed))
+            }),
+        ];
+        if self.crashes > 0 {
+            properties.extend([
+                Property::sometimes("after a crash all pointers are published", |_, world: &World| {
+                    world.crashes_left == 0 && world.is_published()
+                }),
+                Property::sometimes("a dead owner's batch is found in the marker", |_, world: &World| {
+                    world.relays.iter().any(|relay| matches!(relay.step, Step::Settling(_, listed) if listed.contains(&true)))
+                }),
+                Property::sometimes("a dead owner's batch is not in the marker, and is sent again", |_, world: &World| {
+                    world.shard.last_batch > 1 && world.relays.iter().any(|relay| matches!(relay.step, Step::Stamped(_)))
+                }),
+            ]);
+        }
+        if self.faults > 0 {
+            properties.extend([
+                Property::sometimes("a zombie's commit is fenced while the new owner sends", |_, world: &World| {
+                    let is_zombie = |relay: &Relay| matches!(relay.step, Step::Committing(_)) && relay.is_fenced;
+                    let sends = |relay: &Relay| matches!(relay.step, Step::Sent(_)) && !relay.is_fenced;
+                    world.relays.iter().any(is_zombie) && world.relays.iter().any(sends)
+                }),
+                Property::sometimes("a commit lands that nobody waits for", |_, world: &World| {
+                    world.marker.is_some() && world.relays.iter().all(|relay| relay.step == Step::Idle) && world.has_waiting()
+                }),
+                Property::sometimes("a pointer is parked", |_, world: &World| {
+                    world.pointers.iter().any(|pointer| matches!(pointer, Pointer::Promised { parked: true, .. }))
+                }),
+            ]);
+        }
+        properties
+    }
+}
