@@ -81,6 +81,18 @@ async fn unrest(pool: &PgPool) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar(count).fetch_one(pool).await
 }
 
+/// Waits until everything that is promised by now is in Kafka, and says how long that took.
+pub(crate) async fn published(stage: &Stage, bound: Duration) -> Result<Duration, Failure> {
+    let pool = PgPool::connect(&stage.database_url).await?;
+    let began = Instant::now();
+    let last: Option<i64> = sqlx::query_scalar("select max(number) from outbox").fetch_one(&pool).await?;
+    let left = "select exists (select from outbox where number <= $1)";
+    while began.elapsed() < bound && sqlx::query_scalar(left).bind(last).fetch_one(&pool).await? {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(began.elapsed())
+}
+
 /// Waits until nothing is under way any more, and says how long that took; after `bound` the checker has to say what is.
 pub(crate) async fn rest(stage: &Stage, bound: Duration) -> Result<Duration, Failure> {
     let pool = PgPool::connect(&stage.database_url).await?;

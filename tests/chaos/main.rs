@@ -91,6 +91,8 @@ struct Outcome {
     facts: Facts,
     tally: Tally,
     findings: Vec<Finding>,
+    /// How long the pointers that waited took once all was healed.
+    published: Duration,
     rested: Duration,
 }
 
@@ -178,6 +180,7 @@ async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result
     let tally = faults::play(&stage, plan).await?;
     faults::all_up(&stage).await?;
     eprintln!("all faults are over");
+    let published = facts::published(&stage, Duration::from_secs(60)).await?;
     // A little of everything also has to work afterwards.
     tokio::time::sleep(Duration::from_secs(3)).await;
     ended.store(true, Ordering::Relaxed);
@@ -193,7 +196,7 @@ async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result
     }
     let mut findings = check(&facts);
     findings.extend(too_little(&facts, &tally, plan).map(|what| Finding { verdict: Verdict::Wrong, what }));
-    Ok(Outcome { facts, tally, findings, rested })
+    Ok(Outcome { facts, tally, findings, published, rested })
 }
 
 /// A run in which little happened shows little.
@@ -210,7 +213,7 @@ fn too_little(facts: &Facts, tally: &Tally, plan: &[plan::Event]) -> Option<Stri
 }
 
 fn print(outcome: &Outcome, took: Duration) {
-    let Outcome { facts, tally, findings, rested } = outcome;
+    let Outcome { facts, tally, findings, published, rested } = outcome;
     let list = |counts: &mut dyn Iterator<Item = (String, u64)>| {
         counts.map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
     };
@@ -233,6 +236,7 @@ fn print(outcome: &Outcome, took: Duration) {
     );
     println!("from promise to record: {}", waits(facts));
     println!("from a restart to the next record: {}", restarts(facts, tally));
+    println!("once all was healed, every pointer that waited was in Kafka after {} ms", published.as_millis());
     println!("at rest after {} s, in all {} s", rested.as_secs(), took.as_secs());
     for finding in findings.iter().take(SHOWN) {
         println!("{}: {}", finding.verdict, finding.what);
