@@ -21,8 +21,10 @@ use crate::session::{Layout, Object, Refusal, Session, State};
 use crate::store::{self, Move, Store};
 use crate::wakes::Wakes;
 
-/// What is left over in S3 is removed if it can be removed at once; `audit` finds the rest.
+/// What is left over in S3 is removed if it can be removed at once.
 const TIDY_WITHIN: Duration = Duration::from_secs(2);
+/// After so many leases a store that will not list keeps nobody from completing; `audit` finds what is left.
+const TIDY_ATTEMPTS: i32 = 5;
 /// The longest pause between two tries to write an outcome down.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -248,7 +250,7 @@ impl Finisher {
             Layout::Single => self.objects.head(&place(&session), None).await?.ok_or(Refusal::ObjectMissing)?,
             Layout::Multipart { parts, .. } => {
                 let found = self.assemble(&session, attempt, parts, &hashes).await?;
-                self.tidy(&session).await;
+                self.tidy(&session, attempt).await?;
                 found
             }
         };
@@ -300,14 +302,23 @@ impl Finisher {
     }
 
     /// Removes multipart uploads that were begun for this object besides the one that was finished: S3's answer to
-    /// their begin was lost. Nobody sweeps a session that ends well.
-    async fn tidy(&self, session: &Session) {
+    /// their begin was lost. Nobody sweeps a session that ends well, so where S3 is away this attempt ends here, and
+    /// the next one, which finds the object whole, looks again.
+    async fn tidy(&self, session: &Session, attempt: i32) -> Result<(), objects::Error> {
         let id = session.id;
-        match tokio::time::timeout(TIDY_WITHIN, self.objects.abort_uploads(&place(session), None)).await {
-            Ok(Ok(0)) => {}
-            Ok(Ok(uploads)) => info!(session.id = %id, uploads, "removed multipart uploads that {id} did not use"),
-            Ok(Err(error)) => warn!(session.id = %id, %error, "could not look for multipart uploads that {id} did not use"),
-            Err(_) => warn!(session.id = %id, "found no time to look for multipart uploads that {id} did not use"),
+        let aborted = tokio::time::timeout(TIDY_WITHIN, self.objects.abort_uploads(&place(session), None)).await;
+        let late = || objects::Error::Unavailable(format!("no list of multipart uploads within {} s", TIDY_WITHIN.as_secs()));
+        match aborted.unwrap_or_else(|_| Err(late())) {
+            Ok(0) => Ok(()),
+            Ok(uploads) => {
+                info!(session.id = %id, uploads, "removed multipart uploads that {id} did not use");
+                Ok(())
+            }
+            Err(error @ objects::Error::Unavailable(_)) if attempt < TIDY_ATTEMPTS => Err(error),
+            Err(error) => {
+                warn!(session.id = %id, %error, "could not look for multipart uploads that {id} did not use");
+                Ok(())
+            }
         }
     }
 

@@ -105,6 +105,30 @@ async fn a_put_that_cannot_be_seen_yet_is_asked_for_again() {
 }
 
 #[tokio::test]
+async fn a_multipart_upload_that_could_not_be_looked_for_is_looked_for_again() {
+    let s3 = faulty().await;
+    let house = house_on(&s3).await;
+    let content = bytes(PART + 9, 3);
+    s3.next(Call::Begin, Fault::Cut);
+    let body =
+        json!({"topic": house.topic, "size": content.len(), "sha256": crate::harness::sha256(&content), "part_size": PART});
+    let open = || house.send(house.request("POST", "/lfs/uploads").header("idempotency-key", "one").json(&body));
+    let mut opened = open().await;
+    if opened.status == 503 {
+        opened = open().await.expect(200);
+    }
+    house.put_parts(&opened.json["parts"], &content).await;
+    // As often as one look tries.
+    s3.next(Call::ListUploads, Fault::Instead(503, "SlowDown"));
+    s3.next(Call::ListUploads, Fault::Instead(503, "SlowDown"));
+    house.complete(&opened.id()).await.expect_problem(503, "completion-unknown");
+    house.insist(&opened.id()).await;
+    assert!(s3.is_done(), "nobody looked");
+    assert!(!house.has_open_multipart(opened.json["object_key"].as_str().unwrap()).await);
+    assert_eq!(house.records(&house.topic).await.len(), 1);
+}
+
+#[tokio::test]
 async fn a_multipart_upload_whose_begin_was_not_answered_is_left_to_nobody() {
     for fault in [Fault::After(500, "InternalError"), Fault::Cut] {
         let s3 = faulty().await;

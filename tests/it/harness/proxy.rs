@@ -143,6 +143,7 @@ pub(crate) enum Call {
     Head,
     Begin,
     ListParts,
+    ListUploads,
     Finish,
     Other,
 }
@@ -155,6 +156,7 @@ impl Call {
             Method::POST if query.contains("uploadId=") => Self::Finish,
             Method::POST if query.contains("uploads") => Self::Begin,
             Method::GET if query.contains("uploadId=") => Self::ListParts,
+            Method::GET if query.contains("uploads") => Self::ListUploads,
             _ => Self::Other,
         }
     }
