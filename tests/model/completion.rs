@@ -5,7 +5,11 @@
 //! a lease is not modelled, only its attempt, for that is all that tells two tasks of one replica apart. The version
 //! of the row is not counted: a task's knowledge of it is current, or it is not.
 
+mod world;
+
 use stateright::{Model, Property};
+
+use world::{Answer, Bytes, Cleanup, Failure, Making, Put, State, Step, Sweep, Sweeping, Task, Upload, Verdict, World};
 
 /// The decisions of the protocol. One of them changed is a broken design.
 #[derive(Debug, Clone, Copy)]
@@ -55,159 +59,6 @@ pub(crate) struct Completion {
     pub(crate) faults: u8,
 }
 
-/// What PostgreSQL and S3 hold, what is in flight, and what each process has in memory.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct World {
-    state: State,
-    /// The multipart upload that the row names.
-    upload: Option<usize>,
-    /// How often the session was promised or has failed.
-    ends: u8,
-
-    object: Option<Bytes>,
-    uploads: [Upload; 2],
-    /// A CompleteMultipartUpload of these bytes, whose sender waits no more.
-    finish_in_flight: Option<(usize, Bytes)>,
-
-    puts: [Put; 2],
-    asks_left: u8,
-    may_abort: bool,
-    /// The end of the session has passed, and with it the end of every URL.
-    is_over: bool,
-
-    tasks: [Option<Task>; 2],
-    makings: [Option<Making>; 2],
-    /// Passes may be repeated, so one sweeper stands for all.
-    sweep: Option<Sweep>,
-    crashes_left: u8,
-    faults_left: u8,
-}
-
-/// Where the session stands, as its row says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum State {
-    Open,
-    Completing { lease: Lease, must_read: bool },
-    Verified(Bytes),
-    Failed(Failure, Cleanup),
-}
-
-/// Attempts count from 1 again when the session was given back to its client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Lease {
-    attempt: u8,
-    /// It ran out, or was given back.
-    is_over: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Failure {
-    Aborted,
-    Expired,
-    Rejected,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Cleanup {
-    Due,
-    /// Due when nothing of the session can land in S3 any more.
-    DueLate,
-    Done,
-}
-
-/// `Right` and `AlsoRight` both pass the proof that was promised (of the size alone), and yet are different.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Bytes {
-    Right,
-    AlsoRight,
-    Wrong,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Upload {
-    Unborn,
-    Begun(Option<Bytes>),
-    Joined,
-    Aborted,
-    /// A part landed after the abort: S3 stores it until the upload is aborted once more.
-    Leftover,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Put {
-    Unsent,
-    InFlight(Bytes, Option<usize>),
-    Over,
-}
-
-/// A completion under way: what it knows is as old as its last step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Task {
-    step: Step,
-    attempt: u8,
-    must_read: bool,
-    /// Nobody has moved the row since this task read or wrote it.
-    is_current: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Step {
-    /// The row was read; the claim is not written yet.
-    Claiming,
-    Look,
-    List,
-    /// These bytes were listed.
-    Finish(Bytes),
-    LookAgain(Answer),
-    /// These bytes were looked at.
-    Read(Bytes),
-    Decided(Verdict),
-    /// S3 gave no verdict.
-    Releasing,
-}
-
-/// What came of CompleteMultipartUpload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Answer {
-    /// It was not sent: S3 lists no such upload.
-    Unlisted,
-    Refused,
-    /// Done, gone, or nothing was heard: the look that follows decides.
-    Any,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Verdict {
-    Missing,
-    MustRead,
-    Wrong,
-    Good(Bytes),
-}
-
-/// A request that makes the session's multipart upload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Making {
-    Asked,
-    Made(usize),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Sweep {
-    step: Sweeping,
-    /// Nothing could land any more when the pass began.
-    is_last: bool,
-    /// What was overdue is destroyed before it is ended.
-    is_undecided: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Sweeping {
-    Uploads,
-    Object,
-    /// Whether there was an object.
-    Noting(bool),
-}
-
 /// One atomic step of somebody. Whoever is between two steps may stay there while the others go on: a pause, a zombie
 /// and a late PUT are orders of steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,7 +74,7 @@ pub(crate) enum Action {
     /// What a task does next follows from where it stands.
     Work(usize, Task),
     TakeOver,
-    FinishLands,
+    FinishLands(usize),
     /// Its holder is dead, or has given up.
     LeaseEnds,
     Sweep,
@@ -256,9 +107,7 @@ impl Completion {
         for (number, task) in world.tasks.iter().enumerate().filter_map(|(number, task)| Some((number, (*task)?))) {
             offers.push(Action::Work(number, task));
         }
-        if world.finish_in_flight.is_some() {
-            offers.push(Action::FinishLands);
-        }
+        offers.extend((0..world.finishes.len()).map(Action::FinishLands));
         if let State::Completing { lease, .. } = world.state {
             match lease.is_over {
                 true if world.tasks.contains(&None) => offers.push(Action::TakeOver),
@@ -437,138 +286,6 @@ fn judge(bytes: Bytes) -> Verdict {
     if bytes == Bytes::Wrong { Verdict::Wrong } else { Verdict::Good(bytes) }
 }
 
-impl World {
-    /// Whether a task has the lease and renews it.
-    fn is_worked_on(&self, lease: Lease) -> bool {
-        self.tasks.iter().flatten().any(|task| task.attempt == lease.attempt && task.step != Step::Claiming)
-    }
-
-    /// Whether nothing that was begun for the session can land in S3 any more: the longest PUT, the longest request
-    /// and S3's time-out have passed since its URLs and leases ended.
-    fn is_quiet(&self) -> bool {
-        let is_landing = self.puts.iter().any(|put| matches!(put, Put::InFlight(..))) || self.finish_in_flight.is_some();
-        self.is_over && !is_landing && self.makings == [None; 2]
-    }
-
-    /// Reads the row to complete the session.
-    fn begin(&mut self, attempt: u8, must_read: bool) {
-        if let Some(free) = self.tasks.iter_mut().find(|task| task.is_none()) {
-            *free = Some(Task { step: Step::Claiming, attempt, must_read, is_current: true });
-        }
-    }
-
-    fn claim(&mut self, task: Task) -> Option<Task> {
-        if !task.is_current {
-            return None;
-        }
-        let lease = Lease { attempt: task.attempt, is_over: false };
-        self.write(State::Completing { lease, must_read: task.must_read });
-        Some(Task { step: Step::Look, ..task })
-    }
-
-    /// Writes the row: whoever read it before knows its version no more.
-    fn write(&mut self, state: State) {
-        self.state = state;
-        for task in self.tasks.iter_mut().flatten() {
-            task.is_current = false;
-        }
-    }
-
-    fn decide(&mut self, verdict: Verdict) {
-        match verdict {
-            Verdict::Missing => self.write(State::Open),
-            Verdict::Wrong => self.fail(Failure::Rejected),
-            Verdict::MustRead => {
-                if let State::Completing { lease, .. } = self.state {
-                    self.write(State::Completing { lease: Lease { is_over: true, ..lease }, must_read: true });
-                }
-            }
-            Verdict::Good(bytes) => {
-                self.write(State::Verified(bytes));
-                self.end();
-            }
-        }
-    }
-
-    fn fail(&mut self, failure: Failure) {
-        self.write(State::Failed(failure, Cleanup::Due));
-        self.end();
-    }
-
-    /// Nobody asks for anything any more: worlds that differ only in what could have been asked are one.
-    fn end(&mut self) {
-        self.ends += 1;
-        self.asks_left = 0;
-        self.may_abort = false;
-    }
-
-    /// Gives a lease back: named by its attempt, not by the session's version.
-    fn release(&mut self, attempt: u8) {
-        if let State::Completing { lease, must_read } = self.state
-            && lease.attempt == attempt
-        {
-            self.write(State::Completing { lease: Lease { is_over: true, ..lease }, must_read });
-        }
-    }
-
-    /// What S3 does on CompleteMultipartUpload with `If-None-Match: *`, naming the bytes that were listed.
-    fn join(&mut self, upload: usize, listed: Bytes) -> Answer {
-        match self.uploads[upload] {
-            Upload::Begun(_) if self.object.is_some() => Answer::Refused,
-            Upload::Begun(part) if part != Some(listed) => Answer::Refused,
-            Upload::Begun(_) => {
-                self.uploads[upload] = Upload::Joined;
-                self.object = Some(listed);
-                Answer::Any
-            }
-            _ => Answer::Any,
-        }
-    }
-
-    /// Aborts all uploads of the key, or only one that is named, if any.
-    fn abort_uploads(&mut self, only: Option<Option<usize>>) {
-        for (number, upload) in self.uploads.iter_mut().enumerate() {
-            let is_meant = only.is_none_or(|only| only == Some(number));
-            if is_meant && matches!(upload, Upload::Begun(_) | Upload::Leftover) {
-                *upload = Upload::Aborted;
-            }
-        }
-    }
-
-    fn begin_upload(&mut self) -> Option<usize> {
-        let unborn = self.uploads.iter().position(|upload| *upload == Upload::Unborn)?;
-        self.uploads[unborn] = Upload::Begun(None);
-        Some(unborn)
-    }
-
-    fn make(&mut self, making: usize) {
-        self.makings[making] = match self.makings[making] {
-            Some(Making::Asked) => self.begin_upload().map(Making::Made),
-            // Stored where none is yet and the session is open; whoever comes second aborts its own.
-            Some(Making::Made(made)) => {
-                match self.upload {
-                    None if self.state == State::Open => self.upload = Some(made),
-                    _ => self.abort_uploads(Some(Some(made))),
-                }
-                None
-            }
-            None => None,
-        };
-    }
-
-    /// S3 does not answer a task. What was to be finished is perhaps still finished, however late.
-    fn silence(&mut self, number: usize) {
-        let Some(task) = &mut self.tasks[number] else { return };
-        task.step = match task.step {
-            Step::Finish(bytes) => {
-                self.finish_in_flight = self.upload.map(|upload| (upload, bytes));
-                Step::LookAgain(Answer::Any)
-            }
-            _ => Step::Releasing,
-        };
-    }
-}
-
 impl Model for Completion {
     type State = World;
     type Action = Action;
@@ -580,7 +297,7 @@ impl Model for Completion {
             ends: 0,
             object: None,
             uploads: [Upload::Unborn; 2],
-            finish_in_flight: None,
+            finishes: Vec::new(),
             puts: [Put::Unsent; 2],
             asks_left: self.asks,
             may_abort: true,
@@ -619,10 +336,9 @@ impl Model for Completion {
                 world.tasks[number] = None;
                 world.tasks[number] = self.work(&mut world, task);
             }
-            Action::FinishLands => {
-                if let Some((upload, bytes)) = world.finish_in_flight.take() {
-                    world.join(upload, bytes);
-                }
+            Action::FinishLands(number) => {
+                let (upload, bytes) = world.finishes.remove(number);
+                world.join(upload, bytes);
             }
             Action::Abort => world.fail(Failure::Aborted),
             Action::Expire => world.fail(Failure::Expired),
@@ -652,9 +368,10 @@ impl Model for Completion {
             Action::LivingLeaseEnds | Action::Silence(_) | Action::MakeUnheard(_) => world.faults_left -= 1,
             _ => {}
         }
-        // Tasks have no names, nor have requests.
+        // Tasks have no names, nor have requests: worlds that differ in their order are one.
         world.tasks.sort_unstable();
         world.makings.sort_unstable();
+        world.finishes.sort_unstable();
         Some(world)
     }
 
@@ -679,6 +396,10 @@ impl Model for Completion {
             Property::sometimes("a session is rejected", |_, world: &World| has_failed(world, Failure::Rejected)),
             Property::sometimes("two tasks work at once", |_, world: &World| {
                 world.tasks.iter().flatten().filter(|task| task.step != Step::Claiming).count() == 2
+            }),
+            Property::sometimes("a zombie's verdict comes after the promise", |_, world: &World| {
+                let is_late = |task: &Task| matches!(task.step, Step::Decided(_)) && !task.is_current;
+                matches!(world.state, State::Verified(_)) && world.tasks.iter().flatten().any(is_late)
             }),
             Property::sometimes("a takeover proves the object that somebody else has left", |_, world: &World| {
                 let proves = |task: &Task| task.attempt > 1 && matches!(task.step, Step::Decided(Verdict::Good(_)));

@@ -1,20 +1,19 @@
-//! Publication: two pointers on their way from PostgreSQL's promise to one committed record each in Kafka.
+//! Publication: pointers on their way from PostgreSQL's promise to one committed record each in Kafka.
 //!
-//! Two replicas relay one shard, as `relay.rs`, `store/outbox.rs` and `kafka/shard.rs` do. Who is the owner and who
-//! is fenced is kept as what the others did meanwhile, not as epochs: two worlds that differ in numbers only are one.
+//! Two replicas relay one shard, as `relay.rs`, `store/outbox.rs` and `kafka/shard.rs` do. Who is ousted and who is
+//! fenced is kept as what the others did meanwhile, not as epochs: two worlds that differ in numbers only are one.
+
+mod world;
 
 use stateright::{Model, Property};
 
-const REPLICAS: usize = 2;
-/// Most pointers of a check.
-const POINTERS: usize = 3;
-
-/// By pointer: the batch that its row was stamped with, as somebody knows it.
-type Stamps = [Option<u8>; POINTERS];
+use world::{Marker, Owner, POINTERS, Pointer, REPLICAS, Relay, Shard, Stamps, Step, Transaction, World};
 
 /// The decisions of the protocol. One of them changed is a broken design.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Design {
+    /// A shard has one owner. Without, each relay takes rows that no other has in hand (`for update skip locked`).
+    pub(crate) has_owner: bool,
     /// Taking a shard makes Kafka refuse whoever had it before, and abort what that one had not committed.
     pub(crate) fences: bool,
     pub(crate) settling: Settling,
@@ -46,6 +45,7 @@ pub(crate) enum Settling {
 impl Design {
     /// The design of this house.
     pub(crate) const HOUSE: Self = Self {
+        has_owner: true,
         fences: true,
         settling: Settling::ByList,
         settles_first: true,
@@ -73,101 +73,6 @@ pub(crate) struct Publication {
     pub(crate) crashes: u8,
     /// Everything else that goes wrong: so often in all.
     pub(crate) faults: u8,
-}
-
-/// What PostgreSQL and Kafka hold, and what each relay has in memory.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct World {
-    pointers: Vec<Pointer>,
-    /// The pointers with an outbox number, by number.
-    drawn: Vec<usize>,
-    /// The pointers whose promise was committed, in that order.
-    promised: Vec<usize>,
-    shard: Shard,
-    relays: [Relay; REPLICAS],
-    /// The committed records. Those of an open transaction get no place here before its commit: where Kafka fences,
-    /// no other can be open beside it.
-    log: Vec<usize>,
-    open: Vec<Transaction>,
-    /// The last one that was committed.
-    marker: Option<Marker>,
-    crashes_left: u8,
-    faults_left: u8,
-}
-
-/// The session from its proof on, and its row in the outbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Pointer {
-    Proved,
-    /// The transaction that promises it is open, and has drawn its number.
-    Drawn,
-    Promised { batch: Option<u8>, parked: bool },
-    Published,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Shard {
-    owner: Owner,
-    /// The lease ran out.
-    is_free: bool,
-    last_batch: u8,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Owner {
-    Nobody,
-    Replica(usize),
-    /// A process that crashed. Its successor has another identity, so the lease must run out.
-    Dead,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Relay {
-    step: Step,
-    /// The shard's epoch is not the one that this relay knows.
-    is_ousted: bool,
-    /// Kafka refuses its producer.
-    is_fenced: bool,
-}
-
-/// How far a relay is, and what it knows: as old as its last step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Step {
-    Idle,
-    /// The lease is ours.
-    Owning,
-    Fenced,
-    /// The marker was read.
-    Asked(Option<Marker>),
-    /// The stamped rows were read; which of them the marker lists.
-    Settling(Stamps, [bool; POINTERS]),
-    /// Kafka does not hold these.
-    Unstamping(Stamps),
-    Ready,
-    /// The stamps are committed.
-    Stamped(Stamps),
-    /// Records and marker are in the open transaction.
-    Sent(Stamps),
-    Committing(Stamps),
-    /// Kafka said yes.
-    Marking(Stamps),
-    /// The transaction was aborted, because Kafka refused one record.
-    Parking(Stamps, usize),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Transaction {
-    lists: Stamps,
-    /// The relay that waits for its end.
-    waiter: Option<usize>,
-    /// The commit is on its way, and may arrive when nobody waits any more.
-    is_committing: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Marker {
-    lists: [bool; POINTERS],
-    batch: u8,
 }
 
 /// One atomic step of somebody. Whoever is between two steps may stay there while the others go on: a pause, a zombie
@@ -208,7 +113,10 @@ impl Publication {
 
     fn offer_usual(&self, world: &World, offers: &mut Vec<Action>) {
         for (pointer, state) in world.pointers.iter().enumerate() {
-            let of_key = |state: Pointer| (0..self.keys.len()).filter(move |other| self.keys[*other] == self.keys[pointer] && world.pointers[*other] == state);
+            let of_key = |state: Pointer| {
+                (0..self.keys.len())
+                    .filter(move |other| self.keys[*other] == self.keys[pointer] && world.pointers[*other] == state)
+            };
             match *state {
                 // Those of one key that nobody has begun are alike: the first stands for all.
                 Pointer::Proved if of_key(Pointer::Proved).next() != Some(pointer) => {}
@@ -232,7 +140,7 @@ impl Publication {
             match relay.step {
                 Step::Idle => {
                     let may_own = if is_free { idle == Some(replica) } else { world.shard.owner == Owner::Replica(replica) };
-                    if may_own && world.has_waiting() {
+                    if (may_own || !self.design.has_owner) && world.has_waiting() {
                         offers.push(Action::Relay(replica, relay.step));
                     }
                     continue;
@@ -252,9 +160,8 @@ impl Publication {
     }
 
     fn offer_faults(&self, world: &World, offers: &mut Vec<Action>) {
-        let has_memory = |replica: &usize| {
-            world.relays[*replica].step != Step::Idle || world.shard.owner == Owner::Replica(*replica)
-        };
+        let has_memory =
+            |replica: &usize| world.relays[*replica].step != Step::Idle || world.shard.owner == Owner::Replica(*replica);
         if world.crashes_left > 0 {
             offers.extend((0..REPLICAS).filter(has_memory).map(Action::Crash));
         }
@@ -310,11 +217,12 @@ impl Publication {
         self.design.has_cursor && world.drawn[place..].iter().any(|later| world.pointers[*later] == Pointer::Published)
     }
 
+    /// What a relay does next, and where it stands then.
     fn go(&self, world: &mut World, replica: usize) -> Step {
         let Relay { step, is_ousted, is_fenced } = world.relays[replica];
         match step {
             Step::Idle => {
-                if world.shard.is_free || world.shard.owner != Owner::Replica(replica) {
+                if self.design.has_owner && (world.shard.is_free || world.shard.owner != Owner::Replica(replica)) {
                     world.own(replica);
                 }
                 world.relays[replica].is_ousted = false;
@@ -382,6 +290,7 @@ impl Publication {
         world.relays[replica].is_fenced = false;
     }
 
+    /// Which of the stamped rows are published.
     fn listed(&self, stamps: Stamps, marker: Option<Marker>) -> [bool; POINTERS] {
         std::array::from_fn(|pointer| match (stamps[pointer], marker) {
             (Some(batch), Some(marker)) if self.design.settling == Settling::ByNumber => batch <= marker.batch,
@@ -396,121 +305,6 @@ impl Publication {
         world.leave(replica);
         world.turn(replica, if goes_on { Step::Ready } else { Step::Idle });
     }
-}
-
-impl World {
-    fn records(&self, pointer: usize) -> usize {
-        self.log.iter().filter(|record| **record == pointer).count()
-    }
-
-    /// Whether the first records of these pointers stand in the order of their promises.
-    fn is_in_order(&self, of_key: impl Fn(&&usize) -> bool) -> bool {
-        let offset = |pointer: &usize| self.log.iter().position(|record| record == pointer);
-        self.promised.iter().filter(of_key).filter_map(offset).is_sorted()
-    }
-
-    fn is_published(&self) -> bool {
-        self.pointers.iter().all(|pointer| *pointer == Pointer::Published)
-    }
-
-    fn has_waiting(&self) -> bool {
-        self.pointers.iter().any(|pointer| matches!(pointer, Pointer::Promised { .. }))
-    }
-
-    fn transaction_of(&self, replica: usize) -> Option<usize> {
-        self.open.iter().position(|open| open.waiter == Some(replica))
-    }
-
-    /// The stamps that stand in the outbox.
-    fn stamps(&self) -> Stamps {
-        std::array::from_fn(|pointer| match self.pointers.get(pointer) {
-            Some(Pointer::Promised { batch, .. }) => *batch,
-            _ => None,
-        })
-    }
-
-    /// Takes the shard's lease: whoever knew its epoch knows it no more.
-    fn own(&mut self, replica: usize) {
-        self.shard = Shard { owner: Owner::Replica(replica), is_free: false, ..self.shard };
-        for relay in self.relays.iter_mut().filter(|relay| relay.step != Step::Idle) {
-            relay.is_ousted = true;
-        }
-    }
-
-    fn stamp(&mut self, due: &[usize]) -> Stamps {
-        self.shard.last_batch += 1;
-        let mut stamps = [None; POINTERS];
-        for pointer in due {
-            stamps[*pointer] = Some(self.shard.last_batch);
-            self.pointers[*pointer] = Pointer::Promised { batch: stamps[*pointer], parked: false };
-        }
-        stamps
-    }
-
-    fn unstamp(&mut self, stamps: Stamps) {
-        for pointer in &mut self.pointers {
-            if let Pointer::Promised { batch, .. } = pointer
-                && batch.is_some_and(|batch| stamps.contains(&Some(batch)))
-            {
-                *batch = None;
-            }
-        }
-    }
-
-    /// Moves sessions to published, and deletes their rows whoever has stamped them.
-    fn mark(&mut self, published: [bool; POINTERS]) {
-        for (pointer, _) in published.into_iter().enumerate().filter(|(_, is_published)| *is_published) {
-            self.pointers[pointer] = Pointer::Published;
-        }
-    }
-
-    /// Nobody waits for the relay's transaction any more. One whose commit was not sent is as good as aborted.
-    fn leave(&mut self, replica: usize) {
-        if let Some(number) = self.transaction_of(replica) {
-            self.open[number].waiter = None;
-            if !self.open[number].is_committing {
-                self.open.remove(number);
-            }
-        }
-    }
-
-    fn commit(&mut self, number: usize) {
-        let committed = self.open.remove(number);
-        let records = self.drawn.iter().filter(|pointer| committed.lists[**pointer].is_some());
-        self.log.extend(records);
-        let batch = committed.lists.into_iter().flatten().max().unwrap_or_default();
-        self.marker = Some(Marker { lists: committed.lists.map(|stamp| stamp.is_some()), batch });
-        if let Some(replica) = committed.waiter {
-            self.turn(replica, Step::Marking(committed.lists));
-        }
-    }
-
-    /// Where a relay stands now. One that is idle remembers nothing.
-    fn turn(&mut self, replica: usize, step: Step) {
-        let relay = &mut self.relays[replica];
-        *relay = if step == Step::Idle { Relay::IDLE } else { Relay { step, ..*relay } };
-    }
-
-    /// A transaction is aborted by its own producer, who goes on.
-    fn give_up(&mut self, replica: usize, next: impl Fn(Stamps) -> Step) {
-        if let Step::Sent(stamps) = self.relays[replica].step {
-            self.leave(replica);
-            self.turn(replica, next(stamps));
-        }
-    }
-
-    fn crash(&mut self, replica: usize) {
-        self.leave(replica);
-        self.relays[replica] = Relay::IDLE;
-        if self.shard.owner == Owner::Replica(replica) {
-            self.shard.owner = Owner::Dead;
-        }
-        self.crashes_left -= 1;
-    }
-}
-
-impl Relay {
-    const IDLE: Self = Self { step: Step::Idle, is_ousted: false, is_fenced: false };
 }
 
 impl Model for Publication {
@@ -613,11 +407,11 @@ impl Model for Publication {
                 Property::sometimes("after a crash all pointers are published", |_, world: &World| {
                     world.crashes_left == 0 && world.is_published()
                 }),
-                Property::sometimes("a dead owner's batch is found in the marker", |_, world: &World| {
-                    world.relays.iter().any(|relay| matches!(relay.step, Step::Settling(_, listed) if listed.contains(&true)))
+                Property::sometimes("a batch that nobody marked is found in the marker", |_, world: &World| {
+                    world.settles(|listed| listed.contains(&true))
                 }),
-                Property::sometimes("a dead owner's batch is not in the marker, and is sent again", |_, world: &World| {
-                    world.shard.last_batch > 1 && world.relays.iter().any(|relay| matches!(relay.step, Step::Stamped(_)))
+                Property::sometimes("a batch is not in the marker, and is to be sent again", |_, world: &World| {
+                    world.settles(|listed| !listed.contains(&true))
                 }),
             ]);
         }
@@ -628,8 +422,8 @@ impl Model for Publication {
                     let sends = |relay: &Relay| matches!(relay.step, Step::Sent(_)) && !relay.is_fenced;
                     world.relays.iter().any(is_zombie) && world.relays.iter().any(sends)
                 }),
-                Property::sometimes("a commit lands that nobody waits for", |_, world: &World| {
-                    world.marker.is_some() && world.relays.iter().all(|relay| relay.step == Step::Idle) && world.has_waiting()
+                Property::sometimes("a commit is on its way that nobody waits for", |_, world: &World| {
+                    world.open.iter().any(|open| open.is_committing && open.waiter.is_none())
                 }),
                 Property::sometimes("a pointer is parked", |_, world: &World| {
                     world.pointers.iter().any(|pointer| matches!(pointer, Pointer::Promised { parked: true, .. }))
