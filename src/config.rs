@@ -218,6 +218,15 @@ pub fn load_auth(file: Option<&Path>, environment: impl Fn(&str) -> Option<Strin
     auth_settings(file.auth, file.jwt)
 }
 
+/// Reads where Kafka is: all that `consume` needs.
+///
+/// # Errors
+/// As [`load`], but only Kafka must be named.
+pub fn load_kafka(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<kafka::Settings, Error> {
+    let file = gather(file, environment)?;
+    kafka_settings(file.kafka, file.delivery)
+}
+
 fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
     let mut table = match file {
         Some(path) => read(&path.display().to_string())?.parse::<Table>()?,

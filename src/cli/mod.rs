@@ -1,6 +1,7 @@
 //! The command line: data to stdout, talk to stderr.
 
 mod audit;
+mod consume;
 mod dev;
 mod get;
 mod put;
@@ -57,6 +58,8 @@ enum Command {
     Put(put::Arguments),
     /// Write the bytes that a pointer stands for, verified
     Get(get::Arguments),
+    /// Follow a topic, and save what its records stand for, verified
+    Consume(consume::Arguments),
     /// Print a token for this broker's settings
     Token(token::Arguments),
     /// Compare the database, S3 and Kafka; exits with 0 when they agree, 1 with findings, 2 when it could not check
@@ -86,6 +89,14 @@ impl Config {
 
     fn load_auth(&self) -> Result<auth::Settings, Error> {
         Ok(config::load_auth(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+
+    fn load_kafka(&self, bootstrap_servers: Option<&str>) -> Result<crate::kafka::Settings, Error> {
+        let named = |name: &str| match (name, bootstrap_servers) {
+            ("KAFKA_BOOTSTRAP_SERVERS", Some(servers)) => Some(servers.to_owned()),
+            _ => std::env::var(name).ok(),
+        };
+        Ok(config::load_kafka(self.config.as_deref(), named)?)
     }
 
     fn load_store(&self) -> Result<store::Settings, Error> {
@@ -131,6 +142,8 @@ pub(crate) enum Error {
     #[error("{0}")]
     Objects(#[from] objects::Error),
     #[error("{0}")]
+    Kafka(#[from] crate::kafka::Error),
+    #[error("{0}")]
     Client(#[from] client::Error),
     /// Also when all of it was repaired, as with fsck: whoever asks again hears that nothing is left.
     #[error("{0} findings")]
@@ -165,6 +178,7 @@ impl Error {
             Self::Client(error) | Self::OfFile { source: error, .. } | Self::Upload { source: error, .. } => {
                 client_exit_code(error)
             }
+            Self::Kafka(crate::kafka::Error::Unreachable(_)) => 5,
             _ => 1,
         }
     }
@@ -231,6 +245,7 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Doctor { config, json } => serve::doctor(config.load()?, json).await,
         Command::Put(arguments) => put::put(arguments).await,
         Command::Get(arguments) => get::get(arguments).await,
+        Command::Consume(arguments) => consume::consume(arguments).await,
         Command::Token(arguments) => token::token(arguments),
         Command::Audit(arguments) => audit::audit(arguments).await,
         Command::Topics(arguments) => topics::topics(arguments).await,

@@ -166,6 +166,25 @@ pub(super) fn reader(settings: &Settings) -> Result<BaseConsumer<Context>, Error
     config.create_with_context(Context).map_err(Error::settings)
 }
 
+/// A consumer that follows a topic, for `consume`. A file may take hours to save: the group waits for it.
+pub(super) fn follower(
+    settings: &Settings,
+    group: Option<&str>,
+    from_the_beginning: bool,
+) -> Result<BaseConsumer<Context>, Error> {
+    let mut config = config(settings, &[("max.poll.interval.ms", "", "86400000")]);
+    config
+        .set("allow.auto.create.topics", "false")
+        .set("auto.offset.reset", if from_the_beginning { "earliest" } else { "latest" })
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("isolation.level", "read_committed");
+    if let Some(group) = group {
+        config.set("group.id", group);
+    }
+    config.create_with_context(Context).map_err(Error::settings)
+}
+
 /// For what only an administrator's client can do: creating topics.
 pub(super) fn admin(settings: &Settings) -> Result<rdkafka::admin::AdminClient<Context>, Error> {
     let mut config = config(settings, &[]);

@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 mod client;
+mod follow;
 mod marker;
 #[cfg(test)]
 mod real;
@@ -23,6 +24,7 @@ mod tests;
 mod topics;
 
 use client::Context;
+pub use follow::{Follower, Incoming, Start};
 pub use marker::{Marker, transactional_id};
 pub use scan::{Batch, Scan, Seen};
 pub use shard::{PublishError, Refusal, Shard};

@@ -54,7 +54,7 @@ async fn sql(house: &House, statement: &'static str, id: Uuid) -> u64 {
 }
 
 /// Puts a record into a topic past the broker.
-async fn produce(topic: &str, partition: i32, value: &[u8], upload_id: Option<&str>) {
+pub(crate) async fn produce(topic: &str, partition: i32, value: &[u8], upload_id: Option<&str>) {
     let producer: FutureProducer =
         rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).set("linger.ms", "0").create().unwrap();
     let record = FutureRecord::<str, [u8]>::to(topic).partition(partition).payload(value);

@@ -14,6 +14,7 @@ mod audit;
 mod cli;
 mod client;
 mod conformance;
+mod consume;
 mod dependencies;
 mod dev;
 mod edge;

@@ -1,0 +1,93 @@
+//! `consume`: every record of a topic becomes a file, proved and whole, and its place is noted only after.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::audit::produce;
+use crate::harness::uploads::PART;
+use crate::harness::{House, bytes, sha256};
+
+/// Follows the house's topic until it has saved so many records.
+async fn consume(house: &House, directory: &Path, records: usize, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
+    command.args(["consume", "--topic", &house.topic, "--max-records", &records.to_string(), "--dir"]).arg(directory).args(more);
+    let kafka = house.settings.kafka.bootstrap_servers.clone();
+    command.env_clear().env("LFS_BROKER_URL", house.url()).env("KAFKA_BOOTSTRAP_SERVERS", kafka).stdin(Stdio::null());
+    tokio::task::spawn_blocking(move || command.output().expect("the program starts")).await.unwrap()
+}
+
+/// What was printed, a line a file.
+fn lines(output: &Output) -> Vec<Value> {
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_topic_becomes_files_and_a_group_remembers_where_it_was() {
+    let house = House::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let large = bytes(2 * PART + 9, 1);
+    let put = house.put_up(&large, json!({"key": "k", "partition": 1, "part_size": PART, "filename": "a b.tar.gz"})).await;
+    house.complete_and_wait(&put.id(), json!({})).await;
+    house.publish(b"hello", json!({"partition": 0, "filename": "b.txt"})).await;
+    produce(&house.topic, 2, b"no pointer", None).await;
+
+    let contents = BTreeMap::from([(0, b"hello".to_vec()), (1, large), (2, b"no pointer".to_vec())]);
+    let told = lines(&consume(&house, directory.path(), 3, &["--group", "files"]).await);
+    assert_eq!(told.len(), 3);
+    for line in &told {
+        let content = &contents[&line["partition"].as_i64().unwrap()];
+        let path = Path::new(line["path"].as_str().unwrap());
+        assert_eq!(path.parent(), Some(directory.path()), "{line}");
+        assert!(std::fs::read(path).unwrap() == *content, "{line}");
+        assert_eq!((&line["size"], &line["sha256"]), (&json!(content.len()), &json!(sha256(content))));
+        assert_eq!((&line["topic"], line["offset"].is_u64()), (&json!(house.topic), true));
+    }
+    let named = |partition: i64| told.iter().find(|line| line["partition"] == partition).unwrap();
+    assert_eq!((&named(1)["key"], &named(0)["key"]), (&json!("k"), &Value::Null));
+    assert!(named(1)["path"].as_str().unwrap().ends_with(".gz"));
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3, "nothing half done is left");
+
+    // The group goes on where it was; without one it is all there again, under the same names.
+    let next = house.publish(b"next", json!({"partition": 0})).await;
+    let told = lines(&consume(&house, directory.path(), 1, &["--group", "files"]).await);
+    assert_eq!((&told[0]["offset"], &told[0]["size"]), (&next.json["record"]["offset"], &json!(4)));
+    assert_eq!(lines(&consume(&house, directory.path(), 4, &[]).await).len(), 4);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4);
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_saved_is_not_passed_over() {
+    let house = House::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let gone = house.publish(b"gone", json!({"partition": 0})).await;
+    house.publish(b"after", json!({"partition": 0})).await;
+    let key = gone.json["pointer"]["key"].as_str().unwrap();
+    house.s3.delete_object().bucket(&house.bucket).key(key).send().await.unwrap();
+    for _ in 0..2 {
+        let told = consume(&house, directory.path(), 2, &["--group", "files"]).await;
+        let words = String::from_utf8_lossy(&told.stderr).into_owned();
+        assert_eq!((told.status.code(), told.stdout.len()), (Some(3), 0), "{words}");
+        assert!(words.contains(&format!("{}-0-", house.topic)), "it says which: {words}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+    // Other bytes in its place are a failure of another kind.
+    house.put_object(key, b"evil", None).await;
+    let told = consume(&house, directory.path(), 2, &["--group", "files"]).await;
+    assert_eq!((told.status.code(), told.stdout.len()), (Some(4), 0), "{}", String::from_utf8_lossy(&told.stderr));
+    house.put_object(key, b"gone", None).await;
+    assert_eq!(lines(&consume(&house, directory.path(), 2, &["--group", "files"]).await).len(), 2);
+}
+
+#[tokio::test]
+async fn a_topic_or_a_kafka_that_is_not_there_is_told() {
+    let house = House::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let told = consume(&house, directory.path(), 1, &["--kafka", "127.0.0.1:9"]).await;
+    assert_eq!(told.status.code(), Some(5), "{}", String::from_utf8_lossy(&told.stderr));
+    let told = consume(&house, directory.path(), 1, &["--topic", "not-there"]).await;
+    assert_eq!(told.status.code(), Some(2), "{}", String::from_utf8_lossy(&told.stderr));
+}
