@@ -134,6 +134,8 @@ async fn a_multipart_upload_whose_begin_was_not_answered_is_left_to_nobody() {
         let s3 = faulty().await;
         let house = house_on(&s3).await;
         let content = bytes(PART + 9, 2);
+        // The start tries the store out.
+        let before = s3.count(Call::Begin);
         s3.next(Call::Begin, fault);
         let body =
             json!({"topic": house.topic, "size": content.len(), "sha256": crate::harness::sha256(&content), "part_size": PART});
@@ -142,7 +144,7 @@ async fn a_multipart_upload_whose_begin_was_not_answered_is_left_to_nobody() {
         if opened.status == 503 {
             opened = open().await.expect(200);
         }
-        assert_eq!(s3.count(Call::Begin), 2, "{fault:?}");
+        assert_eq!(s3.count(Call::Begin) - before, 2, "{fault:?}");
         let key = opened.json["object_key"].as_str().unwrap();
         house.put_parts(&opened.json["parts"], &content).await;
         house.insist(&opened.id()).await;
