@@ -18,6 +18,8 @@ pub(crate) struct Design {
     pub(crate) puts_once: bool,
     /// A move is written under the state and the version that its writer has read.
     pub(crate) guards_moves: bool,
+    /// What S3 holds decides, whatever it answered when it was asked to join the parts.
+    pub(crate) looks_again: bool,
     /// A session is ended in PostgreSQL before anything of it is destroyed in S3.
     pub(crate) decides_first: bool,
     /// S3 is swept once more when nothing can land in it any more.
@@ -28,8 +30,14 @@ pub(crate) struct Design {
 
 impl Design {
     /// The design of this house.
-    pub(crate) const HOUSE: Self =
-        Self { puts_once: true, guards_moves: true, decides_first: true, sweeps_twice: true, sweeps_all: true };
+    pub(crate) const HOUSE: Self = Self {
+        puts_once: true,
+        guards_moves: true,
+        looks_again: true,
+        decides_first: true,
+        sweeps_twice: true,
+        sweeps_all: true,
+    };
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +52,7 @@ pub(crate) enum Layout {
 
 pub(crate) const SAME_BYTES: &str = "the object of a promised session is the one that was verified";
 pub(crate) const NOTHING_LEFT: &str = "at rest a failed session has no object and no multipart upload";
+pub(crate) const JUSTLY_REJECTED: &str = "only what is wrong is rejected";
 pub(crate) const ONE_END: &str = "no session ends in two ways";
 pub(crate) const ALL_END: &str = "at rest the session has ended";
 
@@ -187,7 +196,7 @@ impl Completion {
             Step::Look if self.is_multipart() && task.attempt == 1 => Step::List,
             Step::Look => match world.object {
                 Some(bytes) if task.must_read => Step::Read(bytes),
-                Some(bytes) => self.found(world, bytes),
+                Some(bytes) => self.found(bytes),
                 None if self.is_multipart() => Step::List,
                 None => Step::Decided(Verdict::Missing),
             },
@@ -198,7 +207,8 @@ impl Completion {
             },
             Step::Finish(bytes) => Step::LookAgain(world.upload.map_or(Answer::Any, |upload| world.join(upload, bytes))),
             Step::LookAgain(answer) => match (world.object, answer) {
-                (Some(bytes), _) => self.found(world, bytes),
+                (_, Answer::Refused) if !self.design.looks_again => Step::Decided(Verdict::Wrong),
+                (Some(bytes), _) => self.found(bytes),
                 (None, Answer::Any) => Step::Releasing,
                 (None, Answer::Refused) => Step::Decided(Verdict::Missing),
                 (None, Answer::Unlisted) => {
@@ -206,6 +216,10 @@ impl Completion {
                     Step::Decided(Verdict::Missing)
                 }
             },
+            Step::Tidy(bytes) => {
+                world.abort_uploads(None);
+                Step::Decided(judge(bytes))
+            }
             // `If-Match`: other bytes than those that were looked at are an error.
             Step::Read(bytes) if world.object == Some(bytes) => Step::Decided(judge(bytes)),
             Step::Read(_) => Step::Releasing,
@@ -224,12 +238,13 @@ impl Completion {
         Some(Task { step, ..task })
     }
 
-    /// What a look at the object leads to. The uploads that were not used are aborted on the way.
-    fn found(&self, world: &mut World, bytes: Bytes) -> Step {
-        if self.is_multipart() {
-            world.abort_uploads(None);
+    /// What a look at the object leads to.
+    fn found(&self, bytes: Bytes) -> Step {
+        match self.layout {
+            Layout::Single => Step::Decided(judge(bytes)),
+            Layout::ReadBack => Step::Decided(Verdict::MustRead),
+            Layout::Multipart => Step::Tidy(bytes),
         }
-        Step::Decided(if self.layout == Layout::ReadBack { Verdict::MustRead } else { judge(bytes) })
     }
 
     fn land(&self, world: &mut World, put: usize) {
@@ -385,6 +400,10 @@ impl Model for Completion {
                 let is_kept = |upload: &Upload| matches!(upload, Upload::Begun(_) | Upload::Leftover);
                 let is_clean = world.object.is_none() && !world.uploads.iter().any(is_kept);
                 is_clean || !matches!(world.state, State::Failed(..)) || !house.is_at_rest(world)
+            }),
+            Property::always(JUSTLY_REJECTED, |_, world: &World| {
+                let rejects = |task: &Task| task.step == Step::Decided(Verdict::Wrong) && task.is_current;
+                world.object == Some(Bytes::Wrong) || !world.tasks.iter().flatten().any(rejects)
             }),
             Property::always(ONE_END, |_, world: &World| world.ends <= 1),
             Property::always(ALL_END, |house: &Self, world: &World| {

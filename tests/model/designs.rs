@@ -1,7 +1,7 @@
 //! The designs: ours, in which every promise holds, and the broken ones, each of which the same check refutes.
 
 use crate::checker::{check, refute};
-use crate::completion::{self, Completion, Layout, NOTHING_LEFT, ONE_END, SAME_BYTES};
+use crate::completion::{self, Completion, JUSTLY_REJECTED, Layout, NOTHING_LEFT, ONE_END, SAME_BYTES};
 use crate::publication::{self, IN_ORDER, NEVER_LOST, NEVER_TWICE, Publication, Settling, TRULY_MARKED};
 
 /// Ours, with something of it changed, within bounds in which each broken design shows.
@@ -120,6 +120,11 @@ fn a_plain_url_overwrites_what_was_verified() {
 #[test]
 fn a_move_under_no_version_ends_a_session_twice() {
     refute("unguarded moves", completion(Layout::Single, |design| design.guards_moves = false), ONE_END);
+}
+
+#[test]
+fn believing_the_answer_to_a_join_rejects_a_good_upload() {
+    refute("believes the answer", completion(Layout::Multipart, |design| design.looks_again = false), JUSTLY_REJECTED);
 }
 
 #[test]

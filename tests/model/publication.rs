@@ -100,8 +100,9 @@ pub(crate) enum Action {
     Unheard(usize),
     /// Kafka refuses one record for good.
     Refuse(usize, usize),
-    /// Kafka takes nothing of a batch, and nobody is to blame.
+    /// Kafka takes nothing of a batch, and nobody is to blame; the relay goes on with the same producer, or a new one.
     Abort(usize),
+    AbortAnew(usize),
     /// Kafka gives up a transaction that took too long, and its producer with it.
     TimeOut(usize),
 }
@@ -177,7 +178,7 @@ impl Publication {
             match relay.step {
                 Step::Idle => continue,
                 Step::Sent(stamps) if !relay.is_fenced => {
-                    offers.push(Action::Abort(replica));
+                    offers.extend([Action::Abort(replica), Action::AbortAnew(replica)]);
                     let sent = (0..POINTERS).filter(|pointer| stamps[*pointer].is_some());
                     offers.extend(sent.map(|pointer| Action::Refuse(replica, pointer)));
                 }
@@ -241,10 +242,14 @@ impl Publication {
                 world.mark(listed);
                 Step::Unstamping(stamps)
             }
-            Step::Unstamping(_) if is_ousted && self.design.unstamps_as_owner => Step::Idle,
+            Step::Unstamping(_) | Step::Retaking(_) if is_ousted && self.design.unstamps_as_owner => Step::Idle,
             Step::Unstamping(stamps) => {
                 world.unstamp(stamps);
                 Step::Ready
+            }
+            Step::Retaking(stamps) => {
+                world.unstamp(stamps);
+                Step::Owning
             }
             // The epoch that was read on renewing is another.
             Step::Ready => Step::Idle,
@@ -368,6 +373,7 @@ impl Model for Publication {
                     Action::Refuse(replica, refused) => world.give_up(replica, |stamps| Step::Parking(stamps, refused)),
                     Action::Abort(replica) if self.design.settles_first => world.give_up(replica, Step::Unstamping),
                     Action::Abort(replica) => world.give_up(replica, |_| Step::Ready),
+                    Action::AbortAnew(replica) => world.give_up(replica, Step::Retaking),
                     Action::TimeOut(number) => {
                         if let Some(replica) = world.open.remove(number).waiter {
                             world.relays[replica].is_fenced = true;

@@ -104,6 +104,8 @@ pub(super) enum Step {
     /// These bytes were listed.
     Finish(Bytes),
     LookAgain(Answer),
+    /// The object has these bytes; uploads that were not used are aborted next.
+    Tidy(Bytes),
     /// These bytes were looked at.
     Read(Bytes),
     Decided(Verdict),

@@ -78,6 +78,8 @@ pub(crate) enum Step {
     Settling(Stamps, [bool; POINTERS]),
     /// Kafka does not hold these.
     Unstamping(Stamps),
+    /// Nor these, and it may be the producer's fault: the shard is to be taken anew.
+    Retaking(Stamps),
     Ready,
     /// The stamps are committed.
     Stamped(Stamps),
