@@ -52,6 +52,13 @@ pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
         From::Latest => Start::Latest,
     };
     let follower = Follower::begin(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
+    let outcome = follow(&client, &arguments, &follower).await;
+    follower.end().await;
+    outcome
+}
+
+/// Saves record after record, until there were enough or the end is asked for.
+async fn follow(client: &Client, arguments: &Arguments, follower: &Follower) -> Result<(), Error> {
     let ending = asked_to_end();
     tokio::pin!(ending);
     let mut saved = 0;
@@ -63,7 +70,7 @@ pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
         let Some(record) = record else { continue };
         // Ctrl-C in the middle leaves the record for the next time: its file appears only when it is whole.
         let told = tokio::select! {
-            told = save(&client, &arguments, &record) => told?,
+            told = save(client, arguments, &record) => told?,
             () = &mut ending => break,
         };
         if let Some(told) = told {

@@ -166,13 +166,14 @@ pub(super) fn reader(settings: &Settings) -> Result<BaseConsumer<Context>, Error
     config.create_with_context(Context).map_err(Error::settings)
 }
 
-/// A consumer that follows a topic, for `consume`. A file may take hours to save: the group waits for it.
+/// A consumer that follows a topic, for `consume`. A file may take hours to save, and the group waits for it;
+/// a member that died is given up within seconds.
 pub(super) fn follower(
     settings: &Settings,
     group: Option<&str>,
     from_the_beginning: bool,
 ) -> Result<BaseConsumer<Context>, Error> {
-    let mut config = config(settings, &[("max.poll.interval.ms", "", "86400000")]);
+    let mut config = config(settings, &[("max.poll.interval.ms", "", "86400000"), ("session.timeout.ms", "", "10000")]);
     config
         .set("allow.auto.create.topics", "false")
         .set("auto.offset.reset", if from_the_beginning { "earliest" } else { "latest" })

@@ -116,6 +116,14 @@ impl Follower {
         .await
     }
 
+    /// Leaves the group, so that its other members, or the next one, need not wait until this one is given up.
+    pub async fn end(mut self) {
+        if let Some(consumer) = self.consumer.take() {
+            // Dropping says goodbye, and waits for the answer.
+            let _ = tokio::task::spawn_blocking(move || drop(consumer)).await;
+        }
+    }
+
     fn consumer(&self) -> Arc<BaseConsumer<Context>> {
         Arc::clone(self.consumer.as_ref().expect("the consumer is there until the follower is dropped"))
     }
