@@ -49,6 +49,13 @@ impl Objects {
     /// # Errors
     /// Where S3 does not answer (an upload without a known id may be left) or refuses.
     pub async fn begin_multipart(&self, put: &Put<'_>, part_hashes: bool) -> Result<String, Error> {
+        let id = self.create_multipart(put, part_hashes).await?;
+        failpoint::reach("s3.begun").await?;
+        Ok(id)
+    }
+
+    /// The same for the probe, whose uploads are nobody's.
+    pub(super) async fn create_multipart(&self, put: &Put<'_>, part_hashes: bool) -> Result<String, Error> {
         let answer = self
             .0
             .calls
@@ -64,11 +71,8 @@ impl Objects {
             .send()
             .await
             .map_err(|error| failed("CreateMultipartUpload", &error))?;
-        failpoint::reach("s3.begun").await?;
-        match answer.upload_id {
-            Some(id) => Ok(id),
-            None => Err(Error::Unavailable("CreateMultipartUpload: an answer without an upload id".to_owned())),
-        }
+        let unnamed = || Error::Unavailable("CreateMultipartUpload: an answer without an upload id".to_owned());
+        answer.upload_id.ok_or_else(unnamed)
     }
 
     /// The parts that S3 holds, by number; none where it knows no such multipart upload.

@@ -180,7 +180,7 @@ impl Trial<'_> {
 
     async fn refuses_copy_part(&self, signer: &Signer, source: &Place) -> Result<bool, Error> {
         let place = self.place("copy-part");
-        let id = self.objects.begin_multipart(&promise(&place, None), false).await?;
+        let id = self.objects.create_multipart(&promise(&place, None), false).await?;
         let signed = signer.part(&place, &id, 1, WRONG.len() as u64, None, LIFE).await?;
         let status = self.send(&signed, WRONG, Some(source)).await?;
         let parts = self.objects.list_parts(&place, &id).await?.unwrap_or_default();

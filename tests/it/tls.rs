@@ -16,6 +16,9 @@ use tokio_rustls::client::TlsStream;
 
 use crate::harness::{House, sha256};
 
+/// Longer than any of these tests.
+const LONG: Duration = Duration::from_secs(120);
+
 /// A root, and what it signs.
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -56,11 +59,11 @@ impl Authority {
     }
 }
 
-async fn house_with(directory: &Path) -> House {
+async fn house_with(directory: &Path, header_time: Duration) -> House {
     House::with(|settings| {
         let files = Settings::new(directory.join("certificate.pem"), directory.join("key.pem"));
         settings.http.tls = Some(Settings { look_every: Duration::from_millis(50), ..files });
-        settings.http.header_time = Duration::from_millis(1500);
+        settings.http.header_time = header_time;
     })
     .await
 }
@@ -69,7 +72,7 @@ async fn house_with(directory: &Path) -> House {
 async fn the_broker_is_served_by_tls_in_http_1_1() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     authority.write(directory.path());
-    let house = house_with(directory.path()).await;
+    let house = house_with(directory.path(), LONG).await;
     let url = house.url().replace("http://", "https://");
     let root = reqwest::Certificate::from_der(authority.root.der()).unwrap();
     let client = reqwest::Client::builder().tls_certs_only([root]).build().unwrap();
@@ -98,7 +101,7 @@ async fn the_broker_is_served_by_tls_in_http_1_1() {
 async fn who_does_not_speak_tls_is_let_go() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     authority.write(directory.path());
-    let house = house_with(directory.path()).await;
+    let house = house_with(directory.path(), Duration::from_millis(1500)).await;
     let begun = Instant::now();
     let mut silent = house.connect().await.0;
     let mut plain = house.connect().await.0;
@@ -116,7 +119,7 @@ async fn who_does_not_speak_tls_is_let_go() {
 async fn a_renewed_certificate_is_shown_and_a_broken_one_is_not() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     let first = authority.write(directory.path());
-    let house = house_with(directory.path()).await;
+    let house = house_with(directory.path(), LONG).await;
     assert_eq!(authority.shown(&house).await, first);
     let mut open = authority.connect(&house, &[]).await.unwrap();
 
