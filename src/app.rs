@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, Notify, watch};
+use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
@@ -16,7 +16,7 @@ use crate::broker::{self, Broker, Parts};
 use crate::finish::{self, Finisher, Tasks};
 use crate::http::{self, App, Tls};
 use crate::kafka::{self, Kafka};
-use crate::objects::{self, Capabilities, Objects};
+use crate::objects::{self, Capabilities, LONGEST_TRIAL, Objects};
 use crate::policy;
 use crate::relay::Relay;
 use crate::store::{self, Deployment, Store};
@@ -37,6 +37,8 @@ const MARKERS: Duration = Duration::from_secs(2);
 /// How long the start waits to see what the store does, and how soon it is tried again where it did not answer.
 const TRIAL: Duration = Duration::from_secs(3);
 const TRY_AGAIN: Duration = Duration::from_secs(60);
+/// How soon what trials have left is looked for again, where S3 did not answer.
+const CLEAN_AGAIN: Duration = Duration::from_secs(5);
 
 /// Everything that `serve` can be told.
 #[derive(Clone)]
@@ -256,23 +258,31 @@ async fn try_store(settings: &Settings, objects: &Objects) -> Result<(Arc<OnceLo
     let write_only = settings.objects.signing_access_key_id.is_some();
     if !(settings.auth.mode == Mode::None || write_only || settings.objects.allow_copy_source) {
         let found = objects.probe(&bucket).await?;
-        return match found.refuses_copy_source() {
-            true => Ok((Arc::new(OnceLock::from(found)), trying)),
-            false => Err(Error::CopySource),
-        };
+        if !found.refuses_copy_source() {
+            return Err(Error::CopySource);
+        }
+        let _ = seen.set(found);
     }
     let (objects, noted) = (objects.clone(), Arc::clone(&seen));
+    let (tried, is_tried) = oneshot::channel::<()>();
     trying.spawn(async move {
-        loop {
+        while noted.get().is_none() {
             match objects.probe(&bucket).await {
-                Ok(found) => return drop(noted.set(found)),
-                Err(error) => warn!(%error, "the store could not be tried out yet: {error}"),
+                Ok(found) => drop(noted.set(found)),
+                Err(error) => {
+                    warn!(%error, "the store could not be tried out yet: {error}");
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
             }
-            tokio::time::sleep(TRY_AGAIN).await;
+        }
+        drop(tried);
+        while let Err(error) = objects.clean_after_trials(&bucket, LONGEST_TRIAL).await {
+            info!(%error, "what trials have left could not be removed yet: {error}");
+            tokio::time::sleep(CLEAN_AGAIN).await;
         }
     });
     // Who asks whether the broker is ready right after its start sees it all; a slow store keeps nothing from starting.
-    let _ = tokio::time::timeout(TRIAL, trying.join_next()).await;
+    let _ = tokio::time::timeout(TRIAL, is_tried).await;
     Ok((seen, trying))
 }
 

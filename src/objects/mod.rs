@@ -32,7 +32,7 @@ mod sign;
 pub use connect::Settings;
 pub use list::{Behind, Listed, OpenUpload, Page};
 pub use multipart::{Finish, Part};
-pub use probe::Capabilities;
+pub use probe::{Capabilities, LONGEST_TRIAL};
 pub use sign::{Put, Signed};
 
 use connect::{READING, patient};

@@ -3,6 +3,7 @@
 //! It plays the client that lies, with real presigned URLs under a prefix of its own, and cleans up. Stores differ,
 //! and the promises of the broker rest on the answers; `serve` and `doctor` ask before they trust.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use lfs_broker_client::checksum::{Digest, Sha256};
@@ -28,6 +29,10 @@ const LIFE: Duration = Duration::from_secs(60);
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// A public endpoint that takes longer to connect is out of the broker's reach.
 const CONNECT: Duration = Duration::from_secs(3);
+/// The longest trial: what was there before then belongs to one that has ended.
+pub const LONGEST_TRIAL: Duration = Duration::from_secs(60);
+/// Where trials are made.
+const TRIALS: &str = ".lfs-broker-probe/";
 /// Nobody waits longer for a store that went away meanwhile.
 const CLEANING: Duration = Duration::from_secs(30);
 /// Any web page: a rule for one origin alone is found by its own users.
@@ -72,14 +77,37 @@ impl Objects {
     /// Where not even an honest PUT works, or the store stops to answer.
     pub async fn probe(&self, bucket: &str) -> Result<Capabilities, Error> {
         let http = Client::builder().connect_timeout(CONNECT).timeout(TIMEOUT).redirect(redirect::Policy::none()).build();
-        let prefix = format!(".lfs-broker-probe/{}", Uuid::new_v4());
+        let prefix = format!("{TRIALS}{}", Uuid::new_v4());
         let trial = Trial { objects: self, http: http.map_err(|error| Error::Settings(chain(&error)))?, bucket, prefix };
-        let seen = trial.run().await;
+        let late = || Error::Unavailable(format!("the store was not tried out in {} s", LONGEST_TRIAL.as_secs()));
+        let seen = tokio::time::timeout(LONGEST_TRIAL, trial.run()).await.unwrap_or_else(|_| Err(late()));
         let cleaned = tokio::time::timeout(CLEANING, trial.clean()).await;
         let seen = seen?;
         match cleaned {
             Ok(cleaned) => cleaned.map(|()| seen),
             Err(_) => Err(Error::Unavailable(format!("the probe's objects were not removed in {} s", CLEANING.as_secs()))),
+        }
+    }
+}
+
+impl Objects {
+    /// Removes what trials have left whose broker died, or whose store went away, in the middle: what is there now and
+    /// still there when every trial that runs now has ended, which is after [`LONGEST_TRIAL`]. Returns when nothing is left.
+    ///
+    /// # Errors
+    /// Where S3 does not answer; asking again goes on.
+    pub async fn clean_after_trials(&self, bucket: &str, after: Duration) -> Result<(), Error> {
+        loop {
+            let left = self.list(bucket, TRIALS, None).await?;
+            let prefixes: BTreeSet<String> =
+                left.items.iter().filter_map(|object| Some(object.key.rsplit_once('/')?.0.to_owned())).collect();
+            if prefixes.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(after).await;
+            for prefix in prefixes {
+                Trial { objects: self, http: Client::new(), bucket, prefix }.clean().await?;
+            }
         }
     }
 }
@@ -92,8 +120,9 @@ struct Trial<'a> {
     prefix: String,
 }
 
-/// The last pieces of the keys; what is written is removed by this list.
-const KEYS: [&str; 5] = ["honest", "wrong-bytes", "other-size", "copy", "copy-part"];
+/// The last pieces of the keys; what is written is removed by this list. What is written first goes last: as long as
+/// anything is left of a trial, that is.
+const KEYS: [&str; 5] = ["copy-part", "copy", "other-size", "wrong-bytes", "honest"];
 
 impl Trial<'_> {
     async fn run(&self) -> Result<Capabilities, Error> {
@@ -212,12 +241,11 @@ impl Trial<'_> {
 
     /// Removes what may be there, and goes on past a failure to the rest; gives the first one back.
     async fn clean(&self) -> Result<(), Error> {
-        let mut outcome = Ok(());
+        self.objects.abort_uploads(&self.place("copy-part"), None).await?;
         for key in KEYS {
-            let place = self.place(key);
-            outcome = outcome.and(self.objects.delete_versions(&place).await.map(|_| ()));
+            self.objects.delete_versions(&self.place(key)).await?;
         }
-        outcome.and(self.objects.abort_uploads(&self.place("copy-part"), None).await.map(|_| ()))
+        Ok(())
     }
 
     fn place(&self, key: &str) -> Place {

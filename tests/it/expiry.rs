@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use lfs_broker::objects::Objects;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -158,4 +159,18 @@ async fn an_idempotency_key_is_forgotten_a_day_after_the_end() {
     assert_eq!(keys().await, 1);
     house.push_clock(Duration::from_secs(86_500));
     house.eventually("that key is forgotten too", || async { keys().await == 0 }).await;
+}
+
+#[tokio::test]
+async fn what_a_trial_of_the_store_left_is_removed_though_its_broker_died() {
+    let house = House::new().await;
+    let left = format!(".lfs-broker-probe/{}", uuid::Uuid::new_v4());
+    house.put_object(&format!("{left}/honest"), b"hello", None).await;
+    house.put_object(&format!("{left}/copy"), b"hello", None).await;
+    let part = format!("{left}/copy-part");
+    house.s3.create_multipart_upload().bucket(&house.bucket).key(&part).send().await.unwrap();
+    assert!(house.has_open_multipart(&part).await);
+    let objects = Objects::connect(&house.settings.objects).await.unwrap();
+    objects.clean_after_trials(&house.bucket, Duration::from_millis(100)).await.unwrap();
+    house.until_nothing_is_left(&part).await;
 }
