@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The Java serializer and deserializers under clients/java: their tests, against a real Kafka and a broker that uses it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. .ci/dev.sh
+. .ci/neighbours.sh
+
+kafka=${LFS_TEST_KAFKA:-}
+if [ -z "$kafka" ]; then
+    NEIGHBOURS=$WORK/neighbours
+    mkdir "$NEIGHBOURS"
+    also_end=stop_all
+    bash .ci/tools.sh kafka
+    start_kafka
+    kafka=$LFS_TEST_KAFKA
+fi
+start_dev --kafka "$kafka"
+# In a copy, so that nothing of another build counts and nothing is left in the tree.
+cp -r clients/java "$WORK/java"
+rm -rf "$WORK/java/target"
+mvn -q -B -f "$WORK/java/pom.xml" verify
+ran=$(awk -F'[ ,]+' '/^Tests run:.* Failures: 0, Errors: 0, Skipped: 0,/ { n += $3 } END { print n + 0 }' "$WORK"/java/target/surefire-reports/*.txt)
+[ "$ran" -ge 40 ] || { echo "only $ran tests ran"; exit 1; }
+echo "Java client: $ran tests passed against Kafka at $kafka and a running broker"

@@ -1,0 +1,135 @@
+package lfsbroker.kafka;
+
+import java.io.IOException;
+import java.net.URI;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.time.Duration;
+import java.util.List;
+import java.util.Map;
+import org.apache.kafka.common.config.AbstractConfig;
+import org.apache.kafka.common.config.ConfigDef;
+import org.apache.kafka.common.config.ConfigDef.Importance;
+import org.apache.kafka.common.config.ConfigDef.Range;
+import org.apache.kafka.common.config.ConfigDef.Type;
+import org.apache.kafka.common.config.ConfigException;
+import org.apache.kafka.common.config.types.Password;
+
+/** The settings: they stand among a producer's or consumer's own and begin with {@code lfs.}. */
+public final class LfsConfig extends AbstractConfig {
+    public static final String BROKER_URL = "lfs.broker.url";
+    public static final String TOKEN = "lfs.broker.token";
+    public static final String TOKEN_FILE = "lfs.broker.token.file";
+    public static final String VALUE_SERIALIZER = "lfs.value.serializer";
+    public static final String VALUE_DESERIALIZER = "lfs.value.deserializer";
+    public static final String MIN_BYTES = "lfs.min.bytes";
+    public static final String MAX_BYTES = "lfs.max.bytes";
+    public static final String STAGING_TOPIC = "lfs.staging.topic";
+    public static final String TIMEOUT_MS = "lfs.timeout.ms";
+    public static final String S3_BUCKETS = "lfs.s3.buckets";
+    public static final String S3_ENDPOINT = "lfs.s3.endpoint";
+    public static final String S3_REGION = "lfs.s3.region";
+    public static final String S3_PATH_STYLE = "lfs.s3.path.style";
+    public static final String S3_ACCESS_KEY_ID = "lfs.s3.access.key.id";
+    public static final String S3_SECRET_ACCESS_KEY = "lfs.s3.secret.access.key";
+
+    /** The policy's default of a topic. */
+    private static final long MIN_BYTES_DEFAULT = 8 << 20;
+    /** What a record has beside its value: key, headers, framing. */
+    private static final long RECORD_OVERHEAD = 64 << 10;
+
+    private static final long REQUEST_SIZE_DEFAULT = 1 << 20;
+
+    private static final ConfigDef DEFINITION = new ConfigDef()
+            .define(BROKER_URL, Type.STRING, null, Importance.HIGH, "Where the broker is.")
+            .define(TOKEN, Type.PASSWORD, null, Importance.MEDIUM, "The bearer token.")
+            .define(TOKEN_FILE, Type.STRING, null, Importance.MEDIUM, "A file with the bearer token, read for each request.")
+            .define(
+                    VALUE_SERIALIZER,
+                    Type.CLASS,
+                    "org.apache.kafka.common.serialization.ByteArraySerializer",
+                    Importance.HIGH,
+                    "What makes bytes of the application's values.")
+            .define(
+                    VALUE_DESERIALIZER,
+                    Type.CLASS,
+                    "org.apache.kafka.common.serialization.ByteArrayDeserializer",
+                    Importance.HIGH,
+                    "What makes values of bytes.")
+            .define(
+                    MIN_BYTES,
+                    Type.LONG,
+                    null,
+                    Importance.MEDIUM,
+                    "Values of at least so many bytes go through the broker. Default: 8 MiB, or less where the producer's"
+                            + " max.request.size would refuse such a value inline.")
+            .define(
+                    MAX_BYTES,
+                    Type.LONG,
+                    256L << 20,
+                    Range.between(0, Integer.MAX_VALUE - 8),
+                    Importance.MEDIUM,
+                    "The largest value that is read into memory.")
+            .define(
+                    STAGING_TOPIC,
+                    Type.STRING,
+                    "{topic}.lfs-staging",
+                    Importance.MEDIUM,
+                    "The topic that the broker publishes its own pointers to; {topic} is the record's.")
+            .define(TIMEOUT_MS, Type.LONG, 300_000L, Range.atLeast(1), Importance.LOW, "How long one value may take to be sent.")
+            .define(S3_BUCKETS, Type.LIST, List.of(), Importance.HIGH, "Read these buckets with own credentials, without the broker.")
+            .define(S3_ENDPOINT, Type.STRING, null, Importance.LOW, "S3's endpoint where it is not AWS.")
+            .define(S3_REGION, Type.STRING, null, Importance.LOW, "The region; else the one of the AWS environment.")
+            .define(S3_PATH_STYLE, Type.BOOLEAN, null, Importance.LOW, "Path-style addresses; true where an endpoint is set.")
+            .define(S3_ACCESS_KEY_ID, Type.STRING, null, Importance.LOW, "The access key; else the AWS environment's credentials.")
+            .define(S3_SECRET_ACCESS_KEY, Type.PASSWORD, null, Importance.LOW, "Its secret.");
+
+    LfsConfig(Map<String, ?> settings) {
+        super(DEFINITION, settings, false);
+    }
+
+    URI brokerUrl() {
+        String url = getString(BROKER_URL);
+        if (url == null || !url.matches("https?://.+")) {
+            throw new ConfigException(BROKER_URL, url, "the address of lfs-broker is needed");
+        }
+        return URI.create(url.replaceFirst("/+$", ""));
+    }
+
+    /** The bearer token as it is now, or null. */
+    String token() {
+        Password token = getPassword(TOKEN);
+        String file = getString(TOKEN_FILE);
+        if (token != null || file == null) {
+            return token == null ? null : token.value();
+        }
+        try {
+            return Files.readString(Path.of(file)).strip();
+        } catch (IOException error) {
+            throw new LfsException.Unavailable("the token file cannot be read: " + error.getMessage(), error);
+        }
+    }
+
+    long minBytes() {
+        Long asked = getLong(MIN_BYTES);
+        if (asked != null) {
+            return asked;
+        }
+        Object request = originals().get("max.request.size");
+        long most = request == null ? REQUEST_SIZE_DEFAULT : Long.parseLong(request.toString());
+        return Math.min(MIN_BYTES_DEFAULT, Math.max(0, most - RECORD_OVERHEAD));
+    }
+
+    String stagingTopic(String topic) {
+        return getString(STAGING_TOPIC).replace("{topic}", topic);
+    }
+
+    Duration timeout() {
+        return Duration.ofMillis(getLong(TIMEOUT_MS));
+    }
+
+    /** Where a consumer gets the bytes from. */
+    Source source() {
+        return getList(S3_BUCKETS).isEmpty() ? new BrokerSource(new Broker(this)) : new S3Source(this);
+    }
+}

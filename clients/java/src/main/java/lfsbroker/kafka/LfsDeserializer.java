@@ -1,0 +1,79 @@
+package lfsbroker.kafka;
+
+import java.io.IOException;
+import java.io.InputStream;
+import java.util.Map;
+import org.apache.kafka.common.header.Headers;
+import org.apache.kafka.common.serialization.Deserializer;
+
+/**
+ * Follows pointers, and hands what they stand for to the application's own deserializer ({@code lfs.value.deserializer};
+ * bytes by default). Any other record goes there as it is. The bytes are verified before anybody sees them.
+ *
+ * @param <T> what the application's own deserializer makes
+ */
+public final class LfsDeserializer<T> implements Deserializer<T> {
+    /** How often a download that broke is begun anew. */
+    private static final int ATTEMPTS = 3;
+
+    private final LfsStreamDeserializer streams = new LfsStreamDeserializer();
+    private Deserializer<T> inner;
+    private long maxBytes;
+
+    @Override
+    @SuppressWarnings("unchecked")
+    public void configure(Map<String, ?> settings, boolean isKey) {
+        LfsConfig config = new LfsConfig(settings);
+        streams.configure(settings, isKey);
+        inner = config.getConfiguredInstance(LfsConfig.VALUE_DESERIALIZER, Deserializer.class);
+        inner.configure(settings, false);
+        maxBytes = config.getLong(LfsConfig.MAX_BYTES);
+    }
+
+    @Override
+    public T deserialize(String topic, byte[] value) {
+        return inner.deserialize(topic, bytes(null, value));
+    }
+
+    @Override
+    public T deserialize(String topic, Headers headers, byte[] value) {
+        return inner.deserialize(topic, headers, bytes(headers, value));
+    }
+
+    private byte[] bytes(Headers headers, byte[] value) {
+        if (value == null || !Pointer.looksLike(value)) {
+            return value;
+        }
+        Pointer pointer = Pointer.parse(value);
+        if (pointer.size() > maxBytes) {
+            throw new LfsException.TooLarge(pointer.size(), maxBytes);
+        }
+        for (int attempt = 1; ; attempt++) {
+            try (InputStream stream = streams.follow(pointer, headers)) {
+                return whole(stream, (int) pointer.size());
+            } catch (IOException error) {
+                if (attempt == ATTEMPTS) {
+                    throw new LfsException.Unavailable(pointer + " could not be read: " + error.getMessage(), error);
+                }
+            }
+        }
+    }
+
+    /** Reads to the end, where the stream has proved everything. */
+    private static byte[] whole(InputStream stream, int size) throws IOException {
+        byte[] bytes = new byte[size];
+        stream.readNBytes(bytes, 0, size);
+        if (stream.read() != -1) {
+            throw new IllegalStateException("a verified stream ends where its pointer says");
+        }
+        return bytes;
+    }
+
+    @Override
+    public void close() {
+        streams.close();
+        if (inner != null) {
+            inner.close();
+        }
+    }
+}

@@ -1,0 +1,146 @@
+package lfsbroker.kafka;
+
+import com.fasterxml.jackson.databind.JsonNode;
+import com.fasterxml.jackson.databind.node.ArrayNode;
+import com.fasterxml.jackson.databind.node.ObjectNode;
+import java.nio.charset.StandardCharsets;
+import java.util.Map;
+import java.util.UUID;
+import org.apache.kafka.common.config.ConfigException;
+import org.apache.kafka.common.header.Headers;
+import org.apache.kafka.common.serialization.Serializer;
+
+/**
+ * Sends what the application's own serializer makes ({@code lfs.value.serializer}; bytes by default): values of at least
+ * {@code lfs.min.bytes} through the broker, with their pointer as the record's value, smaller ones inline.
+ *
+ * <p>The record is the application's own, sent by its producer, in its transaction. The broker publishes a pointer
+ * of its own for every upload; it goes to the staging topic, which nobody reads.
+ *
+ * @param <T> what the application sends
+ */
+public final class LfsSerializer<T> implements Serializer<T> {
+    /** Larger values go up in parts with hashes of their own, so that the broker need not read them back. */
+    private static final int SINGLE_BYTES = 64 << 20;
+
+    private static final int PART_BYTES = 16 << 20;
+    private static final int WINDOW = 100;
+    private static final int WAIT_SECONDS = 10;
+
+    private LfsConfig config;
+    private Serializer<T> inner;
+    private Broker broker;
+    private long minBytes;
+
+    @Override
+    @SuppressWarnings("unchecked")
+    public void configure(Map<String, ?> settings, boolean isKey) {
+        if (isKey) {
+            throw new ConfigException("lfs-broker carries values: a key stays what it is");
+        }
+        config = new LfsConfig(settings);
+        inner = config.getConfiguredInstance(LfsConfig.VALUE_SERIALIZER, Serializer.class);
+        inner.configure(settings, false);
+        broker = new Broker(config);
+        minBytes = config.minBytes();
+    }
+
+    @Override
+    public byte[] serialize(String topic, T value) {
+        return carried(topic, inner.serialize(topic, value));
+    }
+
+    @Override
+    public byte[] serialize(String topic, Headers headers, T value) {
+        return carried(topic, inner.serialize(topic, headers, value));
+    }
+
+    private byte[] carried(String topic, byte[] bytes) {
+        if (bytes == null || bytes.length < minBytes) {
+            return bytes;
+        }
+        JsonNode upload = open(config.stagingTopic(topic), bytes);
+        String path = "/lfs/uploads/" + upload.path("id").asText();
+        try {
+            if (upload.path("mode").asText().equals("single")) {
+                broker.put(upload.path("upload"), bytes, 0, bytes.length);
+            } else {
+                putParts(path, upload, bytes);
+            }
+            return pointer(path).toString().getBytes(StandardCharsets.UTF_8);
+        } catch (RuntimeException error) {
+            abort(path, error);
+            throw error;
+        }
+    }
+
+    private JsonNode open(String topic, byte[] bytes) {
+        ObjectNode request = Broker.MAPPER.createObjectNode();
+        request.put("topic", topic).put("size", bytes.length).put("sha256", Checksum.sha256(bytes, 0, bytes.length));
+        if (bytes.length > SINGLE_BYTES) {
+            ArrayNode hashes = request.put("part_size", PART_BYTES).putArray("part_sha256");
+            for (int at = 0; at < bytes.length; at += PART_BYTES) {
+                hashes.add(Checksum.sha256(bytes, at, Math.min(PART_BYTES, bytes.length - at)));
+            }
+        }
+        return broker.call("POST", "/lfs/uploads", bytes(request), UUID.randomUUID().toString());
+    }
+
+    private void putParts(String path, JsonNode upload, byte[] bytes) {
+        int count = upload.path("part_count").asInt();
+        JsonNode window = upload.path("parts");
+        for (int done = 0; done < count; done += window.size()) {
+            if (window.isEmpty() || done > 0) {
+                ArrayNode numbers = Broker.MAPPER.createArrayNode();
+                for (int number = done + 1; number <= Math.min(count, done + WINDOW); number++) {
+                    numbers.add(number);
+                }
+                ObjectNode request = Broker.MAPPER.createObjectNode().set("part_numbers", numbers);
+                window = broker.call("POST", path + "/parts", bytes(request), null).path("parts");
+            }
+            if (window.isEmpty()) {
+                throw new LfsException.Refused("no parts", "the broker signed none of the parts after " + done);
+            }
+            for (JsonNode part : window) {
+                broker.put(part, bytes, part.path("offset").asInt(), part.path("size").asInt());
+            }
+        }
+    }
+
+    /** Completes, and waits until the bytes are proved: from then on the pointer holds, whatever Kafka does. */
+    private JsonNode pointer(String path) {
+        long deadline = System.nanoTime() + config.timeout().toNanos();
+        JsonNode answer = broker.call("POST", path + "/complete", null, null);
+        while (!answer.has("pointer")) {
+            String state = answer.path("state").asText();
+            if (!state.equals("completing")) {
+                throw new LfsException.Refused(answer.path("error").path("code").asText(state), answer.path("error").path("detail").asText());
+            }
+            if (System.nanoTime() > deadline) {
+                throw new LfsException.Unavailable("the broker still reads the bytes after " + config.timeout(), null);
+            }
+            answer = broker.call("GET", path + "?wait=" + WAIT_SECONDS, null, null);
+        }
+        return answer.path("pointer");
+    }
+
+    /** What did not become a record leaves nothing behind; where this fails too, the upload expires. */
+    private void abort(String path, RuntimeException error) {
+        try {
+            broker.call("DELETE", path, null, null);
+        } catch (RuntimeException second) {
+            error.addSuppressed(second);
+        }
+    }
+
+    private static byte[] bytes(JsonNode json) {
+        return json.toString().getBytes(StandardCharsets.UTF_8);
+    }
+
+    @Override
+    public void close() {
+        if (inner != null) {
+            inner.close();
+        }
+    }
+}

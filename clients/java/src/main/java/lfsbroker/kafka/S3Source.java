@@ -1,0 +1,75 @@
+package lfsbroker.kafka;
+
+import java.io.FilterInputStream;
+import java.io.InputStream;
+import java.net.URI;
+import java.util.List;
+import software.amazon.awssdk.auth.credentials.AwsBasicCredentials;
+import software.amazon.awssdk.auth.credentials.StaticCredentialsProvider;
+import software.amazon.awssdk.awscore.exception.AwsServiceException;
+import software.amazon.awssdk.core.ResponseInputStream;
+import software.amazon.awssdk.core.exception.SdkException;
+import software.amazon.awssdk.regions.Region;
+import software.amazon.awssdk.services.s3.S3Client;
+import software.amazon.awssdk.services.s3.S3ClientBuilder;
+import software.amazon.awssdk.services.s3.model.GetObjectResponse;
+
+/**
+ * The bytes with credentials of one's own. Whoever may write to the topic chooses what a pointer names, so only the
+ * buckets that were configured are read.
+ */
+final class S3Source implements Source {
+    private final List<String> buckets;
+    private final S3Client s3;
+
+    S3Source(LfsConfig config) {
+        buckets = config.getList(LfsConfig.S3_BUCKETS);
+        String endpoint = config.getString(LfsConfig.S3_ENDPOINT);
+        String region = config.getString(LfsConfig.S3_REGION);
+        String keyId = config.getString(LfsConfig.S3_ACCESS_KEY_ID);
+        Boolean pathStyle = config.getBoolean(LfsConfig.S3_PATH_STYLE);
+        S3ClientBuilder builder = S3Client.builder().forcePathStyle(pathStyle == null ? endpoint != null : pathStyle);
+        if (endpoint != null) {
+            builder.endpointOverride(URI.create(endpoint));
+        }
+        if (region != null) {
+            builder.region(Region.of(region));
+        }
+        if (keyId != null) {
+            String secret = config.getPassword(LfsConfig.S3_SECRET_ACCESS_KEY).value();
+            builder.credentialsProvider(StaticCredentialsProvider.create(AwsBasicCredentials.create(keyId, secret)));
+        }
+        s3 = builder.build();
+    }
+
+    @Override
+    public InputStream open(Pointer pointer, String versionId) {
+        if (!buckets.contains(pointer.bucket())) {
+            throw new LfsException.Refused("pointer-forbidden", LfsConfig.S3_BUCKETS + " does not name " + pointer.bucket());
+        }
+        try {
+            ResponseInputStream<GetObjectResponse> body = s3.getObject(
+                    request -> request.bucket(pointer.bucket()).key(pointer.key()).versionId(versionId));
+            // A close would read what is left; an abort drops the connection.
+            return new FilterInputStream(body) {
+                @Override
+                public void close() {
+                    body.abort();
+                }
+            };
+        } catch (AwsServiceException error) {
+            if (error.statusCode() == 429 || error.statusCode() >= 500) {
+                throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
+            }
+            String code = error.awsErrorDetails() == null ? "HTTP " + error.statusCode() : error.awsErrorDetails().errorCode();
+            throw new LfsException.Refused(code, pointer.toString());
+        } catch (SdkException error) {
+            throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
+        }
+    }
+
+    @Override
+    public void close() {
+        s3.close();
+    }
+}

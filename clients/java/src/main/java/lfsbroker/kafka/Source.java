@@ -1,0 +1,17 @@
+package lfsbroker.kafka;
+
+import java.io.IOException;
+import java.io.InputStream;
+
+/** Where the bytes behind a pointer are had from: through the broker, or from S3 with credentials of one's own. */
+interface Source extends AutoCloseable {
+    /**
+     * Opens the bytes, unverified.
+     *
+     * @param versionId the record's {@code lfs-version-id}, or null
+     */
+    InputStream open(Pointer pointer, String versionId) throws IOException;
+
+    @Override
+    void close();
+}

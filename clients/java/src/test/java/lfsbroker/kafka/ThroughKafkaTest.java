@@ -1,0 +1,312 @@
+package lfsbroker.kafka;
+
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertInstanceOf;
+import static org.junit.jupiter.api.Assertions.assertNotNull;
+import static org.junit.jupiter.api.Assertions.assertNull;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import com.fasterxml.jackson.databind.JsonNode;
+import java.io.IOException;
+import java.io.InputStream;
+import java.net.URI;
+import java.nio.charset.StandardCharsets;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Random;
+import java.util.UUID;
+import org.apache.kafka.clients.admin.Admin;
+import org.apache.kafka.clients.admin.NewTopic;
+import org.apache.kafka.clients.consumer.ConsumerRecord;
+import org.apache.kafka.clients.consumer.KafkaConsumer;
+import org.apache.kafka.clients.producer.KafkaProducer;
+import org.apache.kafka.clients.producer.ProducerRecord;
+import org.apache.kafka.common.TopicPartition;
+import org.apache.kafka.common.config.ConfigException;
+import org.apache.kafka.common.errors.RecordDeserializationException;
+import org.apache.kafka.common.serialization.ByteArrayDeserializer;
+import org.apache.kafka.common.serialization.ByteArraySerializer;
+import org.apache.kafka.common.serialization.StringDeserializer;
+import org.apache.kafka.common.serialization.StringSerializer;
+import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.Test;
+import software.amazon.awssdk.auth.credentials.AwsBasicCredentials;
+import software.amazon.awssdk.auth.credentials.StaticCredentialsProvider;
+import software.amazon.awssdk.core.sync.RequestBody;
+import software.amazon.awssdk.regions.Region;
+import software.amazon.awssdk.services.s3.S3Client;
+
+/**
+ * Stock producers and consumers, a real Kafka and a running broker. Where they are is told by the environment that
+ * {@code .ci/checks/java-client.sh} sets; without it every test here fails.
+ */
+class ThroughKafkaTest {
+    private static final int LARGE = 41_943_041;
+
+    private final String topic = "java-" + UUID.randomUUID();
+    private final String staging = topic + ".lfs-staging";
+
+    private static String env(String name) {
+        String value = System.getenv(name);
+        assertNotNull(value, name + " is not set: run .ci/checks/java-client.sh");
+        return value;
+    }
+
+    private static String kafka() {
+        return env("KAFKA_BOOTSTRAP_SERVERS");
+    }
+
+    @BeforeEach
+    void topics() throws Exception {
+        try (Admin admin = Admin.create(Map.of("bootstrap.servers", kafka()))) {
+            short one = 1;
+            admin.createTopics(List.of(new NewTopic(topic, 1, one), new NewTopic(staging, 1, one))).all().get();
+        }
+    }
+
+    @AfterEach
+    void noTopics() throws Exception {
+        try (Admin admin = Admin.create(Map.of("bootstrap.servers", kafka()))) {
+            admin.deleteTopics(List.of(topic, staging)).all().get();
+        }
+    }
+
+    /** What an application has, and the two lines that it adds. */
+    private <T> KafkaProducer<String, T> producer(Map<String, Object> more) {
+        Map<String, Object> settings = new HashMap<>(Map.of(
+                "bootstrap.servers", kafka(),
+                "key.serializer", StringSerializer.class.getName(),
+                "value.serializer", LfsSerializer.class.getName(),
+                "lfs.broker.url", env("LFS_BROKER_URL")));
+        settings.putAll(more);
+        return new KafkaProducer<>(settings);
+    }
+
+    private <T> KafkaConsumer<String, T> consumer(String topic, Class<?> deserializer, Map<String, Object> more) {
+        Map<String, Object> settings = new HashMap<>(Map.of(
+                "bootstrap.servers", kafka(),
+                "isolation.level", "read_committed",
+                "key.deserializer", StringDeserializer.class.getName(),
+                "value.deserializer", deserializer.getName(),
+                "lfs.broker.url", env("LFS_BROKER_URL")));
+        settings.putAll(more);
+        KafkaConsumer<String, T> consumer = new KafkaConsumer<>(settings);
+        TopicPartition partition = new TopicPartition(topic, 0);
+        consumer.assign(List.of(partition));
+        consumer.seekToBeginning(List.of(partition));
+        return consumer;
+    }
+
+    /** The S3 of the broker, as a consumer with credentials of its own names it. */
+    private static Map<String, Object> ownCredentials(String buckets) {
+        return Map.of(
+                "lfs.s3.buckets", buckets,
+                "lfs.s3.endpoint", env("AWS_ENDPOINT_URL_S3"),
+                "lfs.s3.region", env("AWS_REGION"),
+                "lfs.s3.access.key.id", env("AWS_ACCESS_KEY_ID"),
+                "lfs.s3.secret.access.key", env("AWS_SECRET_ACCESS_KEY"));
+    }
+
+    private static <T> List<ConsumerRecord<String, T>> read(KafkaConsumer<String, T> consumer, int count) {
+        List<ConsumerRecord<String, T>> records = new ArrayList<>();
+        long deadline = System.nanoTime() + Duration.ofSeconds(60).toNanos();
+        while (records.size() < count && System.nanoTime() < deadline) {
+            consumer.poll(Duration.ofMillis(500)).forEach(records::add);
+        }
+        assertEquals(count, records.size());
+        return records;
+    }
+
+    private <T> List<T> values(Class<?> deserializer, Map<String, Object> more, int count) {
+        try (KafkaConsumer<String, T> consumer = consumer(topic, deserializer, more)) {
+            return read(consumer, count).stream().map(ConsumerRecord::value).toList();
+        }
+    }
+
+    private <T> void send(Map<String, Object> more, List<T> values) throws Exception {
+        try (KafkaProducer<String, T> producer = producer(more)) {
+            for (T value : values) {
+                producer.send(new ProducerRecord<>(topic, "k", value)).get();
+            }
+        }
+    }
+
+    private static byte[] random(int size) {
+        byte[] bytes = new byte[size];
+        new Random(size).nextBytes(bytes);
+        return bytes;
+    }
+
+    private static byte[] text(String text) {
+        return text.getBytes(StandardCharsets.UTF_8);
+    }
+
+    /** The record as it is in Kafka. */
+    private byte[] raw() {
+        return this.<byte[]>values(ByteArrayDeserializer.class, Map.of(), 1).get(0);
+    }
+
+    @Test
+    void aLargeValueComesBackAsItWas() throws Exception {
+        byte[] large = random(LARGE);
+        send(Map.of(), List.of(large));
+        byte[] raw = raw();
+        assertTrue(Pointer.looksLike(raw) && raw.length < 1_000, raw.length + " bytes in Kafka");
+        assertArrayEquals(large, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
+        assertArrayEquals(large, this.<byte[]>values(LfsDeserializer.class, ownCredentials(Pointer.parse(raw).bucket()), 1).get(0));
+        try (InputStream stream = this.<InputStream>values(LfsStreamDeserializer.class, Map.of(), 1).get(0)) {
+            assertArrayEquals(large, stream.readAllBytes());
+        }
+        // The application's topic has the application's record alone; the broker's went to the staging topic.
+        try (KafkaConsumer<String, byte[]> own = consumer(staging, ByteArrayDeserializer.class, Map.of())) {
+            assertArrayEquals(raw, read(own, 1).get(0).value());
+        }
+    }
+
+    @Test
+    void aValueOfManyPartsComesBackAsItWas() throws Exception {
+        byte[] large = random((64 << 20) + 1);
+        send(Map.of(), List.of(large));
+        assertArrayEquals(large, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
+    }
+
+    @Test
+    void smallValuesAndTombstonesGoInline() throws Exception {
+        List<byte[]> sent = new ArrayList<>(List.of(text("small"), text("{\"json\":1}"), new byte[0], random(9_999)));
+        sent.add(null);
+        send(Map.of("lfs.min.bytes", 10_000), sent);
+        List<byte[]> raw = values(ByteArrayDeserializer.class, Map.of(), 5);
+        List<byte[]> back = values(LfsDeserializer.class, Map.of(), 5);
+        for (int at = 0; at < sent.size(); at++) {
+            assertArrayEquals(sent.get(at), raw.get(at));
+            assertArrayEquals(sent.get(at), back.get(at));
+        }
+        assertNull(back.get(4));
+        List<InputStream> streams = values(LfsStreamDeserializer.class, Map.of(), 5);
+        assertArrayEquals(sent.get(3), streams.get(3).readAllBytes());
+        assertNull(streams.get(4));
+    }
+
+    @Test
+    void theThresholdIsOfTheSizeOfBytes() throws Exception {
+        send(Map.of("lfs.min.bytes", 10_000), List.of(random(10_000)));
+        assertTrue(Pointer.looksLike(raw()));
+        Map<String, Object> plain = Map.of();
+        assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).minBytes());
+        assertEquals(8 << 20, new LfsConfig(Map.of("max.request.size", "104857600")).minBytes());
+    }
+
+    @Test
+    void theApplicationsOwnSerializersStay() throws Exception {
+        String large = "ä".repeat(700_000);
+        send(Map.of("lfs.value.serializer", StringSerializer.class.getName()), List.of("small", large));
+        List<String> back = values(LfsDeserializer.class, Map.of("lfs.value.deserializer", StringDeserializer.class.getName()), 2);
+        assertEquals(List.of("small", large), back);
+    }
+
+    @Test
+    void thePointersOfOtherProducersAreFollowed() throws Exception {
+        byte[] value = text("put with the HTTP API");
+        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        String request = "{\"topic\":\"" + topic + "\",\"key\":\"k\",\"size\":" + value.length + ",\"sha256\":\""
+                + Checksum.sha256(value, 0, value.length) + "\"}";
+        JsonNode upload = broker.call("POST", "/lfs/uploads", text(request), null);
+        broker.put(upload.path("upload"), value, 0, value.length);
+        broker.call("POST", "/lfs/uploads/" + upload.path("id").asText() + "/complete", null, null);
+        assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
+    }
+
+    private Throwable failure(Class<?> deserializer, Map<String, Object> more) {
+        try (KafkaConsumer<String, Object> consumer = consumer(topic, deserializer, more)) {
+            RecordDeserializationException error =
+                    assertThrows(RecordDeserializationException.class, () -> read(consumer, 1));
+            assertEquals(0, error.offset());
+            return error.getCause();
+        }
+    }
+
+    @Test
+    void corruptBytesAreAnErrorOfTheirOwn() throws Exception {
+        send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
+        Pointer pointer = Pointer.parse(raw());
+        try (S3Client s3 = S3Client.builder()
+                .endpointOverride(URI.create(env("AWS_ENDPOINT_URL_S3")))
+                .region(Region.of(env("AWS_REGION")))
+                .forcePathStyle(true)
+                .credentialsProvider(StaticCredentialsProvider.create(
+                        AwsBasicCredentials.create(env("AWS_ACCESS_KEY_ID"), env("AWS_SECRET_ACCESS_KEY"))))
+                .build()) {
+            s3.putObject(request -> request.bucket(pointer.bucket()).key(pointer.key()), RequestBody.fromString("hellO"));
+        }
+        assertInstanceOf(LfsException.Integrity.class, failure(LfsDeserializer.class, Map.of()));
+        assertInstanceOf(LfsException.Integrity.class, failure(LfsDeserializer.class, ownCredentials(pointer.bucket())));
+        try (InputStream stream = this.<InputStream>values(LfsStreamDeserializer.class, Map.of(), 1).get(0)) {
+            assertThrows(LfsException.Integrity.class, stream::readAllBytes);
+        }
+    }
+
+    @Test
+    void aValueAboveTheCapIsNotRead() throws Exception {
+        send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
+        assertInstanceOf(LfsException.TooLarge.class, failure(LfsDeserializer.class, Map.of("lfs.max.bytes", 4)));
+        assertArrayEquals(text("hello"), this.<byte[]>values(LfsDeserializer.class, Map.of("lfs.max.bytes", 5), 1).get(0));
+    }
+
+    @Test
+    void aForgedPointerLeadsNowhere() throws Exception {
+        String forged = "{\"kfs_lfs\":1,\"bucket\":\"secrets\",\"key\":\"k\",\"size\":1}";
+        send(Map.of(), List.of(text(forged)));
+        for (Map<String, Object> mode : List.of(Map.<String, Object>of(), ownCredentials("lfs-dev"))) {
+            LfsException.Refused refused = assertInstanceOf(LfsException.Refused.class, failure(LfsDeserializer.class, mode));
+            assertEquals("pointer-forbidden", refused.code());
+        }
+    }
+
+    @Test
+    void aPointerWithoutObjectSaysSo() throws Exception {
+        send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
+        Pointer pointer = Pointer.parse(raw());
+        String gone = new String(pointer.json(), StandardCharsets.UTF_8).replace(pointer.key(), pointer.key() + "0");
+        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        LfsException.Refused refused =
+                assertThrows(LfsException.Refused.class, () -> broker.call("POST", "/lfs/resolve", text(gone), null));
+        assertTrue(List.of("object-gone", "pointer-forbidden").contains(refused.code()), refused.code());
+        try (S3Source s3 = new S3Source(new LfsConfig(ownCredentials(pointer.bucket())))) {
+            refused = assertThrows(LfsException.Refused.class, () -> s3.open(Pointer.parse(text(gone)), null));
+            assertEquals("NoSuchKey", refused.code());
+        }
+    }
+
+    @Test
+    void aBrokerThatIsNotThereFailsTheSend() {
+        Map<String, Object> nowhere = Map.of("lfs.broker.url", "http://127.0.0.1:9", "lfs.min.bytes", 1);
+        try (KafkaProducer<String, byte[]> producer = producer(nowhere)) {
+            assertThrows(
+                    LfsException.Unavailable.class, () -> producer.send(new ProducerRecord<>(topic, "k", text("hello"))));
+        }
+    }
+
+    @Test
+    void aConsumerThatMayReadWhatWasTakenBackIsWarned() {
+        assertNull(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_committed")));
+        assertTrue(LfsStreamDeserializer.advice(Map.of()).contains("isolation.level"));
+        assertTrue(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_uncommitted")).contains("read_committed"));
+    }
+
+    @Test
+    void keysStayWhatTheyAre() throws IOException {
+        Map<String, Object> settings = Map.of("lfs.broker.url", "http://127.0.0.1:9");
+        try (LfsSerializer<byte[]> serializer = new LfsSerializer<>(); LfsDeserializer<byte[]> deserializer = new LfsDeserializer<>()) {
+            assertThrows(ConfigException.class, () -> serializer.configure(settings, true));
+            assertThrows(ConfigException.class, () -> deserializer.configure(settings, true));
+            assertThrows(ConfigException.class, () -> serializer.configure(Map.of(), false));
+        }
+        assertEquals(ByteArraySerializer.class, new LfsConfig(settings).getClass(LfsConfig.VALUE_SERIALIZER));
+    }
+}

@@ -1,0 +1,120 @@
+package lfsbroker.kafka;
+
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTimeoutPreemptively;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import java.io.ByteArrayInputStream;
+import java.io.IOException;
+import java.io.InputStream;
+import java.nio.charset.StandardCharsets;
+import java.time.Duration;
+import java.util.concurrent.CountDownLatch;
+import org.junit.jupiter.api.Test;
+
+class VerifiedStreamTest {
+    private static final byte[] HELLO = "hello".getBytes(StandardCharsets.UTF_8);
+
+    private static Source of(InputStream body) {
+        return new Source() {
+            @Override
+            public InputStream open(Pointer pointer, String versionId) {
+                return body;
+            }
+
+            @Override
+            public void close() {}
+        };
+    }
+
+    private static VerifiedStream stream(byte[] promised, InputStream found) {
+        Checksum checksum = new Checksum("sha256", Checksum.sha256(promised, 0, promised.length));
+        Pointer pointer = new Pointer("b", "k", promised.length, checksum, new byte[0]);
+        return new VerifiedStream(pointer, of(found), null, Duration.ofMillis(200));
+    }
+
+    private static VerifiedStream stream(byte[] promised, String found) {
+        return stream(promised, new ByteArrayInputStream(found.getBytes(StandardCharsets.UTF_8)));
+    }
+
+    @Test
+    void whatIsPromisedIsRead() throws IOException {
+        try (InputStream whole = stream(HELLO, "hello"); InputStream nothing = stream(new byte[0], "")) {
+            assertArrayEquals(HELLO, whole.readAllBytes());
+            assertEquals(-1, whole.read());
+            assertEquals(-1, nothing.read());
+        }
+    }
+
+    @Test
+    void theLastByteOfOtherBytesIsNotGivenOut() throws IOException {
+        try (InputStream other = stream(HELLO, "hellO")) {
+            assertArrayEquals("hell".getBytes(StandardCharsets.UTF_8), other.readNBytes(4));
+            assertThrows(LfsException.Integrity.class, other::read);
+        }
+    }
+
+    @Test
+    void moreBytesThanPromisedAreAnIntegrityError() throws IOException {
+        try (InputStream more = stream(HELLO, "hello!"); InputStream some = stream(new byte[0], "!")) {
+            assertThrows(LfsException.Integrity.class, more::readAllBytes);
+            assertThrows(LfsException.Integrity.class, some::readAllBytes);
+        }
+    }
+
+    @Test
+    void fewerMayBeABrokenConnection() throws IOException {
+        try (InputStream fewer = stream(HELLO, "hell")) {
+            IOException error = assertThrows(IOException.class, fewer::readAllBytes);
+            assertTrue(error.getMessage().contains("4 of 5 bytes"), error.getMessage());
+        }
+    }
+
+    /** Until it is closed it gives nothing. */
+    private static final class Standing extends InputStream {
+        private final CountDownLatch closed = new CountDownLatch(1);
+
+        @Override
+        public int read() throws IOException {
+            try {
+                closed.await();
+            } catch (InterruptedException error) {
+                throw new IllegalStateException(error);
+            }
+            throw new IOException("closed");
+        }
+
+        @Override
+        public void close() {
+            closed.countDown();
+        }
+    }
+
+    @Test
+    void aReadThatStandsStillEnds() {
+        assertTimeoutPreemptively(Duration.ofSeconds(10), () -> {
+            try (InputStream standing = stream(HELLO, new Standing())) {
+                assertEquals("closed", assertThrows(IOException.class, standing::read).getMessage());
+            }
+        });
+    }
+
+    @Test
+    void nothingIsFetchedBeforeTheFirstRead() throws IOException {
+        Source none = new Source() {
+            @Override
+            public InputStream open(Pointer pointer, String versionId) throws IOException {
+                throw new IOException("opened " + pointer + " " + versionId);
+            }
+
+            @Override
+            public void close() {}
+        };
+        Pointer pointer = new Pointer("b", "k", 1, Checksum.of(null, null, null), new byte[0]);
+        try (InputStream lazy = new VerifiedStream(pointer, none, "v1", Duration.ofSeconds(1))) {
+            assertEquals("opened b/k v1", assertThrows(IOException.class, lazy::read).getMessage());
+        }
+    }
+}
