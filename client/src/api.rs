@@ -294,6 +294,7 @@ pub struct UploadedPart {
 /// Where the pointer is in Kafka.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = KafkaRecord))]
 pub struct Record {
     /// The topic.
     pub topic: String,
@@ -405,6 +406,7 @@ pub struct UploadPage {
     /// The uploads.
     pub items: Vec<Upload>,
     /// Give it as `cursor` for the next page; null at the end.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }
 
@@ -454,6 +456,7 @@ pub struct Transition {
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     /// The state before; null when it was opened.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub from: Option<UploadState>,
     /// The state after.
     pub to: UploadState,
@@ -525,7 +528,7 @@ pub struct CompleteUpload {
     pub sha256: Option<Sha256>,
     /// Accepted for clients that send part lists, and ignored: the broker asks S3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Object>>))]
+    #[cfg_attr(feature = "openapi", schema(ignore))]
     pub parts: Option<serde_json::Value>,
 }
 
@@ -581,14 +584,19 @@ pub struct Resolved {
     /// The size in bytes, checked against S3.
     pub size: u64,
     /// SHA-256 that the bytes must have.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub sha256: Option<Sha256>,
     /// The media type that the producer named.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub content_type: Option<String>,
     /// The name that the producer gave.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub filename: Option<String>,
     /// How far the broker proved the bytes; null where it knows no such upload.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
     /// The upload; null where the broker knows none.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub upload_id: Option<Uuid>,
 }
 
@@ -602,6 +610,7 @@ pub struct Validated {
     /// The size in bytes.
     pub size: u64,
     /// How far the broker proved the bytes; null where it knows no such upload.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
 }
 
@@ -702,6 +711,7 @@ pub struct TopicPage {
     /// The policies.
     pub items: Vec<TopicPolicy>,
     /// Give it as `cursor` for the next page; null at the end.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }
 
@@ -775,6 +785,7 @@ pub struct Stats {
     /// How many uploads there are, by state.
     pub uploads: BTreeMap<String, u64>,
     /// How old the oldest verified upload is that is not published yet; null where there is none.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
     pub oldest_verified_seconds: Option<u64>,
     /// Pointers that Kafka has not yet.
     pub outbox: OutboxDepth,

@@ -20,13 +20,16 @@ pub(super) struct Arguments {
     /// Use a real Kafka instead of the embedded one
     #[arg(long, value_name = "HOST:PORT")]
     kafka: Option<String>,
+    /// Origins whose pages may call the API, separated by commas
+    #[arg(long, env = "LFS_BROKER_CORS_ORIGINS", value_name = "ORIGIN", value_delimiter = ',')]
+    cors_origins: Vec<String>,
 }
 
 pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=info,warn");
-    let Arguments { listen, data_dir, ephemeral, kafka } = arguments;
+    let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
     let started = tokio::select! {
-        started = dev::start(dev::Settings { listen, data_dir, ephemeral, kafka }) => started?,
+        started = dev::start(dev::Settings { listen, data_dir, ephemeral, kafka, cors_origins }) => started?,
         () = asked_to_end() => return Ok(()),
     };
     tell(&started);

@@ -36,6 +36,8 @@ pub struct Settings {
     pub ephemeral: bool,
     /// A real Kafka instead of the embedded one.
     pub kafka: Option<String>,
+    /// Origins whose pages may call the API; none when empty.
+    pub cors_origins: Vec<String>,
 }
 
 /// Why `dev` does not start.
@@ -123,12 +125,12 @@ pub async fn start(settings: Settings) -> Result<Dev, Error> {
     let store_settings = store::Settings::new(&postgres.url());
     let store = Store::connect(&store_settings)?;
     store.migrate().await?;
-    let kafka = match settings.kafka {
+    let kafka = match &settings.kafka {
         Some(_) => None,
         None => Some(start_kafka(&store).await?),
     };
-    let bootstrap = kafka.as_ref().map(kafka::Server::bootstrap_servers).or(settings.kafka).unwrap_or_default();
-    let app = app_settings(settings.listen, store_settings, &s3, bootstrap.clone(), kafka.is_some());
+    let bootstrap = kafka.as_ref().map(kafka::Server::bootstrap_servers).or_else(|| settings.kafka.clone()).unwrap_or_default();
+    let app = app_settings(&settings, store_settings, &s3, bootstrap.clone(), kafka.is_some());
     let broker = app::start_on(app, store).await?;
     let places = Places {
         broker_url: format!("http://{}", broker.address()),
@@ -180,11 +182,11 @@ impl Dev {
     }
 }
 
-fn app_settings(listen: SocketAddr, store: store::Settings, s3: &S3, bootstrap: String, embedded: bool) -> app::Settings {
+fn app_settings(settings: &Settings, store: store::Settings, s3: &S3, bootstrap: String, embedded: bool) -> app::Settings {
     app::Settings {
-        listen,
+        listen: settings.listen,
         public_url: None,
-        cors_origins: Vec::new(),
+        cors_origins: settings.cors_origins.clone(),
         store,
         objects: objects::Settings {
             bucket: Some(BUCKET.to_owned()),

@@ -1,6 +1,7 @@
 //! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
 
 mod address;
+mod document;
 mod edge;
 mod extract;
 mod operate;
@@ -22,8 +23,7 @@ use axum::http::{HeaderName, Method, header, request};
 use ipnet::IpNet;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
-use utoipa::OpenApi;
-use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{Modify as _, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
@@ -192,8 +192,7 @@ fn cors(origins: &[String]) -> CorsLayer {
 /// The OpenAPI 3.1 document of these routes.
 pub fn openapi() -> utoipa::openapi::OpenApi {
     let (_, mut document) = api().split_for_parts();
-    let bearer = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build());
-    document.components.get_or_insert_default().add_security_scheme("bearer", bearer);
+    document::Finish.modify(&mut document);
     document
 }
 

@@ -7,13 +7,14 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
-use lfs_broker_client::api;
+use lfs_broker_client::api::{self, Dependency};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
+use super::document::Contract;
 use super::extract::Fits;
 use super::problem::{Problem, kind_of};
 use crate::objects::Capabilities;
@@ -43,6 +44,7 @@ pub(super) fn content_policy(path: &str) -> &'static str {
 
 /// That the process runs.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"status": "ok"}))]
 struct Health {
     /// `ok`.
     status: &'static str,
@@ -50,38 +52,28 @@ struct Health {
 
 /// Whether the broker can do its work.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"status": "degraded", "database": {"ok": true}, "storage": {"ok": true},
+    "kafka": {"ok": false, "reason": "it does not answer; the log has more"}}))]
 pub(super) struct Readiness {
     /// `ok`, `degraded` (uploads are accepted, pointers wait) or `unavailable`.
     status: &'static str,
     /// PostgreSQL.
-    database: Part,
+    database: Dependency,
     /// S3.
-    storage: Part,
+    storage: Dependency,
     /// Kafka; without it complete answers 202 and pointers wait.
-    kafka: Part,
+    kafka: Dependency,
     /// What the store of the default bucket was seen to do when the broker started; absent while that is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
     capabilities: Option<Capabilities>,
 }
 
-/// One dependency.
-#[derive(Serialize, ToSchema)]
-struct Part {
-    /// Whether it answers.
-    ok: bool,
-    /// What is wrong, where something is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<&'static str>,
-}
-
-impl Part {
-    fn of<E: std::fmt::Display>(name: &'static str, outcome: Result<(), E>) -> Self {
-        match outcome {
-            Ok(()) => Self { ok: true, reason: None },
-            Err(error) => {
-                tracing::warn!(%error, "{name} is not ready");
-                Self { ok: false, reason: Some("it does not answer; the log has more") }
-            }
+fn dependency<E: std::fmt::Display>(name: &'static str, outcome: Result<(), E>) -> Dependency {
+    match outcome {
+        Ok(()) => Dependency { ok: true, reason: None },
+        Err(error) => {
+            tracing::warn!(%error, "{name} is not ready");
+            Dependency { ok: false, reason: Some("it does not answer; the log has more".to_owned()) }
         }
     }
 }
@@ -106,9 +98,9 @@ async fn readyz(_: Fits, State(app): State<App>) -> Response {
         tokio::join!(app.broker.store.reachable(), app.broker.objects.reachable(), app.broker.kafka.reachable());
     let mut ready = Readiness {
         status: "ok",
-        database: Part::of("the database", database),
-        storage: Part::of("object storage", storage),
-        kafka: Part::of("Kafka", kafka),
+        database: dependency("the database", database),
+        storage: dependency("object storage", storage),
+        kafka: dependency("Kafka", kafka),
         capabilities: app.capabilities.get().cloned(),
     };
     let (status, word) = match (ready.database.ok && ready.storage.ok, ready.kafka.ok) {
@@ -125,7 +117,7 @@ async fn readyz(_: Fits, State(app): State<App>) -> Response {
 /// This document: OpenAPI 3.1.
 #[utoipa::path(
     get, path = "/openapi.json", operation_id = "getContract", tag = "operations", security(()),
-    responses((status = 200, description = "The document", body = serde_json::Value))
+    responses((status = 200, description = "The document", body = Contract))
 )]
 async fn contract(_: Fits) -> Response {
     static CONTRACT: LazyLock<String> =

@@ -5,13 +5,14 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    self, CompleteUpload, Completed, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
+    self, CompleteUpload, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
     UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
+use super::document::Completed;
 use super::extract::{Body, Filters, MaybeBody, Query, Reader, UploadId, Writer};
 use super::problem::Problem;
 use crate::broker::OpenContext;
@@ -142,13 +143,14 @@ async fn sign_parts(
 ///
 /// Checks the object in S3 against the promise and hands its pointer to Kafka. 200 says where the pointer is; 202
 /// `verified` promises that it will reach Kafka; 202 `completing` promises nothing yet. Asking again gives the same answer.
+/// A list of parts, as other APIs want one, is accepted as `parts` and ignored: the broker asks S3.
 #[utoipa::path(
     post, path = "/lfs/uploads/{id}/complete", operation_id = "completeUpload", tag = "uploads",
     request_body(content = Option<CompleteUpload>, description = "May be left out where open brought the checksum"),
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "Published: the pointer is in Kafka", body = Completed),
-        (status = 202, description = "Verified or still completing", body = Completed, headers(("Retry-After" = u64, description = "Seconds"))),
+        (status = 202, description = "Verified: the pointer will reach Kafka. Completing: ask again", body = Completed, headers(("Retry-After" = u64, description = "Seconds"))),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
