@@ -3,9 +3,9 @@
 use lfs_broker_client::api::{Integrity, Record};
 use lfs_broker_client::pointer::Pointer;
 use utoipa::openapi::path::PathItem;
-use utoipa::openapi::schema::{ArrayItems, SchemaType, Type};
+use utoipa::openapi::schema::{AdditionalProperties, ArrayItems, SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{Content, OpenApi, RefOr, Schema};
+use utoipa::openapi::{Content, OneOf, OpenApi, RefOr, Schema};
 use utoipa::{Modify, ToSchema};
 use uuid::Uuid;
 
@@ -138,19 +138,39 @@ impl Modify for Finish {
 }
 
 /// A member that may be absent is left out rather than null: `T | undefined` is what a client then has to look at,
-/// not `T | null | undefined`. A member with a default, or one that is always there, keeps its null.
+/// not `T | null | undefined`. A member with a default, or one that is always there, keeps its null; so does a list in
+/// a request, because openapi-generator's Java sends an empty one in place of none where null is not allowed.
 fn leave_out(schema: &mut RefOr<Schema>) {
     let RefOr::T(schema) = schema else { return };
     match schema {
         Schema::AllOf(all) => all.items.iter_mut().for_each(leave_out),
+        Schema::OneOf(one) => bare(one),
         Schema::Object(object) => {
+            let request = matches!(object.additional_properties.as_deref(), Some(AdditionalProperties::FreeForm(false)));
             for (name, member) in &mut object.properties {
-                if !object.required.contains(name) {
-                    without_null(member);
+                match member {
+                    RefOr::T(Schema::Array(_)) if request => {}
+                    _ if !object.required.contains(name) => without_null(member),
+                    RefOr::T(Schema::OneOf(one)) => bare(one),
+                    _ => {}
                 }
             }
         }
         _ => {}
+    }
+}
+
+/// A reference among several has no description of its own: openapi-generator takes one that has for a schema without
+/// a name. That of a value that may be null stands above the two.
+fn bare(one: &mut OneOf) {
+    let nullable = one.items.iter().any(is_null);
+    for item in &mut one.items {
+        if let RefOr::Ref(place) = item {
+            let description = std::mem::take(&mut place.description);
+            if nullable && !description.is_empty() {
+                one.description = Some(description);
+            }
+        }
     }
 }
 

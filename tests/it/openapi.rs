@@ -171,10 +171,19 @@ fn vague(schema: &Value, place: &str, found: &mut Vec<String>) {
         let required = schema["required"].as_array().is_some_and(|names| names.contains(&json!(name)));
         let null = member["type"].as_array().is_some_and(|types| types.contains(&json!("null")))
             || member["oneOf"].as_array().is_some_and(|each| each.contains(&json!({"type": "null"})));
-        if null && !required && member.get("default").is_none() {
+        // openapi-generator's Java sends an empty list in place of none where null is not allowed.
+        let bare = member.get("default").is_none();
+        let list_of_request = bare && schema["additionalProperties"] == false && member.get("items").is_some();
+        assert!(!list_of_request || null, "{place}/{name} may not be null");
+        if null && !list_of_request && !required && bare {
             found.push(format!("{place}/{name} is absent or null"));
         }
         vague(member, &format!("{place}/{name}"), found);
+    }
+    for part in schema["oneOf"].as_array().into_iter().flatten() {
+        if part.get("$ref").is_some() && part.as_object().is_some_and(|members| members.len() > 1) {
+            found.push(format!("{place} has a reference that is more"));
+        }
     }
     for (number, part) in ["oneOf", "allOf"].iter().filter_map(|key| schema[key].as_array()).flatten().enumerate() {
         vague(part, &format!("{place}/{number}"), found);

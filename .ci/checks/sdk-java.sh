@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# A Java client made of openapi/openapi.json compiles, and uploads to a running broker.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. .ci/dev.sh
+
+cp -r .ci/sdk/java "$WORK/client"
+cp openapi/openapi.json "$WORK/client"
+cd "$WORK/client"
+mvn -q -B compile >"$WORK/maven.log" 2>&1 || { tail -n 60 "$WORK/maven.log"; exit 1; }
+start_dev
+mvn -q -B exec:java
