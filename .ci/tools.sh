@@ -14,6 +14,7 @@ fetch_debian() {
     postgres_bin >/dev/null || missing+=(postgresql)
     command -v jq >/dev/null || missing+=(jq)
     command -v curl >/dev/null || missing+=(curl)
+    command -v chromium >/dev/null || missing+=(chromium)
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "${CI:-}" != true ] || [ "$(id -u)" != 0 ]; then
         echo "missing: ${missing[*]} (installed only as root with CI=true)" >&2

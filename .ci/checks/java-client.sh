@@ -21,4 +21,13 @@ rm -rf "$WORK/java/target"
 mvn -q -B -f "$WORK/java/pom.xml" verify
 ran=$(awk -F'[ ,]+' '/^Tests run:.* Failures: 0, Errors: 0, Skipped: 0,/ { n += $3 } END { print n + 0 }' "$WORK"/java/target/surefire-reports/*.txt)
 [ "$ran" -ge 40 ] || { echo "only $ran tests ran"; exit 1; }
-echo "Java client: $ran tests passed against Kafka at $kafka and a running broker"
+
+# The example, as an application has it: the module's jar among Kafka's own.
+mvn -q -B -f "$WORK/java/pom.xml" dependency:build-classpath -DincludeScope=compile -Dmdep.outputFile="$WORK/classpath"
+classpath=$(echo "$WORK"/java/target/lfs-broker-kafka-*.jar):$(<"$WORK/classpath")
+topic=java-example-$RANDOM$RANDOM
+for name in "$topic" "$topic.lfs-staging"; do
+    java -cp "$KAFKA_HOME/*" org.apache.kafka.tools.TopicCommand --bootstrap-server "$kafka" --create --topic "$name" --partitions 1
+done
+java -Xmx1g -cp "$classpath" examples/java/LargeValues.java "$topic"
+echo "Java client: the example and $ran tests passed against Kafka at $kafka and a running broker"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The examples run as they stand: curl, Python, TypeScript in node and in a browser. (Java's runs in java-client.sh.)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. .ci/dev.sh
+repository=$PWD
+
+cp -r examples/typescript "$WORK/typescript"
+rm -rf "$WORK/typescript/node_modules" "$WORK/typescript/built"
+cd "$WORK/typescript"
+npm ci --no-audit --no-fund --loglevel=error
+npx tsc
+
+# The pages have an origin before the broker starts, which allows it.
+mkfifo "$WORK/broker"
+node "$repository/.ci/sdk/browser/drive.mjs" "$WORK/typescript" "$WORK/origin" <"$WORK/broker" >"$WORK/browser.log" 2>&1 &
+pages=$!
+exec 4>"$WORK/broker"
+also_end() {
+    exec 4>&-
+    kill "$pages" 2>/dev/null || true
+}
+also_end=also_end
+for _ in {1..100}; do
+    [ ! -s "$WORK/origin" ] || break
+    sleep 0.1
+done
+start_dev --cors-origins "$(<"$WORK/origin")"
+
+head -c 5000 /dev/urandom >"$WORK/small"
+head -c 70000001 /dev/urandom >"$WORK/large"
+cd "$repository"
+for size in small large; do
+    examples/curl/upload.sh "$WORK/$size" examples "curl-$size"
+    python3 examples/python/lfs.py "$WORK/$size" examples "python-$size"
+    node "$WORK/typescript/built/node.js" "$WORK/$size" examples "node-$size"
+done
+published=$(curl -sf "$LFS_BROKER_URL/lfs/uploads?topic=examples&state=published" | jq '.items | length')
+[ "$published" = 6 ] || { echo "$published of 6 uploads are published"; exit 1; }
+
+node .ci/sdk/browser/adapter.mjs "$WORK/typescript"
+echo "$LFS_BROKER_URL" >&4
+status=0
+wait "$pages" || status=$?
+cat "$WORK/browser.log"
+[ "$status" = 0 ] || exit "$status"
+echo "examples: curl, Python, node, a page and Uppy uploaded in one PUT and in parts"

@@ -1,0 +1,90 @@
+// Opens the browser examples in headless Chromium, gives each a file, and waits for what it says: drive.mjs DIRECTORY
+import { spawn } from "node:child_process";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { createServer } from "node:http";
+import { tmpdir } from "node:os";
+import { extname, join, normalize } from "node:path";
+
+const [directory, portFile] = process.argv.slice(2);
+const types = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript" };
+// One PUT, and two parts of Uppy's 16 MiB.
+const runs = [
+  { page: "browser.html", size: 3_000_001 },
+  { page: "browser.html", size: 70 * 1024 * 1024 },
+  { page: "uppy.html", size: 3_000_001 },
+  { page: "uppy.html", size: 16 * 1024 * 1024 + 1 },
+];
+
+/** The page around the example: chooses a file as a person would, and reports what the example says in the end. */
+const frame = ({ page, size, broker }) => `<!doctype html><iframe></iframe><script type="module">
+  const report = (text) => fetch("/report", { method: "POST", body: text });
+  try {
+    const frame = document.querySelector("iframe");
+    await new Promise((loaded) => { frame.onload = loaded; frame.src = "/${page}?topic=browser&broker=" + encodeURIComponent("${broker}"); });
+    const inside = frame.contentDocument;
+    const output = inside.querySelector("pre");
+    frame.contentWindow.addEventListener("unhandledrejection", ({ reason }) => report("failed: " + reason));
+    // Of the example's own window, as a person's file would be.
+    const { DataTransfer, Event, File } = frame.contentWindow;
+    const transfer = new DataTransfer();
+    const bytes = new Uint8Array(${size}).map((_, at) => at * 31 + (at >> 8));
+    transfer.items.add(new File([bytes], "${page}-${size}.bin", { type: "application/x-test" }));
+    const input = inside.querySelector("input");
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change"));
+    const wait = setInterval(() => {
+      if (output.dataset.state) { clearInterval(wait); report(output.dataset.state + ": " + output.textContent); }
+    }, 50);
+  } catch (error) { report("failed: " + error); }
+</script>`;
+
+let current;
+const server = createServer(async (request, answer) => {
+  const { pathname } = new URL(request.url, "http://localhost");
+  if (pathname === "/report") {
+    let text = "";
+    for await (const piece of request) text += piece;
+    answer.end();
+    return current.report(text);
+  }
+  if (pathname === "/") return answer.setHeader("content-type", "text/html").end(frame(current));
+  try {
+    const file = await readFile(join(directory, normalize(pathname)));
+    answer.setHeader("content-type", types[extname(pathname)] ?? "application/octet-stream").end(file);
+  } catch {
+    answer.writeHead(404).end();
+  }
+});
+await new Promise((listening) => server.listen(0, "127.0.0.1", listening));
+const origin = `http://127.0.0.1:${server.address().port}`;
+await writeFile(portFile, origin);
+
+/** Whoever starts this starts the broker next, with our origin allowed, and then says on stdin where it is. */
+const broker = (await new Promise((line) => process.stdin.once("data", line))).toString().trim();
+process.stdin.destroy();
+
+async function run({ page, size }) {
+  const profile = await mkdtemp(join(tmpdir(), "lfs-broker-chromium."));
+  let said;
+  const report = new Promise((resolve) => (said = resolve));
+  current = { page, size, broker, report: said };
+  const flags = ["--headless=new", "--enable-logging=stderr", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"];
+  const chromium = spawn("chromium", [...flags, "--no-proxy-server", `--user-data-dir=${profile}`, origin], { stdio: ["ignore", "ignore", "pipe"] });
+  let log = "";
+  chromium.stderr.on("data", (piece) => (log += piece));
+  const ended = new Promise((resolve) => chromium.once("exit", () => resolve("failed: Chromium ended")));
+  const late = setTimeout(() => said("failed: nothing was said for 90 s"), 90_000);
+  const answer = await Promise.race([report, ended]);
+  clearTimeout(late);
+  chromium.kill();
+  await ended;
+  await rm(profile, { recursive: true, force: true, maxRetries: 5 });
+  console.log(`${page}, ${size} bytes: ${answer}`);
+  if (!answer.startsWith("done: ") || JSON.parse(answer.slice(6)).size !== size) {
+    console.log(log.split("\n").filter((line) => line.includes("CONSOLE")).join("\n"));
+    process.exitCode = 1;
+  }
+}
+
+for (const each of runs) await run(each);
+server.close();

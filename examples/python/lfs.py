@@ -1,0 +1,70 @@
+"""Uploads a file through lfs-broker and fetches it back, with nothing but Python: lfs.py FILE TOPIC [KEY]
+
+LFS_BROKER_URL and, where the broker asks for one, LFS_BROKER_TOKEN say where and who.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any, BinaryIO
+from urllib.request import Request, urlopen
+
+BROKER = os.environ.get("LFS_BROKER_URL", "http://127.0.0.1:8080")
+TOKEN = os.environ.get("LFS_BROKER_TOKEN")
+
+
+def broker(method: str, path: str, body: Any = None) -> Any:
+    """Asks the broker. What it refuses is an HTTPError, whose body says why."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {TOKEN}"} if TOKEN else {})
+    data = json.dumps(body).encode() if body is not None else None
+    with urlopen(Request(BROKER + path, data, headers, method=method), timeout=60) as answer:
+        return json.load(answer)
+
+
+def put(signed: Any, value: bytes) -> None:
+    """Sends bytes straight to S3. The headers are signed, so all of them are sent."""
+    urlopen(Request(signed["url"], value, signed["headers"], method=signed["method"]), timeout=600).close()
+
+
+def upload(file: BinaryIO, topic: str, key: str | None = None) -> Any:
+    """Uploads a file and gives its pointer: the value that a consumer of the topic reads."""
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    promise = {"topic": topic, "size": file.tell(), "sha256": sha256} | ({"key": key} if key else {})
+    opened = broker("POST", "/lfs/uploads", promise)
+    place = f"/lfs/uploads/{opened['id']}"
+    file.seek(0)
+    if opened["mode"] == "single":
+        put(opened["upload"], file.read())
+    else:
+        for number in range(1, opened["part_count"] + 1):
+            # Signed when it is needed: a URL does not outlive a long upload.
+            part = broker("POST", f"{place}/parts", {"part_numbers": [number]})["parts"][0]
+            put(part, file.read(part["size"]))
+    done = broker("POST", f"{place}/complete")
+    while "pointer" not in done:
+        if done["state"] != "completing":
+            raise RuntimeError(done)
+        done = broker("GET", f"{place}?wait=30")
+    return done["pointer"]
+
+
+def fetch(pointer: Any, into: BinaryIO) -> None:
+    """Writes the bytes behind a pointer, and says so if they are not the promised ones."""
+    resolved = broker("POST", "/lfs/resolve", pointer)
+    with urlopen(resolved["url"], timeout=600) as answer:
+        shutil.copyfileobj(answer, into)
+    into.seek(0)
+    found = hashlib.file_digest(into, "sha256").hexdigest()
+    if found != pointer["sha256"]:
+        raise RuntimeError(f"promised {pointer['sha256']}, found {found}")
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "rb") as source:
+        sent = upload(source, *sys.argv[2:4])
+    print(json.dumps(sent))
+    with tempfile.TemporaryFile() as back:
+        fetch(sent, back)

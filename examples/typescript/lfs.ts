@@ -1,0 +1,128 @@
+// Uploads through lfs-broker and fetches back, in a browser as in node: nothing here but fetch and Blob.
+import { sha256 } from "@noble/hashes/sha2.js";
+import { bytesToHex } from "@noble/hashes/utils.js";
+
+export interface Signed {
+  method: "PUT" | "GET";
+  url: string;
+  headers: Record<string, string>;
+}
+
+export interface SignedPart extends Signed {
+  part_number: number;
+  offset: number;
+  size: number;
+}
+
+/** The value that a consumer of the topic reads. */
+export interface Pointer {
+  kfs_lfs: number;
+  bucket: string;
+  key: string;
+  size: number;
+  sha256: string;
+}
+
+/** An upload as the broker tells it; openapi/openapi.json has the rest of its members. */
+export interface Upload {
+  id: string;
+  state: "open" | "completing" | "verified" | "published" | "aborted" | "expired" | "rejected";
+  mode: "single" | "multipart";
+  object_key: string;
+  upload?: Signed;
+  part_size?: number;
+  part_count?: number;
+  uploaded_parts?: { part_number: number; size: number }[];
+  pointer?: Pointer;
+  error?: { code: string; detail: string };
+}
+
+/** What the broker refuses, as RFC 9457 writes it. */
+export class Refused extends Error {
+  constructor(
+    readonly status: number,
+    readonly code: string,
+    detail: string,
+  ) {
+    super(`${code}: ${detail}`);
+  }
+}
+
+export class Broker {
+  constructor(
+    private readonly url: string,
+    private readonly token?: string,
+  ) {}
+
+  async call<T>(method: string, path: string, body?: unknown, signal?: AbortSignal): Promise<T> {
+    const answer = await fetch(this.url + path, {
+      method,
+      headers: { "content-type": "application/json", ...(this.token && { authorization: `Bearer ${this.token}` }) },
+      ...(body !== undefined && { body: JSON.stringify(body) }),
+      ...(signal && { signal }),
+    });
+    const json = answer.status === 204 ? undefined : await answer.json();
+    if (!answer.ok) throw new Refused(answer.status, json.code, json.detail);
+    return json;
+  }
+
+  signPart(id: string, part_number: number, signal?: AbortSignal): Promise<SignedPart> {
+    const signed = this.call<{ parts: [SignedPart] }>("POST", `/lfs/uploads/${id}/parts`, { part_numbers: [part_number] }, signal);
+    return signed.then(({ parts }) => parts[0]);
+  }
+
+  /** Completes, and waits until the bytes are proved: there is no pointer before. */
+  async complete(id: string, sha256?: string, signal?: AbortSignal): Promise<Pointer> {
+    let upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
+    while (!upload.pointer) {
+      if (upload.state !== "completing") throw new Refused(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
+      upload = await this.call<Upload>("GET", `/lfs/uploads/${id}?wait=30`, undefined, signal);
+    }
+    return upload.pointer;
+  }
+
+  /** Uploads bytes to a topic, in one PUT or in parts as the broker chooses. */
+  async upload(bytes: Blob, promise: { topic: string; key?: string; filename?: string }): Promise<Pointer> {
+    const upload = await this.call<Upload>("POST", "/lfs/uploads", { ...promise, size: bytes.size, sha256: await hashed(bytes) });
+    if (upload.upload) {
+      await put(upload.upload, bytes);
+    }
+    for (let number = 1; number <= (upload.part_count ?? 0); number++) {
+      // Signed when it is needed: a URL does not outlive a long upload.
+      const part = await this.signPart(upload.id, number);
+      await put(part, bytes.slice(part.offset, part.offset + part.size));
+    }
+    return this.complete(upload.id);
+  }
+
+  /** Fetches the bytes behind a pointer. */
+  async fetch(pointer: Pointer): Promise<Blob> {
+    const { url } = await this.call<Signed>("POST", "/lfs/resolve", pointer);
+    const answer = await fetch(url);
+    if (!answer.ok) throw new Error(`S3 answered ${answer.status}`);
+    const bytes = await answer.blob();
+    const found = await hashed(bytes);
+    if (found !== pointer.sha256) throw new Error(`promised ${pointer.sha256}, found ${found}`);
+    return bytes;
+  }
+}
+
+/** SHA-256 of the whole without having the whole in memory. */
+export async function hashed(bytes: Blob): Promise<string> {
+  const hash = sha256.create();
+  const window = 4 << 20;
+  for (let at = 0; at < bytes.size; at += window) {
+    hash.update(new Uint8Array(await bytes.slice(at, at + window).arrayBuffer()));
+  }
+  return bytesToHex(hash.digest());
+}
+
+/** The headers to send: all that were signed, but one that browsers write themselves, from the body. */
+export function headersOf({ headers }: Signed): Record<string, string> {
+  return Object.fromEntries(Object.entries(headers).filter(([name]) => name.toLowerCase() !== "content-length"));
+}
+
+async function put(signed: Signed, bytes: Blob): Promise<void> {
+  const answer = await fetch(signed.url, { method: signed.method, headers: headersOf(signed), body: bytes });
+  if (!answer.ok) throw new Error(`S3 answered ${answer.status}`);
+}
