@@ -30,9 +30,10 @@ end_dev() {
 trap end_dev EXIT
 trap 'exit 143' INT TERM HUP
 
-# start_dev [OPTION...]: `dev` on free ports; exports where it is.
+# `dev` on free ports, with what $dev_options says; exports where it is.
+dev_options=()
 start_dev() {
-    "$LFS_CI_BROKER" dev --ephemeral --listen 127.0.0.1:0 --data-dir "$WORK/dev" "$@" >"$WORK/dev.log" 2>&1 </dev/null &
+    "$LFS_CI_BROKER" dev --ephemeral --listen 127.0.0.1:0 --data-dir "$WORK/dev" "${dev_options[@]}" >"$WORK/dev.log" 2>&1 </dev/null &
     dev=$!
     for _ in {1..600}; do
         [ ! -s "$WORK/dev/dev.json" ] || break

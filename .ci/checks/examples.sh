@@ -25,7 +25,8 @@ for _ in {1..100}; do
     [ ! -s "$WORK/origin" ] || break
     sleep 0.1
 done
-start_dev --cors-origins "$(<"$WORK/origin")"
+dev_options=(--cors-origins "$(<"$WORK/origin")")
+start_dev
 
 head -c 5000 /dev/urandom >"$WORK/small"
 head -c 70000001 /dev/urandom >"$WORK/large"

@@ -5,16 +5,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . .ci/dev.sh
 . .ci/neighbours.sh
 
+bash .ci/tools.sh kafka
 kafka=${LFS_TEST_KAFKA:-}
 if [ -z "$kafka" ]; then
     NEIGHBOURS=$WORK/neighbours
     mkdir "$NEIGHBOURS"
     also_end=stop_all
-    bash .ci/tools.sh kafka
     start_kafka
     kafka=$LFS_TEST_KAFKA
 fi
-start_dev --kafka "$kafka"
+dev_options=(--kafka "$kafka")
+start_dev
 # In a copy, so that nothing of another build counts and nothing is left in the tree.
 cp -r clients/java "$WORK/java"
 rm -rf "$WORK/java/target"
@@ -26,8 +27,13 @@ ran=$(awk -F'[ ,]+' '/^Tests run:.* Failures: 0, Errors: 0, Skipped: 0,/ { n += 
 mvn -q -B -f "$WORK/java/pom.xml" dependency:build-classpath -DincludeScope=compile -Dmdep.outputFile="$WORK/classpath"
 classpath=$(echo "$WORK"/java/target/lfs-broker-kafka-*.jar):$(<"$WORK/classpath")
 topic=java-example-$RANDOM$RANDOM
-for name in "$topic" "$topic.lfs-staging"; do
-    java -cp "$KAFKA_HOME/*" org.apache.kafka.tools.TopicCommand --bootstrap-server "$kafka" --create --topic "$name" --partitions 1
-done
+topics() {
+    local name
+    for name in "$topic" "$topic.lfs-staging"; do
+        java -cp "$KAFKA_HOME/*" org.apache.kafka.tools.TopicCommand --bootstrap-server "$kafka" "$@" --topic "$name"
+    done
+}
+topics --create --partitions 1
 java -Xmx1g -cp "$classpath" examples/java/LargeValues.java "$topic"
+topics --delete
 echo "Java client: the example and $ran tests passed against Kafka at $kafka and a running broker"
