@@ -137,20 +137,21 @@ impl Modify for Finish {
     }
 }
 
-/// A member that may be absent is left out rather than null: `T | undefined` is what a client then has to look at,
-/// not `T | null | undefined`. A member with a default, or one that is always there, keeps its null; so does a list in
-/// a request, because openapi-generator's Java sends an empty one in place of none where null is not allowed.
+/// A member of an answer that may be absent is left out rather than null: `T | undefined` is what a client then has to
+/// look at, not `T | null | undefined`. A member with a default, or one that is always there, keeps its null; so does
+/// everything in a request, where the broker takes null for absent, and openapi-generator's Java would send an empty
+/// list in place of none.
 fn leave_out(schema: &mut RefOr<Schema>) {
     let RefOr::T(schema) = schema else { return };
     match schema {
         Schema::AllOf(all) => all.items.iter_mut().for_each(leave_out),
         Schema::OneOf(one) => bare(one),
         Schema::Object(object) => {
+            // Requests refuse members that they do not know.
             let request = matches!(object.additional_properties.as_deref(), Some(AdditionalProperties::FreeForm(false)));
             for (name, member) in &mut object.properties {
                 match member {
-                    RefOr::T(Schema::Array(_)) if request => {}
-                    _ if !object.required.contains(name) => without_null(member),
+                    _ if !request && !object.required.contains(name) => without_null(member),
                     RefOr::T(Schema::OneOf(one)) => bare(one),
                     _ => {}
                 }

@@ -5,8 +5,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    self, CompleteUpload, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
-    UploadState,
+    self, CompleteUpload, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage, UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;

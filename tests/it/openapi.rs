@@ -171,11 +171,8 @@ fn vague(schema: &Value, place: &str, found: &mut Vec<String>) {
         let required = schema["required"].as_array().is_some_and(|names| names.contains(&json!(name)));
         let null = member["type"].as_array().is_some_and(|types| types.contains(&json!("null")))
             || member["oneOf"].as_array().is_some_and(|each| each.contains(&json!({"type": "null"})));
-        // openapi-generator's Java sends an empty list in place of none where null is not allowed.
-        let bare = member.get("default").is_none();
-        let list_of_request = bare && schema["additionalProperties"] == false && member.get("items").is_some();
-        assert!(!list_of_request || null, "{place}/{name} may not be null");
-        if null && !list_of_request && !required && bare {
+        let request = schema["additionalProperties"] == false;
+        if null && !request && !required && member.get("default").is_none() {
             found.push(format!("{place}/{name} is absent or null"));
         }
         vague(member, &format!("{place}/{name}"), found);
@@ -211,7 +208,11 @@ fn no_type_is_left_to_guess() {
     }
     assert!(found.is_empty(), "{found:#?}");
     let mut all = Vec::new();
-    vague(&json!({"type": "object", "properties": {"a": {}, "b": {"type": ["string", "null"]}, "c": {"type": "object"}}}), "x", &mut all);
+    vague(
+        &json!({"type": "object", "properties": {"a": {}, "b": {"type": ["string", "null"]}, "c": {"type": "object"}}}),
+        "x",
+        &mut all,
+    );
     assert_eq!(all, ["x/a has no type", "x/b is absent or null", "x/c is any object"]);
 }
 
