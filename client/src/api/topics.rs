@@ -1,0 +1,112 @@
+//! What is allowed on a topic.
+
+use serde::{Deserialize, Serialize};
+
+use super::Integrity;
+use crate::checksum::Algorithm;
+
+#[cfg(feature = "openapi")]
+use utoipa::{IntoParams, ToSchema};
+
+/// What is allowed on a topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
+    "bucket": null, "prefix": "lake", "checksums": ["sha256"], "min_integrity": "parts-sha256", "content_types": ["video/*"],
+    "session_seconds": 3600, "session_max_seconds": 86400, "url_seconds": 900, "kms_key_id": null, "retention": "keep"})))]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// Whether uploads may be opened.
+    pub enabled: bool,
+    /// Advice to clients: below it, send the bytes inline.
+    #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
+    pub min_bytes: u64,
+    /// The largest upload in bytes.
+    #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
+    pub max_bytes: u64,
+    /// The bucket; the broker's default when null.
+    pub bucket: Option<String>,
+    /// What the object keys begin with.
+    pub prefix: Option<String>,
+    /// The checksums that a client may promise by.
+    pub checksums: Vec<Algorithm>,
+    /// The least proof that a pointer is published with.
+    pub min_integrity: Integrity,
+    /// Media types that are allowed: `type/subtype`, `type/*` or `*/*`.
+    pub content_types: Vec<String>,
+    /// How long an upload stays open.
+    pub session_seconds: u64,
+    /// How long it stays open at most, however often parts are signed.
+    pub session_max_seconds: u64,
+    /// How long a URL lives.
+    pub url_seconds: u64,
+    /// The KMS key that S3 encrypts with; the bucket's own rule when null.
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048, pattern = "^[!-~]*$"))]
+    pub kms_key_id: Option<String>,
+    /// What becomes of the objects: they are kept.
+    pub retention: Retention,
+}
+
+/// What becomes of published objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Retention {
+    /// They are kept.
+    #[default]
+    Keep,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            min_bytes: 8 << 20,
+            max_bytes: 5 << 40,
+            bucket: None,
+            prefix: None,
+            checksums: vec![Algorithm::Sha256],
+            min_integrity: Integrity::PartsSha256,
+            content_types: vec!["*/*".to_owned()],
+            session_seconds: 3600,
+            session_max_seconds: 86_400,
+            url_seconds: 900,
+            kms_key_id: None,
+            retention: Retention::Keep,
+        }
+    }
+}
+
+/// A topic and its policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct TopicPolicy {
+    /// The topic.
+    pub topic: String,
+    /// Its policy.
+    pub policy: Policy,
+}
+
+/// A page of topic policies, by name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct TopicPage {
+    /// The policies.
+    pub items: Vec<TopicPolicy>,
+    /// Give it as `cursor` for the next page; null at the end.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub next_cursor: Option<String>,
+}
+
+/// What `GET /lfs/topics` may be asked.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(IntoParams))]
+#[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
+#[serde(deny_unknown_fields)]
+pub struct ListTopics {
+    /// Items a page: 1 to 200, 50 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
+    pub limit: Option<u32>,
+    /// The `next_cursor` of the page before.
+    pub cursor: Option<String>,
+}
