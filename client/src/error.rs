@@ -2,7 +2,6 @@
 //!
 //! No message ever holds a token or a presigned URL: whoever reads a log must not be able to use one.
 
-use std::error::Error as _;
 use std::io;
 
 use uuid::Uuid;
@@ -23,10 +22,15 @@ pub enum Error {
     /// The pointer is sound, its object is not there any more (410 `object-gone`).
     #[error("the pointer's object is gone: {0}")]
     Gone(Box<Problem>),
-    /// The pointer leads to where this token may not go (403 `pointer-forbidden`).
-    #[error("the pointer is not for this token: {0}")]
-    Forbidden(Box<Problem>),
-    /// The broker signed a GET, but storage has no object there: it went away in between.
+    /// The pointer leads to where this token, or this access to S3, may not go.
+    #[error("the pointer is not for this reader: {reason}")]
+    Forbidden {
+        /// Who says so, and why.
+        reason: String,
+        /// The broker's problem (403 `pointer-forbidden`), where it is the broker that says so.
+        problem: Option<Box<Problem>>,
+    },
+    /// Storage has no object there: it went away after the broker looked, or nobody looked.
     #[error("storage has no object where the pointer says")]
     Missing,
     /// No connection, or one that broke or stood still, and every retry met the same.
@@ -77,6 +81,9 @@ pub enum Error {
     /// The caller asked for something that cannot be sent.
     #[error("{0}")]
     Invalid(String),
+    /// Own access to S3 gave no signature.
+    #[error("the request cannot be signed: {0}")]
+    Signing(String),
     /// The caller's signal ended the upload.
     #[error("the upload was cancelled")]
     Cancelled {
@@ -102,9 +109,15 @@ impl Error {
     /// The broker's problem, where it is the reason.
     pub fn problem(&self) -> Option<&Problem> {
         match self {
-            Self::Refused(problem) | Self::Gone(problem) | Self::Forbidden(problem) => Some(problem),
+            Self::Refused(problem) | Self::Gone(problem) => Some(problem),
+            Self::Forbidden { problem, .. } => problem.as_deref(),
             _ => None,
         }
+    }
+
+    /// What a signer of the caller's failed with, its causes included.
+    pub fn signing(error: impl std::error::Error) -> Self {
+        Self::Signing(chain(&error))
     }
 
     /// Whether this is the broker's problem with that code.
@@ -143,21 +156,14 @@ impl Error {
     pub(crate) fn of_problem(problem: Problem) -> Self {
         match problem.code.as_str() {
             "object-gone" => Self::Gone(Box::new(problem)),
-            "pointer-forbidden" => Self::Forbidden(Box::new(problem)),
+            "pointer-forbidden" => Self::Forbidden { reason: problem.to_string(), problem: Some(Box::new(problem)) },
             _ => Self::Refused(Box::new(problem)),
         }
     }
 
     /// A broken connection, with its whole chain of causes but without the URL.
     pub(crate) fn of_transport(peer: &'static str, error: reqwest::Error) -> Self {
-        let error = error.without_url();
-        let mut reason = error.to_string();
-        let mut cause = error.source();
-        while let Some(next) = cause {
-            reason = format!("{reason}: {next}");
-            cause = next.source();
-        }
-        Self::Unreachable { peer, reason }
+        Self::Unreachable { peer, reason: chain(&error.without_url()) }
     }
 
     pub(crate) fn stalled(peer: &'static str, seconds: u64) -> Self {
@@ -182,10 +188,21 @@ impl From<Error> for io::Error {
             Error::Io(error) => error,
             Error::Corrupt { .. } => io::Error::new(io::ErrorKind::InvalidData, error),
             Error::Missing | Error::Gone(_) => io::Error::new(io::ErrorKind::NotFound, error),
-            Error::Forbidden(_) => io::Error::new(io::ErrorKind::PermissionDenied, error),
+            Error::Forbidden { .. } => io::Error::new(io::ErrorKind::PermissionDenied, error),
             other => io::Error::other(other),
         }
     }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut reason = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        reason = format!("{reason}: {next}");
+        cause = next.source();
+    }
+    reason
 }
 
 /// The statuses that a proxy, a rate limit or a restart gives, and that pass.
@@ -254,6 +271,6 @@ mod tests {
         assert!(problem(429, "rate-limited", true).is_transient());
         assert!(!problem(503, "dependency-unavailable", false).is_transient());
         assert!(matches!(problem(410, "object-gone", false), Error::Gone(_)));
-        assert!(matches!(problem(403, "pointer-forbidden", false), Error::Forbidden(_)));
+        assert!(matches!(problem(403, "pointer-forbidden", false), Error::Forbidden { problem: Some(_), .. }));
     }
 }

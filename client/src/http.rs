@@ -24,6 +24,7 @@ use crate::api::{
 };
 use crate::error::{Error, quote};
 use crate::retry::{Backoff, Retry, retry_after};
+use crate::storage::Wire;
 
 /// Who it was, in [`Error::Unreachable`].
 const BROKER: &str = "the broker";
@@ -148,8 +149,8 @@ impl Client {
         self.settings
     }
 
-    pub(crate) fn http(&self) -> &reqwest::Client {
-        &self.http
+    pub(crate) fn wire(&self) -> Wire {
+        Wire { http: self.http.clone(), settings: self.settings }
     }
 
     /// Opens an upload. Without an idempotency key it is tried again only where no connection came about.
@@ -349,7 +350,7 @@ fn unsent(error: reqwest::Error) -> Error {
 }
 
 /// Connections that follow no redirect: a presigned request is signed for one host, and a token is for one broker.
-fn http() -> Result<reqwest::Client, Error> {
+pub(crate) fn http() -> Result<reqwest::Client, Error> {
     let builder = || {
         reqwest::Client::builder()
             .user_agent(concat!("lfs-broker-client/", env!("CARGO_PKG_VERSION")))

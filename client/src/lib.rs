@@ -1,7 +1,7 @@
 //! The contract of lfs-broker as code: what a producer or a consumer builds against.
 //!
 //! [`Client::upload`] takes bytes to a pointer in Kafka, [`Client::fetch`] takes a pointer back to verified
-//! bytes. Beneath them [`Client`] has a verb for each route, [`api`] the requests, answers and problems of the
+//! bytes, and [`Consumer`] opens whatever records a topic has. Beneath them [`Client`] has a verb for each route, [`api`] the requests, answers and problems of the
 //! HTTP interface, [`mod@pointer`] the value of the record in Kafka, [`checksum`] the digests that all speak of.
 //! Nothing here knows a server.
 //!
@@ -32,16 +32,16 @@
 //!
 //! # A consumer
 //! ```no_run
-//! use lfs_broker_client::{Client, Value};
+//! use lfs_broker_client::{Client, Consumer};
 //!
-//! # async fn consume(client: &Client, record_value: &[u8]) -> Result<(), lfs_broker_client::Error> {
-//! match Value::of(record_value)? {
-//!     Value::Inline(data) => println!("{} bytes came with the record", data.len()),
-//!     Value::Pointer(_) => client.fetch(record_value).await?.to_file("order-17.mp4").await?,
-//! }
+//! # async fn consume(value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
+//! // With any Kafka client: the value and the headers of a record in, its bytes out, verified.
+//! let consumer = Consumer::new(Client::new("http://127.0.0.1:8080")?);
+//! consumer.open(value, headers).await?.content.save("order-17.mp4").await?;
 //! # Ok(())
 //! # }
 //! ```
+//! A consumer with own rights in S3 needs no broker: see [`Resolver::with_access`].
 //!
 //! # An upload that was interrupted
 //! ```no_run
@@ -57,22 +57,33 @@ pub mod api;
 pub mod checksum;
 pub mod pointer;
 
+pub mod access;
+pub mod consumer;
 pub mod http;
 pub mod resolve;
 pub mod upload;
 
+mod download;
 mod error;
 mod options;
 mod parts;
 mod progress;
 mod retry;
+mod save;
 mod source;
 mod storage;
+mod transfer;
 
+#[cfg(feature = "keys")]
+pub use access::Keys;
+pub use access::{Access, Place};
+pub use consumer::Consumer;
+pub use download::Download;
 pub use error::Error;
 pub use http::{Client, Settings};
 pub use options::UploadOptions;
 pub use progress::Progress;
-pub use resolve::{Download, Value};
+pub use resolve::{Resolver, Value};
 pub use retry::Retry;
+pub use save::{Saved, clean};
 pub use upload::Uploader;

@@ -154,7 +154,7 @@ async fn put(
         };
         let meter = Meter::new(tally);
         let body = source.body(offset, size, &meter);
-        let Err(failure) = storage::put(client, &usable.request, size, body, &meter).await else {
+        let Err(failure) = storage::put(&client.wire(), &usable.request, size, body, &meter).await else {
             tally.part_done();
             return Ok(());
         };

@@ -110,6 +110,9 @@ pub enum NotAPointer {
     /// A member that a pointer cannot do without is missing or empty.
     #[error("the pointer has no {0}")]
     Missing(&'static str),
+    /// The header of a reference is not `<prefix>/<uuid>`; see [`mod@crate::consumer`].
+    #[error("the reference {0:?} is not <prefix>/<uuid>")]
+    Reference(String),
 }
 
 /// The envelope as others may write it: hashes in any case, empty strings for absent members.

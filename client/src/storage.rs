@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, RANGE};
+use reqwest::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, IF_MATCH, RANGE};
 use reqwest::{Body, Method, Response, StatusCode};
 
 use crate::api::SignedRequest;
 use crate::error::Error;
-use crate::http::{Client, read_bounded};
+use crate::http::{Settings, read_bounded};
 use crate::progress::Meter;
 use crate::retry::retry_after;
 
@@ -17,6 +17,13 @@ const STORAGE: &str = "storage";
 
 /// Longest error document that is read; S3's take a few hundred bytes.
 const ERROR_BYTES: usize = 64 << 10;
+
+/// The connections to storage, and how patient they are.
+#[derive(Debug, Clone)]
+pub(crate) struct Wire {
+    pub(crate) http: reqwest::Client,
+    pub(crate) settings: Settings,
+}
 
 /// A failed attempt, and when storage wants to be asked again.
 #[derive(Debug)]
@@ -32,44 +39,47 @@ impl From<Error> for Failure {
 }
 
 /// Puts `size` bytes.
-pub(crate) async fn put(
-    client: &Client,
-    request: &SignedRequest,
-    size: u64,
-    body: Body,
-    meter: &Arc<Meter>,
-) -> Result<(), Failure> {
+pub(crate) async fn put(wire: &Wire, request: &SignedRequest, size: u64, body: Body, meter: &Arc<Meter>) -> Result<(), Failure> {
     let mut headers = headers(request)?;
     // A streamed body without a length would go chunked, which S3 refuses.
     headers.insert(CONTENT_LENGTH, HeaderValue::from(size));
-    let sending = client.http().request(method(request)?, &request.url).headers(headers).body(body).send();
-    let answered = match watched(client.settings().stall_timeout, meter, sending).await? {
-        Ok(response) => check(client, response).await.map(drop),
+    let sending = wire.http.request(method(request)?, &request.url).headers(headers).body(body).send();
+    let answered = match watched(wire.settings.stall_timeout, meter, sending).await? {
+        Ok(response) => check(wire, response).await.map(drop),
         Err(error) => Err(Error::of_transport(STORAGE, error).into()),
     };
     // To the connection a source that fails looks like the peer's fault.
     answered.map_err(|failure| meter.failure().map_or(failure, |error| Error::Io(error).into()))
 }
 
-/// Gets the object from byte `from` on. The answer may also be the whole: see its status.
-pub(crate) async fn get(client: &Client, request: &SignedRequest, from: u64) -> Result<Response, Failure> {
+/// Gets the object, or the bytes from one on, to the end or to another one, if its tag is still that. The answer may also
+/// be the whole: see its status.
+pub(crate) async fn get(
+    wire: &Wire,
+    request: &SignedRequest,
+    range: Option<(u64, Option<u64>)>,
+    etag: Option<&str>,
+) -> Result<Response, Failure> {
     let mut headers = headers(request)?;
-    if from > 0 {
-        let range = HeaderValue::try_from(format!("bytes={from}-"));
-        headers.insert(RANGE, range.map_err(|_| Error::Invalid("the range has no header form".to_owned()))?);
+    if let Some((from, last)) = range {
+        let range = format!("bytes={from}-{}", last.map(|last| last.to_string()).unwrap_or_default());
+        headers.insert(RANGE, value(&range)?);
     }
-    let sending = client.http().request(method(request)?, &request.url).headers(headers).send();
-    let stall = client.settings().stall_timeout;
+    if let Some(etag) = etag {
+        headers.insert(IF_MATCH, value(etag)?);
+    }
+    let sending = wire.http.request(method(request)?, &request.url).headers(headers).send();
+    let stall = wire.settings.stall_timeout;
     let response = match tokio::time::timeout(stall, sending).await {
         Ok(sent) => sent.map_err(|error| Error::of_transport(STORAGE, error))?,
         Err(_) => return Err(Error::stalled(STORAGE, stall.as_secs()).into()),
     };
-    check(client, response).await
+    check(wire, response).await
 }
 
 /// The next bytes of an answer, or none at its end.
-pub(crate) async fn chunk(client: &Client, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
-    let stall = client.settings().stall_timeout;
+pub(crate) async fn chunk(wire: &Wire, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
+    let stall = wire.settings.stall_timeout;
     match tokio::time::timeout(stall, response.chunk()).await {
         Ok(read) => read.map_err(|error| Error::of_transport(STORAGE, error)),
         Err(_) => Err(Error::stalled(STORAGE, stall.as_secs())),
@@ -89,16 +99,20 @@ async fn watched<T>(stall: Duration, meter: &Meter, sending: impl Future<Output 
     }
 }
 
-async fn check(client: &Client, response: Response) -> Result<Response, Failure> {
+async fn check(wire: &Wire, response: Response) -> Result<Response, Failure> {
     let status = response.status();
     if matches!(status, StatusCode::OK | StatusCode::CREATED | StatusCode::NO_CONTENT | StatusCode::PARTIAL_CONTENT) {
         return Ok(response);
     }
     let retry_after = retry_after(response.headers());
-    let reading = tokio::time::timeout(client.settings().stall_timeout, read_bounded(response, ERROR_BYTES));
+    let reading = tokio::time::timeout(wire.settings.stall_timeout, read_bounded(response, ERROR_BYTES));
     // The status alone is enough to decide by where the document is cut off.
     let body = reading.await.ok().and_then(Result::ok).flatten().unwrap_or_default();
     Err(Failure { error: Error::of_storage(status.as_u16(), &body), retry_after })
+}
+
+fn value(text: &str) -> Result<HeaderValue, Error> {
+    HeaderValue::try_from(text).map_err(|_| Error::Invalid(format!("{text:?} has no header form")))
 }
 
 fn method(request: &SignedRequest) -> Result<Method, Error> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -136,6 +137,19 @@ pub struct SignedRequest {
     pub expires_at: OffsetDateTime,
     /// The same as seconds from now, for clients whose clock is off.
     pub expires_in: u64,
+}
+
+impl SignedRequest {
+    /// A GET that somebody signed just now for so long, as [`Access`](crate::Access) gives it out.
+    pub fn get(url: impl Into<String>, life: Duration) -> Self {
+        Self {
+            method: "GET".to_owned(),
+            url: url.into(),
+            headers: BTreeMap::new(),
+            expires_at: OffsetDateTime::now_utc() + life,
+            expires_in: life.as_secs(),
+        }
+    }
 }
 
 impl fmt::Debug for SignedRequest {

@@ -80,7 +80,7 @@ async fn a_problem_keeps_all_that_the_broker_said() {
     assert_eq!(error.to_string(), "the broker refused: 404 upload-not-found: d");
     let options = ResolveOptions::default();
     assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Gone(problem)) if problem.code == "object-gone"));
-    assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Forbidden(_))));
+    assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Forbidden { .. })));
     let error = client.history(id()).await.unwrap_err();
     assert_eq!(error.to_string(), "unexpected answer, status 404: <html>a proxy</html>");
     assert_eq!(script.lines().await[0], format!("DELETE /lfs/uploads/{ID}"));

@@ -107,7 +107,7 @@ impl Script {
     }
 }
 
-async fn read(stream: &mut TcpStream) -> Asked {
+pub(crate) async fn read(stream: &mut TcpStream) -> Asked {
     let mut all = Vec::new();
     let end = loop {
         if let Some(end) = all.windows(4).position(|bytes| bytes == b"\r\n\r\n") {

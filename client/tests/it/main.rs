@@ -5,5 +5,6 @@
 
 mod calls;
 mod canned;
+mod consumers;
 mod downloads;
 mod uploads;
