@@ -118,8 +118,7 @@ impl Consumer {
     ///
     /// # Errors
     /// [`Error::NotAPointer`] where it begins like a pointer and cannot be read as one, [`Error::Forbidden`],
-    /// [`Error::Gone`], [`Error::Missing`], [`Error::Invalid`] for a reference where no bucket is set for them, and what
-    /// any call may meet. Nothing is handed on as data that only looks like it.
+    /// [`Error::Gone`], [`Error::Missing`], [`Error::NoReferenceBucket`], and what any call may meet. Nothing is handed on as data that only looks like it.
     pub async fn open<'a, 'h>(
         &self,
         value: Option<&'a [u8]>,
@@ -132,7 +131,7 @@ impl Consumer {
             Kind::Pointer(value) => Content::Pointer(self.pointers.fetch_version(value, metadata.version_id.as_deref()).await?),
             Kind::Reference(key) => {
                 let Some((resolver, bucket)) = &self.references else {
-                    return Err(Error::Invalid(format!("the record refers to {key:?}, and no bucket is set for references")));
+                    return Err(Error::NoReferenceBucket(key));
                 };
                 let place = Place { bucket: bucket.clone(), key, version_id: None };
                 Content::Reference(resolver.fetch_object(place, LARGEST_OBJECT).await?)
@@ -154,6 +153,16 @@ impl Content<'_> {
         match self {
             Self::Pointer(download) => download.pointer(),
             _ => None,
+        }
+    }
+
+    /// Tells `report` how many bytes have come, piece by piece; it must not block.
+    #[must_use]
+    pub fn on_progress(self, report: impl Fn(u64) + Send + 'static) -> Self {
+        match self {
+            Self::Pointer(download) => Self::Pointer(download.on_progress(report)),
+            Self::Reference(download) => Self::Reference(download.on_progress(report)),
+            here @ (Self::Nothing | Self::Inline(_)) => here,
         }
     }
 

@@ -81,6 +81,9 @@ pub enum Error {
     /// The caller asked for something that cannot be sent.
     #[error("{0}")]
     Invalid(String),
+    /// The record refers to this object by name alone, and no bucket is set for such references.
+    #[error("the record refers to {0:?}, and no bucket is set for references")]
+    NoReferenceBucket(String),
     /// Own access to S3 gave no signature.
     #[error("the request cannot be signed: {0}")]
     Signing(String),

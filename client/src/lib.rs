@@ -1,9 +1,9 @@
 //! The contract of lfs-broker as code: what a producer or a consumer builds against.
 //!
 //! [`Client::upload`] takes bytes to a pointer in Kafka, [`Client::fetch`] takes a pointer back to verified
-//! bytes, and [`Consumer`] opens whatever records a topic has. Beneath them [`Client`] has a verb for each route, [`api`] the requests, answers and problems of the
-//! HTTP interface, [`mod@pointer`] the value of the record in Kafka, [`checksum`] the digests that all speak of.
-//! Nothing here knows a server.
+//! bytes, and [`Consumer`] opens whatever records a topic has. Beneath them [`Client`] has a verb for each route,
+//! [`api`] the requests, answers and problems of the HTTP interface, [`mod@pointer`] the value of the record in Kafka,
+//! [`checksum`] the digests that all speak of. Nothing here knows a server.
 //!
 //! Where this crate says *upload*, the broker's database says *session*, S3 says *object*
 //! and Kafka says *pointer*: one thing at four stations.

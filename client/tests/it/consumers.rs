@@ -136,7 +136,8 @@ async fn a_large_object_comes_in_pieces_side_by_side_and_in_order() {
         assert!(ranges.contains(&"bytes=0-8388607".to_owned()), "{ranges:?}");
         assert!(ranges.contains(&"bytes=41943040-".to_owned()), "{ranges:?}");
         ranges.sort();
-        assert_eq!(ranges.len(), if habits.breaks { ranges.len().max(7) } else { 6 }, "{ranges:?}");
+        // Each answer that broke is asked for again from where it ended.
+        assert_eq!(ranges.len() > 6, habits.breaks, "{ranges:?}");
     }
 }
 
@@ -252,7 +253,7 @@ async fn records_of_every_kind_are_opened_and_saved() {
 
     let reference = [("S3-REF-FILE-PATH", b"large/0190f2f4-0000-7000-8000-000000000001".as_slice())];
     let error = consumer.open(None, reference).await.unwrap_err();
-    assert!(matches!(error, Error::Invalid(_)), "never taken for a tombstone: {error}");
+    assert!(matches!(error, Error::NoReferenceBucket(_)), "never taken for a tombstone: {error}");
     let consumer = consumer.with_references("shared", store.access()).unwrap();
     let message = consumer.open(None, reference).await.unwrap();
     assert!(matches!(message.content, Content::Reference(_)) && !message.content.is_verified());
