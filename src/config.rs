@@ -227,6 +227,14 @@ pub fn load_kafka(file: Option<&Path>, environment: impl Fn(&str) -> Option<Stri
     kafka_settings(file.kafka, file.delivery)
 }
 
+/// Reads where the objects are: all that following references needs.
+///
+/// # Errors
+/// As [`load`], but nothing must be named.
+pub fn load_objects(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<objects::Settings, Error> {
+    Ok(gather(file, environment)?.s3)
+}
+
 fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
     let mut table = match file {
         Some(path) => read(&path.display().to_string())?.parse::<Table>()?,

@@ -1,14 +1,21 @@
 //! `consume`: follows a topic and saves what its records stand for, each proved and whole before its place is noted.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use lfs_broker_client::checksum::Sha256;
-use lfs_broker_client::{Client, Value};
+use lfs_broker_client::api::SignedRequest;
+use lfs_broker_client::consumer::Content;
+use lfs_broker_client::{self as client, Access, Consumer, Place, Saved};
 use serde_json::{Value as Json, json};
 
-use super::{Config, Connection, Error, asked_to_end, log, talk};
+use super::talk::{self, Meter};
+use super::{Config, Connection, Error, asked_to_end, log};
 use crate::kafka::{Follower, Incoming, Start};
+use crate::objects::{self, Objects};
+
+/// How long a signed GET of a referenced object may be begun with; one that ran out is signed again.
+const REFERENCE_LIFE: Duration = Duration::from_secs(900);
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -27,6 +34,10 @@ pub(super) struct Arguments {
     /// End after so many records
     #[arg(long, value_name = "N")]
     max_records: Option<u64>,
+    /// The bucket of records that are references (header `S3-REF-FILE-PATH`, no value); read with the AWS settings of the
+    /// environment
+    #[arg(long, value_name = "BUCKET")]
+    reference_bucket: Option<String>,
     /// Kafka's bootstrap servers [default: KAFKA_BOOTSTRAP_SERVERS]
     #[arg(long, value_name = "HOST:PORT")]
     kafka: Option<String>,
@@ -44,7 +55,7 @@ enum From {
 
 pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=warn,error");
-    let client = arguments.connection.client()?;
+    let consumer = opener(&arguments).await?;
     let settings = arguments.config.load_kafka(arguments.kafka.as_deref())?;
     std::fs::create_dir_all(&arguments.dir).map_err(|error| unwritten(&arguments.dir, &error))?;
     let start = match arguments.from {
@@ -52,13 +63,13 @@ pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
         From::Latest => Start::Latest,
     };
     let follower = Follower::begin(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
-    let outcome = follow(&client, &arguments, &follower).await;
+    let outcome = follow(&consumer, &arguments, &follower).await;
     follower.end().await;
     outcome
 }
 
 /// Saves record after record, until there were enough or the end is asked for.
-async fn follow(client: &Client, arguments: &Arguments, follower: &Follower) -> Result<(), Error> {
+async fn follow(consumer: &Consumer, arguments: &Arguments, follower: &Follower) -> Result<(), Error> {
     let ending = asked_to_end();
     tokio::pin!(ending);
     let mut saved = 0;
@@ -70,7 +81,7 @@ async fn follow(client: &Client, arguments: &Arguments, follower: &Follower) -> 
         let Some(record) = record else { continue };
         // Ctrl-C in the middle leaves the record for the next time: its file appears only when it is whole.
         let told = tokio::select! {
-            told = save(client, arguments, &record) => told?,
+            told = save(consumer, arguments, &record) => told?,
             () = &mut ending => break,
         };
         if let Some(told) = told {
@@ -85,38 +96,57 @@ async fn follow(client: &Client, arguments: &Arguments, follower: &Follower) -> 
     Ok(())
 }
 
+/// Opens records, and follows references where a bucket is named for them.
+async fn opener(arguments: &Arguments) -> Result<Consumer, Error> {
+    let consumer = Consumer::new(arguments.connection.client()?);
+    let Some(bucket) = &arguments.reference_bucket else { return Ok(consumer) };
+    let objects = Objects::connect(&arguments.config.load_objects()?).await?;
+    let access = Access::signed_by(move |place: Place| {
+        let objects = objects.clone();
+        async move {
+            let at = objects::Place { bucket: place.bucket, key: place.key };
+            let signed = objects.sign_get(&at, place.version_id.as_deref(), None, None, REFERENCE_LIFE).await;
+            signed.map(|signed| SignedRequest::get(signed.url, signed.expires_in)).map_err(client::Error::signing)
+        }
+    });
+    Ok(consumer.with_references(bucket, access)?)
+}
+
 /// Saves what a record stands for; `None` for a tombstone, which stands for nothing.
-async fn save(client: &Client, arguments: &Arguments, record: &Incoming) -> Result<Option<Json>, Error> {
+async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> Result<Option<Json>, Error> {
     let place = place(&arguments.topic, record);
-    let Some(value) = &record.value else {
+    let of_record = |error| Error::of_file(error, &place);
+    let headers = record.headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+    let content = consumer.open(record.value.as_deref(), headers).await.map_err(of_record)?.content;
+    let (name, size) = match &content {
+        Content::Pointer(download) => (download.resolved().and_then(|resolved| resolved.filename.as_deref()), download.size()),
+        Content::Reference(download) => (None, download.size()),
+        Content::Nothing | Content::Inline(_) => (None, 0),
+    };
+    let path = arguments.dir.join(format!("{place}{}", extension(name)));
+    let unverified = matches!(content, Content::Reference(_));
+    let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.connection.json));
+    let progress = Arc::clone(&meter);
+    let saved = content.on_progress(move |done| progress.tell(done, size)).save(&path).await;
+    meter.wipe();
+    let Some(saved) = saved.map_err(of_record)? else {
         eprintln!("note: {place} is a tombstone");
         return Ok(None);
     };
-    let pointer = match Value::of(value) {
-        Ok(Value::Pointer(pointer)) => pointer,
-        Ok(Value::Inline(bytes)) => {
-            let path = arguments.dir.join(&place);
-            write(&path, bytes).map_err(|error| unwritten(&path, &error))?;
-            let sha256 = Some(Sha256::of(bytes).to_string());
-            return Ok(Some(told(arguments, record, &path, bytes.len() as u64, sha256)));
-        }
-        Err(error) => return Err(Error::of_file(error.into(), &place)),
-    };
-    let version = record.headers.iter().find(|(name, _)| name == "lfs-version-id");
-    let version = version.map(|(_, value)| String::from_utf8_lossy(value).into_owned());
-    let of_record = |error| Error::of_file(error, &place);
-    let download = client.fetch_version(value, version.as_deref()).await.map_err(of_record)?;
-    let path = arguments.dir.join(format!("{place}{}", extension(download.resolved().filename.as_deref())));
-    download.to_file(&path).await.map_err(of_record)?;
-    Ok(Some(told(arguments, record, &path, pointer.size, pointer.sha256.map(|sha256| sha256.to_string()))))
+    let mut line = told(arguments, record, &path, &saved);
+    if unverified {
+        eprintln!("note: {place} is a reference: nothing says what its bytes must be, so they could not be verified");
+        line["verified"] = false.into();
+    }
+    Ok(Some(line))
 }
 
-fn told(arguments: &Arguments, record: &Incoming, path: &Path, size: u64, sha256: Option<String>) -> Json {
+fn told(arguments: &Arguments, record: &Incoming, path: &Path, saved: &Saved) -> Json {
     let key = record.key.as_deref();
     let text = key.and_then(|key| std::str::from_utf8(key).ok());
     let mut line = json!({
         "topic": arguments.topic, "partition": record.partition, "offset": record.offset, "key": text,
-        "path": path.display().to_string(), "size": size, "sha256": sha256,
+        "path": path.display().to_string(), "size": saved.size, "sha256": saved.sha256,
     });
     if let (Some(key), None) = (key, text) {
         use base64::Engine as _;
@@ -139,16 +169,6 @@ fn extension(filename: Option<&str>) -> String {
 
 fn unwritten(path: &Path, error: &std::io::Error) -> Error {
     Error::Failed(format!("cannot write {}: {error}", path.display()))
-}
-
-/// Writes a file that appears only when it is whole and on disk.
-fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(directory)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    std::fs::File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

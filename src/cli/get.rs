@@ -45,7 +45,11 @@ pub(super) async fn get(arguments: Arguments) -> Result<(), Error> {
     };
     let download = client.fetch_version(&value, arguments.version_id.as_deref()).await?;
     let Some(path) = &arguments.output else { return to_stdout(download).await };
-    let (size, sha256, integrity) = (download.size(), download.pointer().sha256, download.resolved().integrity);
+    let (size, sha256, integrity) = (
+        download.size(),
+        download.pointer().and_then(|pointer| pointer.sha256),
+        download.resolved().and_then(|resolved| resolved.integrity),
+    );
     let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.json()));
     let progress = Arc::clone(&meter);
     let outcome = download.on_progress(move |done| progress.tell(done, size)).to_file(path).await;

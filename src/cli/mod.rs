@@ -99,6 +99,10 @@ impl Config {
         Ok(config::load_kafka(self.config.as_deref(), named)?)
     }
 
+    fn load_objects(&self) -> Result<objects::Settings, Error> {
+        Ok(config::load_objects(self.config.as_deref(), |name| std::env::var(name).ok())?)
+    }
+
     fn load_store(&self) -> Result<store::Settings, Error> {
         Ok(config::load_store(self.config.as_deref(), |name| std::env::var(name).ok())?)
     }
@@ -160,6 +164,9 @@ pub(crate) enum Error {
     Output(std::io::Error),
     #[error("{name}: {source}")]
     OfFile { name: String, source: client::Error },
+    /// Each was told when it happened.
+    #[error("{failed} of {of} files were not uploaded")]
+    OfFiles { failed: usize, of: usize, first: Box<Error> },
     #[error("{source}")]
     Upload { source: client::Error, resume: String },
     #[error("interrupted: {what}")]
@@ -178,8 +185,26 @@ impl Error {
             Self::Client(error) | Self::OfFile { source: error, .. } | Self::Upload { source: error, .. } => {
                 client_exit_code(error)
             }
+            Self::OfFiles { first, .. } => first.exit_code(),
             Self::Kafka(crate::kafka::Error::Unreachable(_)) => 5,
             _ => 1,
+        }
+    }
+
+    /// Whether another file may fare better: the file cannot be read, or the broker takes none like it.
+    fn is_of_one_file(&self) -> bool {
+        match self {
+            Self::OfFile { source: client::Error::Io(_), .. } => true,
+            Self::OfFile { source, .. } => source.problem().is_some_and(|problem| problem.status == 422),
+            _ => false,
+        }
+    }
+
+    /// Says what is wrong and what to try.
+    fn tell(&self) {
+        eprintln!("error: {self}");
+        if let Some(hint) = self.hint() {
+            eprintln!("hint: {hint}");
         }
     }
 
@@ -193,6 +218,9 @@ impl Error {
             Self::App(app::Error::Auth(_)) => "for a first look, `lfs-broker dev` needs no tokens",
             Self::Config(config::Error::Missing(_)) => "the README has a table of all settings",
             Self::Client(client::Error::Unreachable { .. }) => "is the broker running there? see --broker and LFS_BROKER_URL",
+            Self::OfFile { source: client::Error::NoReferenceBucket(_), .. } => {
+                "name the bucket with --reference-bucket; it is read with the AWS settings of the environment"
+            }
             Self::Upload { resume, .. } | Self::Interrupted { resume: Some(resume), .. } => {
                 return Some(format!("go on with: {resume}"));
             }
@@ -204,7 +232,7 @@ impl Error {
 
 fn client_exit_code(error: &client::Error) -> u8 {
     match error {
-        client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden(_) => 3,
+        client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden { .. } => 3,
         client::Error::Corrupt { .. } => 4,
         client::Error::Unreachable { .. } => 5,
         _ => 1,
@@ -228,10 +256,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
-            }
+            error.tell();
             ExitCode::from(error.exit_code())
         }
     }

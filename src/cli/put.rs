@@ -1,6 +1,5 @@
 //! `put`: bytes up, the pointer's record out.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
@@ -73,17 +72,43 @@ pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
     let client = arguments.connection.client()?;
     let min_bytes = min_bytes(&client, &arguments.topic).await?;
     let mut end = pin!(asked_to_end());
-    let mut files = VecDeque::from(arguments.files.clone());
-    while let Some(file) = files.pop_front() {
-        let completed = put_one(&client, &arguments, &file, end.as_mut()).await?;
+    let mut failed = Vec::new();
+    for (number, file) in arguments.files.iter().enumerate() {
+        let completed = match put_one(&client, &arguments, file, end.as_mut()).await {
+            Ok(completed) => completed,
+            Err(error) if arguments.files.len() > 1 && error.is_of_one_file() => {
+                error.tell();
+                failed.push(error);
+                continue;
+            }
+            Err(error) => {
+                tell_rest(&arguments.files[number + 1..]);
+                return Err(error);
+            }
+        };
         talk::data(&talk::json(&completed))?;
         let size = completed.pointer.as_ref().map(|pointer| pointer.size);
         if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
-            let topic = &arguments.topic;
-            eprintln!("note: {topic} advises min_bytes {min_bytes}; {size} bytes could travel in a record of their own");
+            let (topic, name) = (&arguments.topic, name(file));
+            eprintln!(
+                "note: {name} has {size} bytes, and {topic} advises uploads from {min_bytes} on (min_bytes): \
+                 it could be a record's own value"
+            );
         }
     }
-    Ok(())
+    let count = failed.len();
+    match failed.into_iter().next() {
+        Some(first) => Err(Error::OfFiles { failed: count, of: arguments.files.len(), first: Box::new(first) }),
+        None => Ok(()),
+    }
+}
+
+/// Says which files wait until the reason is gone.
+fn tell_rest(files: &[PathBuf]) {
+    if !files.is_empty() {
+        let names: Vec<String> = files.iter().map(|file| talk::quoted(&file.display().to_string())).collect();
+        eprintln!("note: not begun: {}", names.join(" "));
+    }
 }
 
 /// From how many bytes on the topic's policy advises an upload.
@@ -104,7 +129,7 @@ async fn put_one(
     file: &Path,
     end: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<Completed, Error> {
-    let name = if is_stdin(file) { "standard input".to_owned() } else { file.display().to_string() };
+    let name = name(file);
     let meter = Arc::new(Meter::new(&name, arguments.json()));
     let (opened, progress) = (Arc::new(OnceLock::new()), Arc::clone(&meter));
     let found = Arc::clone(&opened);
@@ -114,7 +139,7 @@ async fn put_one(
             // A replayed open says the same again.
             let _ = found.set((upload.id, upload.mode));
         })
-        .on_progress(move |at| progress.tell(at.bytes_done, at.bytes_total));
+        .on_progress(move |at| progress.tell_parts(at.bytes_done, at.bytes_total, (at.parts_done, at.parts_total)));
     let work = async {
         match arguments.resume {
             Some(id) => uploader.resume(id, file).await,
@@ -143,7 +168,7 @@ async fn put_one(
         }
         (None, None) => {
             let what = match opened.get() {
-                Some((id, _)) if client.abort(*id).await.is_ok() => format!("upload {id} was aborted"),
+                Some((id, _)) if abort(client, *id).await => format!("upload {id} was aborted"),
                 Some((id, _)) => format!("upload {id} could not be aborted; it expires by itself"),
                 None => "nothing was uploaded".to_owned(),
             };
@@ -152,9 +177,19 @@ async fn put_one(
     }
 }
 
+/// Whether the broker took it back; whoever asks to end once more does not wait for that.
+async fn abort(client: &Client, id: Uuid) -> bool {
+    tokio::select! {
+        aborted = client.abort(id) => aborted.is_ok(),
+        () = asked_to_end() => false,
+    }
+}
+
 fn resume(arguments: &Arguments, file: &Path, id: Uuid) -> String {
-    let broker = &arguments.connection.broker;
-    format!("lfs-broker put '{}' --topic {} --resume {id} --broker {broker}", file.display(), arguments.topic)
+    let (file, topic) = (talk::quoted(&file.display().to_string()), talk::quoted(&arguments.topic));
+    let broker = talk::quoted(&arguments.connection.broker);
+    let wait = if arguments.wait { " --wait" } else { "" };
+    format!("lfs-broker put {file} --topic {topic} --resume {id}{wait} --broker {broker}")
 }
 
 fn ending(completed: &Completed) -> String {
@@ -166,6 +201,10 @@ fn ending(completed: &Completed) -> String {
         None if completed.state == UploadState::Verified => format!("proved by {proof}; its pointer will reach Kafka"),
         None => completed.state.to_string(),
     }
+}
+
+fn name(file: &Path) -> String {
+    if is_stdin(file) { "standard input".to_owned() } else { file.display().to_string() }
 }
 
 fn is_stdin(file: &Path) -> bool {

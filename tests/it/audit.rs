@@ -53,16 +53,25 @@ async fn sql(house: &House, statement: &'static str, id: Uuid) -> u64 {
     sqlx::query(statement).bind(id).execute(&house.db).await.unwrap().rows_affected()
 }
 
+fn producer() -> FutureProducer {
+    rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).set("linger.ms", "0").create().unwrap()
+}
+
+/// Puts a record into a topic that refers to an object the other way of the field: by a header, without a value.
+pub(crate) async fn refer(topic: &str, key: &str) {
+    let header = OwnedHeaders::new().insert(Header { key: "S3-REF-FILE-PATH", value: Some(key) });
+    let record = FutureRecord::<str, [u8]>::to(topic).partition(0).headers(header);
+    producer().send(record, Duration::from_secs(10)).await.unwrap();
+}
+
 /// Puts a record into a topic past the broker.
 pub(crate) async fn produce(topic: &str, partition: i32, value: &[u8], upload_id: Option<&str>) {
-    let producer: FutureProducer =
-        rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).set("linger.ms", "0").create().unwrap();
     let record = FutureRecord::<str, [u8]>::to(topic).partition(partition).payload(value);
     let record = match upload_id {
         Some(id) => record.headers(OwnedHeaders::new().insert(Header { key: "lfs-upload-id", value: Some(id) })),
         None => record,
     };
-    producer.send(record, Duration::from_secs(10)).await.unwrap();
+    producer().send(record, Duration::from_secs(10)).await.unwrap();
 }
 
 /// A pointer as somebody else may write it: only its beginning is a rule.

@@ -1,10 +1,13 @@
 //! The command line: exit codes, hints, and what is printed where.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::harness::faults::wire_to_s3;
+use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -147,6 +150,89 @@ async fn what_is_put_is_got_back_by_its_pointer() {
     assert_eq!(refused.status.code(), Some(3), "{}", text(&refused.stderr));
     let no_pointer = run_aside_with(&["get"], &environment, b"data").await;
     assert_ne!(no_pointer.status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn of_many_files_each_is_put_and_one_that_cannot_be_stops_no_other() {
+    let house = House::new().await;
+    let url = house.url();
+    let environment = [("LFS_BROKER_URL", url.as_str())];
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    for (name, content) in [("a", "first"), ("it's b", "second")] {
+        std::fs::write(path(name), content).unwrap();
+    }
+    let files = [path("a"), path("missing"), path("it's b"), "-".to_owned()];
+    let mut arguments = vec!["put", "--topic", &house.topic, "--wait"];
+    arguments.extend(files.iter().map(String::as_str));
+    let told = run_aside_with(&arguments, &environment, b"third").await;
+    let words = text(&told.stderr);
+    assert_eq!(told.status.code(), Some(1), "{words}");
+    assert!(words.contains(&format!("error: {}: ", files[1])), "{words}");
+    assert!(words.ends_with("error: 1 of 4 files were not uploaded\n"), "{words}");
+    let states: Vec<Value> = text(&told.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let sizes: Vec<_> = states.iter().map(|line| line["pointer"]["size"].as_u64()).collect();
+    assert_eq!(sizes, [Some(5), Some(6), Some(5)], "a line a file, in order");
+    assert_eq!(house.records(&house.topic).await.len(), 3);
+
+    // Small files are put all the same; the policy's advice is told, and not to machines.
+    assert!(words.contains(&format!("{} has 5 bytes, and {} advises uploads from 8388608 on", files[0], house.topic)), "{words}");
+    let told = run_aside(&["put", &files[0], "--topic", &house.topic, "--json"], &environment).await;
+    assert_eq!(text(&told.stderr), "");
+
+    // What another file would meet as well ends it, and says what is left.
+    let told = run_aside(&["put", &files[0], &files[2], "--topic", "no/topic"], &environment).await;
+    assert_eq!(told.status.code(), Some(3), "{}", text(&told.stderr));
+    let told = run_aside(&["put", &files[0], &files[2], "--topic", "x", "--broker", "http://127.0.0.1:1"], &[]).await;
+    assert_eq!(told.status.code(), Some(5), "{}", text(&told.stderr));
+}
+
+/// Puts a file into storage that stands still, and asks to end once the upload is open. Gives its id and what was said.
+async fn interrupted(house: &House, file: &Path) -> (String, Output) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
+    command.arg("put").arg(file).args(["--topic", &house.topic, "--wait"]).env_clear().env("LFS_BROKER_URL", house.url());
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let open = async || house.get("/lfs/uploads?state=open").await.json["items"].clone();
+    house.eventually("the upload is open", async || open().await[0].is_object()).await;
+    let id = open().await[0]["id"].as_str().unwrap().to_owned();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let told = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    assert_eq!(told.status.code(), Some(1), "{}", text(&told.stderr));
+    (id, told)
+}
+
+#[tokio::test]
+async fn an_interrupted_put_says_how_to_go_on_and_goes_on_there() {
+    let wire = wire_to_s3().await;
+    let endpoint = format!("http://{}", wire.address());
+    let house = House::with(|settings| {
+        settings.objects.public_endpoint = Some(endpoint);
+        settings.policy.single_put_max_bytes = PART as u64;
+    })
+    .await;
+    wire.silence();
+    let directory = tempfile::tempdir().unwrap();
+    let (large, small) = (directory.path().join("it's large"), directory.path().join("small"));
+    let content = bytes(3 * PART + 1, 4);
+    std::fs::write(&large, &content).unwrap();
+    std::fs::write(&small, b"small").unwrap();
+
+    let (id, told) = interrupted(&house, &large).await;
+    let words = text(&told.stderr);
+    let hint = words.lines().find_map(|line| line.strip_prefix("hint: go on with: lfs-broker ")).expect(&words);
+    assert!(hint.contains(&format!("--resume {id} --wait")), "{hint}");
+    wire.restore().await;
+    // As a shell reads it.
+    let line = format!("{} {hint}", env!("CARGO_BIN_EXE_lfs-broker"));
+    let told = tokio::task::spawn_blocking(move || Command::new("sh").args(["-c", &line]).output().unwrap()).await.unwrap();
+    assert_eq!(told.status.code(), Some(0), "{}", text(&told.stderr));
+    assert!(house.only_record().await.1 == content);
+
+    // A single PUT cannot be gone on with: nothing of it stays.
+    wire.silence();
+    let (id, told) = interrupted(&house, &small).await;
+    assert!(text(&told.stderr).contains(&format!("interrupted: upload {id} was aborted")), "{}", text(&told.stderr));
+    assert_eq!(house.upload(&id).await.state(), "aborted");
 }
 
 #[tokio::test]

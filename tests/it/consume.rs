@@ -6,16 +6,21 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::audit::produce;
+use crate::audit::{produce, refer};
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes, sha256};
 
 /// Follows the house's topic until it has saved so many records.
 async fn consume(house: &House, directory: &Path, records: usize, more: &[&str]) -> Output {
+    consume_with(house, directory, records, more, &[]).await
+}
+
+async fn consume_with(house: &House, directory: &Path, records: usize, more: &[&str], environment: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
     command.args(["consume", "--topic", &house.topic, "--max-records", &records.to_string(), "--dir"]).arg(directory).args(more);
     let kafka = house.settings.kafka.bootstrap_servers.clone();
     command.env_clear().env("LFS_BROKER_URL", house.url()).env("KAFKA_BOOTSTRAP_SERVERS", kafka).stdin(Stdio::null());
+    command.envs(environment.iter().copied());
     tokio::task::spawn_blocking(move || command.output().expect("the program starts")).await.unwrap()
 }
 
@@ -90,4 +95,37 @@ async fn a_topic_or_a_kafka_that_is_not_there_is_told() {
     assert_eq!(told.status.code(), Some(5), "{}", String::from_utf8_lossy(&told.stderr));
     let told = consume(&house, directory.path(), 1, &["--topic", "not-there"]).await;
     assert_eq!(told.status.code(), Some(2), "{}", String::from_utf8_lossy(&told.stderr));
+}
+
+#[tokio::test]
+async fn a_reference_is_followed_into_the_bucket_that_was_named_and_never_called_verified() {
+    let house = House::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let key = format!("large/{}", uuid::Uuid::new_v4());
+    house.put_object(&key, b"by reference", None).await;
+    refer(&house.topic, &key).await;
+
+    let untold = consume(&house, directory.path(), 1, &["--group", "files"]).await;
+    let words = String::from_utf8_lossy(&untold.stderr).into_owned();
+    assert_eq!((untold.status.code(), untold.stdout.len()), (Some(1), 0), "not taken for a tombstone: {words}");
+    assert!(words.contains("hint:") && words.contains("--reference-bucket"), "{words}");
+
+    let s3 = &house.settings.objects;
+    let environment = [
+        ("AWS_ENDPOINT_URL_S3", s3.endpoint.as_deref().unwrap()),
+        ("AWS_ACCESS_KEY_ID", s3.access_key_id.as_deref().unwrap()),
+        ("AWS_SECRET_ACCESS_KEY", s3.secret_access_key.as_deref().unwrap()),
+        ("AWS_REGION", s3.region.as_deref().unwrap()),
+    ];
+    let more = ["--group", "files", "--reference-bucket", &house.bucket];
+    let told = consume_with(&house, directory.path(), 1, &more, &environment).await;
+    let line = &lines(&told)[0];
+    assert_eq!((&line["verified"], &line["size"]), (&json!(false), &json!(12)));
+    assert_eq!(line["sha256"], json!(sha256(b"by reference")), "of what came, whatever it should have been");
+    assert_eq!(std::fs::read(line["path"].as_str().unwrap()).unwrap(), b"by reference");
+    assert!(String::from_utf8_lossy(&told.stderr).contains("could not be verified"));
+
+    house.s3.delete_object().bucket(&house.bucket).key(&key).send().await.unwrap();
+    let told = consume_with(&house, directory.path(), 1, &more[2..], &environment).await;
+    assert_eq!((told.status.code(), told.stdout.len()), (Some(1), 0), "{}", String::from_utf8_lossy(&told.stderr));
 }
