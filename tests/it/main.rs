@@ -26,6 +26,7 @@ mod hostile;
 mod house;
 mod idempotency;
 mod integrity;
+mod kafscale;
 mod listing;
 mod multipart;
 mod openapi;
