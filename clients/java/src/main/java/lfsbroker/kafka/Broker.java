@@ -13,6 +13,7 @@ import java.net.http.HttpResponse;
 import java.net.http.HttpResponse.BodyHandler;
 import java.net.http.HttpResponse.BodyHandlers;
 import java.time.Duration;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ThreadLocalRandom;
 import org.apache.kafka.common.errors.InterruptException;
 
@@ -38,8 +39,26 @@ final class Broker {
         this.url = config.brokerUrl();
     }
 
+    /** The policy of a topic, asked for once; an empty one where none is stored. */
+    CompletableFuture<JsonNode> policy(String topic) {
+        try {
+            return http.sendAsync(request("GET", "/lfs/topics/" + topic, null).build(), BodyHandlers.ofByteArray())
+                    .thenApply(answer -> answer.statusCode() == 404 ? MAPPER.createObjectNode() : json(answer));
+        } catch (LfsException error) {
+            return CompletableFuture.failedFuture(error);
+        }
+    }
+
     /** Asks, and gives the JSON of an answer that is no problem. */
     JsonNode call(String method, String path, byte[] body, String idempotencyKey) {
+        HttpRequest.Builder request = request(method, path, body);
+        if (idempotencyKey != null) {
+            request.header("idempotency-key", idempotencyKey);
+        }
+        return json(send(request.build(), BodyHandlers.ofByteArray()));
+    }
+
+    private HttpRequest.Builder request(String method, String path, byte[] body) {
         HttpRequest.Builder request = HttpRequest.newBuilder(URI.create(url + path))
                 .timeout(CALL)
                 .method(method, body == null ? BodyPublishers.noBody() : BodyPublishers.ofByteArray(body))
@@ -47,14 +66,14 @@ final class Broker {
         if (body != null) {
             request.header("content-type", "application/json");
         }
-        if (idempotencyKey != null) {
-            request.header("idempotency-key", idempotencyKey);
-        }
         String token = config.token();
         if (token != null) {
             request.header("authorization", "Bearer " + token);
         }
-        HttpResponse<byte[]> answer = send(request.build(), BodyHandlers.ofByteArray());
+        return request;
+    }
+
+    private static JsonNode json(HttpResponse<byte[]> answer) {
         try {
             JsonNode json = MAPPER.readTree(answer.body());
             if (answer.statusCode() < 300) {

@@ -33,8 +33,6 @@ public final class LfsConfig extends AbstractConfig {
     public static final String S3_ACCESS_KEY_ID = "lfs.s3.access.key.id";
     public static final String S3_SECRET_ACCESS_KEY = "lfs.s3.secret.access.key";
 
-    /** The policy's default of a topic. */
-    private static final long MIN_BYTES_DEFAULT = 8 << 20;
     /** What a record has beside its value: key, headers, framing. */
     private static final long RECORD_OVERHEAD = 64 << 10;
 
@@ -61,8 +59,8 @@ public final class LfsConfig extends AbstractConfig {
                     Type.LONG,
                     null,
                     Importance.MEDIUM,
-                    "Values of at least so many bytes go through the broker. Default: 8 MiB, or less where the producer's"
-                            + " max.request.size would refuse such a value inline.")
+                    "Values of at least so many bytes go through the broker. Default: min_bytes of the staging topic's policy,"
+                            + " or less where the producer's max.request.size would refuse such a value inline.")
             .define(
                     MAX_BYTES,
                     Type.LONG,
@@ -110,14 +108,16 @@ public final class LfsConfig extends AbstractConfig {
         }
     }
 
-    long minBytes() {
-        Long asked = getLong(MIN_BYTES);
-        if (asked != null) {
-            return asked;
-        }
+    /** What the application set, or null. */
+    Long minBytes() {
+        return getLong(MIN_BYTES);
+    }
+
+    /** From so many bytes on the producer may refuse to send a value inline. */
+    long largestInline() {
         Object request = originals().get("max.request.size");
         long most = request == null ? REQUEST_SIZE_DEFAULT : Long.parseLong(request.toString());
-        return Math.min(MIN_BYTES_DEFAULT, Math.max(0, most - RECORD_OVERHEAD));
+        return Math.max(0, most - RECORD_OVERHEAD);
     }
 
     String stagingTopic(String topic) {

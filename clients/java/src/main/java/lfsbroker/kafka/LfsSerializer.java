@@ -12,7 +12,7 @@ import org.apache.kafka.common.serialization.Serializer;
 
 /**
  * Sends what the application's own serializer makes ({@code lfs.value.serializer}; bytes by default): values of at least
- * {@code lfs.min.bytes} through the broker, with their pointer as the record's value, smaller ones inline.
+ * {@code lfs.min.bytes}, or as many as the topic's policy advises, through the broker, with their pointer as the record's value, smaller ones inline.
  *
  * <p>The record is the application's own, sent by its producer, in its transaction. The broker publishes a pointer
  * of its own for every upload; it goes to the staging topic, which nobody reads.
@@ -30,7 +30,7 @@ public final class LfsSerializer<T> implements Serializer<T> {
     private LfsConfig config;
     private Serializer<T> inner;
     private Broker broker;
-    private long minBytes;
+    private Threshold threshold;
 
     @Override
     @SuppressWarnings("unchecked")
@@ -42,7 +42,7 @@ public final class LfsSerializer<T> implements Serializer<T> {
         inner = config.getConfiguredInstance(LfsConfig.VALUE_SERIALIZER, Serializer.class);
         inner.configure(settings, false);
         broker = new Broker(config);
-        minBytes = config.minBytes();
+        threshold = new Threshold(config, broker);
     }
 
     @Override
@@ -56,7 +56,7 @@ public final class LfsSerializer<T> implements Serializer<T> {
     }
 
     private byte[] carried(String topic, byte[] bytes) {
-        if (bytes == null || bytes.length < minBytes) {
+        if (bytes == null || bytes.length < threshold.of(config.stagingTopic(topic))) {
             return bytes;
         }
         JsonNode upload = open(config.stagingTopic(topic), bytes);

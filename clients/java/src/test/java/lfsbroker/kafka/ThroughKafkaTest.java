@@ -198,8 +198,29 @@ class ThroughKafkaTest {
         send(Map.of("lfs.min.bytes", 10_000), List.of(random(10_000)));
         assertTrue(Pointer.looksLike(raw()));
         Map<String, Object> plain = Map.of();
-        assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).minBytes());
-        assertEquals(8 << 20, new LfsConfig(Map.of("max.request.size", "104857600")).minBytes());
+        assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).largestInline());
+        assertEquals((100 << 20) - (64 << 10), new LfsConfig(Map.of("max.request.size", "104857600")).largestInline());
+    }
+
+    @Test
+    void theTopicsPolicyAdvisesWhereTheApplicationSaysNothing() throws Exception {
+        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        broker.call("PUT", "/lfs/topics/" + staging, text("{\"min_bytes\":1000}"), null);
+        send(Map.of(), List.of(random(999), random(1_000)));
+        List<byte[]> raw = values(ByteArrayDeserializer.class, Map.of(), 2);
+        assertArrayEquals(random(999), raw.get(0));
+        assertTrue(Pointer.looksLike(raw.get(1)));
+        // A policy that advises more than the producer could send inline gives way.
+        broker.call("PUT", "/lfs/topics/" + staging, text("{\"min_bytes\":100000000}"), null);
+        send(Map.of(), List.of(random(1 << 20)));
+        assertTrue(Pointer.looksLike(this.<byte[]>values(ByteArrayDeserializer.class, Map.of(), 3).get(2)));
+    }
+
+    @Test
+    void smallValuesGoOnWhileTheBrokerIsAway() throws Exception {
+        send(Map.of("lfs.broker.url", "http://127.0.0.1:9"), List.of(text("small")));
+        assertArrayEquals(text("small"), raw());
+        send(Map.of("lfs.broker.token.file", "/nowhere"), List.of(text("small")));
     }
 
     @Test
