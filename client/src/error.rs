@@ -92,7 +92,8 @@ pub enum Error {
     Cancelled {
         /// The upload, if it was open by then.
         id: Option<Uuid>,
-        /// Whether the broker confirmed the abort; where not, the upload expires by itself.
+        /// Whether the broker confirmed the abort. Where not, the upload expires by itself, unless complete was asked for
+        /// already: then its pointer may still be published.
         aborted: bool,
     },
     /// The broker is still at work on the upload after the longest wait; nothing is promised yet, and completing again goes on.
@@ -148,6 +149,14 @@ impl Error {
             Self::Storage { status: 400, code, message } => code == "ExpiredToken" || message.contains("expired"),
             _ => false,
         }
+    }
+
+    /// Whether bytes are not those that were promised, whoever found it: this client, the broker or storage.
+    pub fn is_corrupt(&self) -> bool {
+        matches!(self, Self::Corrupt { .. })
+            || self.is_problem("size-mismatch")
+            || self.is_problem("checksum-mismatch")
+            || self.is_bad_digest()
     }
 
     /// Whether storage says that the bytes do not have the signed checksum.

@@ -48,7 +48,7 @@ impl Signed {
 }
 
 /// The request that opened an upload. Sent again under its key, it gives a single PUT a fresh URL.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Opening {
     pub(crate) request: OpenUpload,
     pub(crate) key: String,

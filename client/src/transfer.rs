@@ -100,7 +100,15 @@ impl Link {
     }
 
     async fn ask(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
-        match client.resolve(value, options).await? {
+        let answer = client.resolve(value, options).await.map_err(|error| match error {
+            // The broker looked, and the object is not the one of the pointer.
+            Error::Refused(problem) if problem.code == "size-mismatch" => {
+                let expected = self.promise.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
+                Error::Corrupt { expected, found: problem.detail }
+            }
+            error => error,
+        });
+        match answer? {
             ResolveAnswer::Resolved(resolved) => match self.promise.size {
                 Some(size) if size != resolved.size => Err(Error::Corrupt {
                     expected: format!("{size} bytes"),

@@ -28,13 +28,20 @@ const ROUNDS: u32 = 3;
 /// One long-poll: below the contract's 30 seconds, so that no proxy's own half minute cuts it.
 const POLL_SECONDS: u64 = 20;
 
+/// How long a cancelled upload that was just being opened is looked for.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A year: the clock takes no `Duration::MAX`.
+const LONGEST_WAIT: Duration = Duration::from_secs(365 * 86_400);
+
 /// The pause after a long-poll that came back at once without news.
 const POLL_PAUSE: Duration = Duration::from_millis(500);
 
 impl Client {
     /// Prepares an upload; a topic's name is enough where the defaults fit.
     pub fn upload(&self, options: impl Into<UploadOptions>) -> Uploader {
-        let job = Job { client: self.clone(), options: options.into(), report: None, on_open: None, opened: OnceLock::new() };
+        let (opening, opened) = (OnceLock::new(), OnceLock::new());
+        let job = Job { client: self.clone(), options: options.into(), report: None, on_open: None, opening, opened };
         Uploader { job, cancel: None }
     }
 }
@@ -88,7 +95,7 @@ impl Uploader {
     pub async fn file(mut self, path: impl AsRef<Path>) -> Result<Completed, Error> {
         self.name_after(path.as_ref());
         let source = Source::File(path.as_ref().to_owned());
-        self.run(Work::Source(source)).await
+        self.run(async { Ok(Work::Source(source)) }).await
     }
 
     /// Uploads bytes from memory.
@@ -97,7 +104,7 @@ impl Uploader {
     /// See [`Error`].
     pub async fn bytes(self, bytes: impl Into<Bytes>) -> Result<Completed, Error> {
         let source = Source::Memory(bytes.into());
-        self.run(Work::Source(source)).await
+        self.run(async { Ok(Work::Source(source)) }).await
     }
 
     /// Uploads exactly `size` bytes of a reader that cannot go back, holding two parts in memory.
@@ -105,7 +112,7 @@ impl Uploader {
     /// # Errors
     /// See [`Error`]. A reader that fails or ends early aborts the upload: nobody else can finish it.
     pub async fn stream(self, reader: impl AsyncRead + Send + Unpin + 'static, size: u64) -> Result<Completed, Error> {
-        self.run(Work::Stream(Box::new(reader), size)).await
+        self.run(async move { Ok(Work::Stream(Box::new(reader), size)) }).await
     }
 
     /// Uploads all bytes of a reader of unknown size, by way of a temporary file.
@@ -113,21 +120,20 @@ impl Uploader {
     /// # Errors
     /// See [`Error`].
     pub async fn spooled(self, reader: impl AsyncRead + Send + Unpin) -> Result<Completed, Error> {
-        let source = Source::spooled(reader, None).await?;
-        self.run(Work::Source(source)).await
+        self.run(async { Ok(Work::Source(Source::spooled(reader, None).await?)) }).await
     }
 
     /// Goes on with an upload that another run left open: only what storage lacks is sent.
     ///
-    /// The file must be the one of before: its size is compared at once, its hash at complete. A single PUT
-    /// gets a fresh URL only with the options and the `idempotency_key` that opened it.
+    /// The file must be the one of before: its size is compared at once, its hash at complete, before anything is
+    /// published. A single PUT gets a fresh URL only with the options and the `idempotency_key` that opened it.
     ///
     /// # Errors
-    /// See [`Error`].
+    /// [`Error::Corrupt`] where it is another file; else see [`Error`].
     pub async fn resume(mut self, id: Uuid, path: impl AsRef<Path>) -> Result<Completed, Error> {
         self.name_after(path.as_ref());
         let source = Source::File(path.as_ref().to_owned());
-        self.run(Work::Resume(id, source)).await
+        self.run(async move { Ok(Work::Resume(id, source)) }).await
     }
 
     fn name_after(&mut self, path: &Path) {
@@ -135,16 +141,17 @@ impl Uploader {
         self.job.options.filename = self.job.options.filename.take().or_else(name);
     }
 
-    async fn run(self, work: Work) -> Result<Completed, Error> {
+    async fn run(self, work: impl Future<Output = Result<Work, Error>>) -> Result<Completed, Error> {
         let Self { job, cancel } = self;
-        let Some(cancel) = cancel else { return job.run(work).await };
+        let work = async { job.run(work.await?).await };
+        let Some(cancel) = cancel else { return work.await };
         tokio::select! {
             biased;
             () = cancel => {}
-            done = job.run(work) => return done,
+            done = work => return done,
         }
         // Only now, with every request of the upload dropped, can nothing be put behind the abort.
-        let id = job.opened.get().copied();
+        let id = job.found().await;
         let aborted = match id {
             Some(id) => job.client.abort(id).await.is_ok(),
             None => false,
@@ -161,6 +168,8 @@ struct Job {
     options: UploadOptions,
     report: Option<Report>,
     on_open: Option<OnOpen>,
+    /// What was sent to open it.
+    opening: OnceLock<Opening>,
     opened: OnceLock<Uuid>,
 }
 
@@ -177,6 +186,17 @@ impl Job {
             Work::Resume(id, source) => self.resume(id, source).await,
             Work::Stream(reader, size) => self.stream(reader, size).await,
         }
+    }
+
+    /// The upload, also where the answer to its opening was not waited for: the same key gives it again.
+    async fn found(&self) -> Option<Uuid> {
+        if let Some(id) = self.opened.get() {
+            return Some(*id);
+        }
+        let opening = self.opening.get()?;
+        let asking = self.client.open_or_replay(&opening.request, Some(&opening.key));
+        let (upload, _) = tokio::time::timeout(CANCEL_PATIENCE, asking).await.ok()?.ok()?;
+        Some(upload.id)
     }
 
     async fn upload(&self, source: Source) -> Result<Completed, Error> {
@@ -249,6 +269,7 @@ impl Job {
     }
 
     async fn open(&self, opening: &Opening) -> Result<Opened, Error> {
+        self.opening.get_or_init(|| opening.clone());
         let asked = Instant::now();
         let (upload, replayed) = self.client.open_or_replay(&opening.request, Some(&opening.key)).await?;
         self.tell(&upload);
@@ -328,13 +349,9 @@ impl Job {
 
     /// Completes, and waits where the broker has not decided yet or the caller wants the record.
     async fn finish(&self, id: Uuid, sha256: Option<Sha256>) -> Result<Completed, Error> {
-        let deadline = Instant::now() + self.options.wait_timeout;
+        let deadline = Instant::now() + self.options.wait_timeout.min(LONGEST_WAIT);
         loop {
-            let completed = match self.complete(id, sha256).await {
-                // The hash came with open already: then it may not come twice.
-                Err(error) if sha256.is_some() && error.is_problem("validation-failed") => self.complete(id, None).await?,
-                other => other?,
-            };
+            let completed = self.complete(id, sha256).await?;
             let wait = match completed.state {
                 UploadState::Completing => true,
                 UploadState::Verified => self.options.wait_published,
@@ -354,7 +371,16 @@ impl Job {
     }
 
     async fn complete(&self, id: Uuid, sha256: Option<Sha256>) -> Result<Completed, Error> {
-        self.client.complete(id, &CompleteUpload { sha256, parts: None }).await
+        let completed = self.client.complete(id, &CompleteUpload { sha256, parts: None }).await;
+        match (sha256, completed) {
+            // The same hash may come twice; another than the one of before is of another file.
+            (Some(sha256), Err(error)) if error.is_problem("validation-failed") => {
+                let (expected, found) =
+                    ("the bytes that were promised".to_owned(), format!("bytes with sha256 {sha256}: {error}"));
+                Err(Error::Corrupt { expected, found })
+            }
+            (_, completed) => completed,
+        }
     }
 
     /// Long-polls until the upload has left `state`; false when the deadline came first.

@@ -1,11 +1,14 @@
 //! The client crate against the real broker, S3 and Kafka.
 
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
 
 use lfs_broker_client::api::{Integrity, UploadState};
 use lfs_broker_client::{Error, UploadOptions, Value};
 use serde_json::json;
+use tokio::sync::Notify;
 
+use crate::harness::faults::wire_to_s3;
+use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
 fn options(house: &House) -> UploadOptions {
@@ -51,8 +54,15 @@ async fn an_upload_cut_in_the_middle_is_resumed_with_the_missing_parts_only() {
     house.put(&opened.json["parts"][1], &content[5 << 20..10 << 20]).await.expect(200);
     house.crash(|_| {}).await;
     let id = opened.id().parse().unwrap();
-    let done = house.client().upload(options(&house)).resume(id, file.path()).await.unwrap();
+    let first = Arc::new(OnceLock::new());
+    let told = Arc::clone(&first);
+    let uploading = house.client().upload(options(&house)).on_progress(move |at| {
+        let _ = told.set(at);
+    });
+    let done = uploading.resume(id, file.path()).await.unwrap();
     assert_eq!((done.id, done.state), (id, UploadState::Published));
+    let first = first.get().unwrap();
+    assert_eq!((first.bytes_done, first.parts_done, first.parts_total), (5 << 20, 1, 4), "what is there is not sent again");
     assert_eq!(house.records(&house.topic).await.len(), 1);
 }
 
@@ -64,21 +74,33 @@ async fn what_the_broker_refuses_reaches_the_caller_as_a_problem() {
 }
 
 #[tokio::test]
-async fn a_cancelled_upload_is_aborted() {
+async fn another_file_of_the_same_size_publishes_nothing_when_it_is_resumed() {
     let house = House::new().await;
-    let now = async {};
-    let refused = house.client().upload(options(&house)).cancelled_by(now).bytes(bytes(1 << 20, 4)).await.unwrap_err();
-    assert!(matches!(refused, Error::Cancelled { .. }), "{refused}");
-    tokio::time::timeout(Duration::from_secs(10), async {
-        while sqlx::query_scalar::<_, i64>("select count(*) from upload_sessions where state in ('open', 'completing')")
-            .fetch_one(&house.db)
-            .await
-            .unwrap()
-            > 0
-        {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await
-    .expect("no upload stays open");
+    let content = bytes(PART + 1, 3);
+    let opened = house.put_up(&content, json!({"part_size": PART})).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes(PART + 1, 4)).unwrap();
+    let id = opened.id().parse().unwrap();
+    let refused = house.client().upload(options(&house)).resume(id, file.path()).await.unwrap_err();
+    assert!(matches!(refused, Error::Corrupt { .. }), "{refused}");
+    assert_eq!(house.upload(&opened.id()).await.state(), "open");
+    // The file of before still finishes it.
+    std::fs::write(file.path(), &content).unwrap();
+    house.client().upload(options(&house)).resume(id, file.path()).await.unwrap();
+    assert!(house.only_record().await.1 == content);
+}
+
+#[tokio::test]
+async fn a_cancelled_upload_is_aborted() {
+    let wire = wire_to_s3().await;
+    let endpoint = format!("http://{}", wire.address());
+    let house = House::with(|settings| settings.objects.public_endpoint = Some(endpoint)).await;
+    // The bytes are on their way when it is cancelled.
+    wire.silence();
+    let opened = Arc::new(Notify::new());
+    let told = Arc::clone(&opened);
+    let uploading = house.client().upload(options(&house)).on_open(move |_| told.notify_one());
+    let cancelled = uploading.cancelled_by(async move { opened.notified().await }).bytes(bytes(1 << 20, 4)).await.unwrap_err();
+    let Error::Cancelled { id: Some(id), aborted: true } = cancelled else { panic!("{cancelled:?}") };
+    assert_eq!(house.upload(&id.to_string()).await.state(), "aborted");
 }

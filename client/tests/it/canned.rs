@@ -34,7 +34,7 @@ impl Asked {
 }
 
 pub(crate) struct Canned {
-    listener: TcpListener,
+    pub(crate) listener: TcpListener,
     pub(crate) url: String,
 }
 
