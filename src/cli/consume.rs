@@ -10,7 +10,7 @@ use lfs_broker_client::{self as client, Access, Consumer, Place, Saved};
 use serde_json::{Value as Json, json};
 
 use super::talk::{self, Meter};
-use super::{Config, Connection, Error, asked_to_end, log};
+use super::{Config, Connection, Error, asked_to_end, log, sweep};
 use crate::kafka::{Follower, Incoming, Start};
 use crate::objects::{self, Objects};
 
@@ -58,6 +58,7 @@ pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
     let consumer = opener(&arguments).await?;
     let settings = arguments.config.load_kafka(arguments.kafka.as_deref())?;
     std::fs::create_dir_all(&arguments.dir).map_err(|error| unwritten(&arguments.dir, &error))?;
+    sweep(Some(&arguments.dir));
     let start = match arguments.from {
         From::Earliest => Start::Earliest,
         From::Latest => Start::Latest,
@@ -124,7 +125,11 @@ async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> 
         Content::Nothing | Content::Inline(_) => (None, 0),
     };
     let path = arguments.dir.join(format!("{place}{}", extension(name)));
-    let unverified = matches!(content, Content::Reference(_));
+    let unverified = match &content {
+        Content::Reference(_) => true,
+        Content::Pointer(download) => download.digest().is_none(),
+        Content::Nothing | Content::Inline(_) => false,
+    };
     let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.connection.json));
     let progress = Arc::clone(&meter);
     let saved = content.on_progress(move |done| progress.tell(done, size)).save(&path).await;
@@ -135,7 +140,7 @@ async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> 
     };
     let mut line = told(arguments, record, &path, &saved);
     if unverified {
-        eprintln!("note: {place} is a reference: nothing says what its bytes must be, so they could not be verified");
+        eprintln!("note: nothing says what the bytes of {place} must be: they could not be verified");
         line["verified"] = false.into();
     }
     Ok(Some(line))

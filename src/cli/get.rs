@@ -7,11 +7,11 @@ use std::sync::Arc;
 use lfs_broker_client::api::ReadUpload;
 use lfs_broker_client::{Client, Download};
 use serde::Deserialize as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use uuid::Uuid;
 
 use super::talk::{self, Meter};
-use super::{Connection, Error};
+use super::{Connection, Error, asked_to_end, sweep};
 
 /// Far more than any pointer: what is longer is the data itself, or something else altogether.
 const POINTER_BYTES: u64 = 64 << 10;
@@ -38,37 +38,59 @@ impl Arguments {
 }
 
 pub(super) async fn get(arguments: Arguments) -> Result<(), Error> {
+    let what = match arguments.output {
+        Some(_) => "nothing was written",
+        None => "what was written is not whole",
+    };
+    tokio::select! {
+        outcome = fetch(arguments) => outcome,
+        // What was dropped half-way removes its file.
+        () = asked_to_end() => Err(Error::Interrupted { what: what.to_owned(), resume: None }),
+    }
+}
+
+async fn fetch(arguments: Arguments) -> Result<(), Error> {
     let client = arguments.connection.client()?;
     let value = match arguments.upload {
         Some(id) => pointer_of(&client, id).await?,
         None => pointer_from_stdin().await?,
     };
     let download = client.fetch_version(&value, arguments.version_id.as_deref()).await?;
-    let Some(path) = &arguments.output else { return to_stdout(download).await };
-    let (size, sha256, integrity) = (
-        download.size(),
-        download.pointer().and_then(|pointer| pointer.sha256),
-        download.resolved().and_then(|resolved| resolved.integrity),
-    );
-    let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.json()));
+    let Some(output) = &arguments.output else { return copy(download, tokio::io::stdout()).await };
+    let name = output.display().to_string();
+    // A link stays one, and what it leads to is replaced.
+    let path = output.canonicalize().unwrap_or_else(|_| output.clone());
+    if path.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        // A device or a pipe is written to, not replaced.
+        let device = tokio::fs::OpenOptions::new().write(true).open(&path).await.map_err(Error::Output)?;
+        return copy(download, device).await;
+    }
+    sweep(path.parent());
+    let (size, verified) = (download.size(), download.digest().is_some());
+    let sha256 = download.pointer().and_then(|pointer| pointer.sha256);
+    let integrity = download.resolved().and_then(|resolved| resolved.integrity);
+    let meter = Arc::new(Meter::new(&name, arguments.json()));
     let progress = Arc::clone(&meter);
     let outcome = download.on_progress(move |done| progress.tell(done, size)).to_file(path).await;
     meter.wipe();
-    outcome.map_err(|error| Error::of_file(error, &path.display().to_string()))?;
-    meter.end(&format!("{}, as promised", talk::size(size)));
+    outcome.map_err(|error| Error::of_file(error, &name))?;
+    let proof = if verified { "as promised" } else { "which is all that the pointer says of them: they could not be verified" };
+    meter.end(&format!("{}, {proof}", talk::size(size)));
     if arguments.json() {
-        let path = path.display().to_string();
-        talk::data(&serde_json::json!({"path": path, "size": size, "sha256": sha256, "integrity": integrity}).to_string())?;
+        let mut line = serde_json::json!({"path": name, "size": size, "sha256": sha256, "integrity": integrity});
+        if !verified {
+            line["verified"] = false.into();
+        }
+        talk::data(&line.to_string())?;
     }
     Ok(())
 }
 
-async fn to_stdout(mut download: Download) -> Result<(), Error> {
-    let mut stdout = tokio::io::stdout();
+async fn copy(mut download: Download, mut output: impl AsyncWrite + Unpin) -> Result<(), Error> {
     while let Some(chunk) = download.chunk().await? {
-        stdout.write_all(&chunk).await.map_err(Error::Output)?;
+        output.write_all(&chunk).await.map_err(Error::Output)?;
     }
-    stdout.flush().await.map_err(Error::Output)
+    output.flush().await.map_err(Error::Output)
 }
 
 async fn pointer_of(client: &Client, id: Uuid) -> Result<Vec<u8>, Error> {

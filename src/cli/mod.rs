@@ -160,7 +160,7 @@ pub(crate) enum Error {
     Usage(String),
     #[error("{0}")]
     Token(#[from] auth::NotIssued),
-    #[error("cannot write to standard output: {0}")]
+    #[error("cannot write the output: {0}")]
     Output(std::io::Error),
     #[error("{name}: {source}")]
     OfFile { name: String, source: client::Error },
@@ -232,8 +232,8 @@ impl Error {
 
 fn client_exit_code(error: &client::Error) -> u8 {
     match error {
+        error if error.is_corrupt() => 4,
         client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden { .. } => 3,
-        client::Error::Corrupt { .. } => 4,
         client::Error::Unreachable { .. } => 5,
         _ => 1,
     }
@@ -283,6 +283,12 @@ async fn run(command: Command) -> Result<(), Error> {
             Ok(())
         }
     }
+}
+
+/// Removes what killed commands left in a directory. Where it cannot be, whoever writes there next says why.
+fn sweep(directory: Option<&std::path::Path>) {
+    let directory = directory.filter(|path| !path.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
+    let _ = client::clean(directory);
 }
 
 /// Returns when the program is asked to end.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 
-use lfs_broker_client::api::{Completed, Headers, Mode, Policy, UploadState};
+use lfs_broker_client::api::{Completed, Headers, Mode, Policy, ReadUpload, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
 use uuid::Uuid;
 
@@ -132,12 +132,16 @@ async fn put_one(
     let name = name(file);
     let meter = Arc::new(Meter::new(&name, arguments.json()));
     let (opened, progress) = (Arc::new(OnceLock::new()), Arc::clone(&meter));
-    let found = Arc::clone(&opened);
+    let (found, told) = (Arc::clone(&opened), Arc::clone(&meter));
     let uploader = client
         .upload(arguments.options())
         .on_open(move |upload| {
             // A replayed open says the same again.
-            let _ = found.set((upload.id, upload.mode));
+            let first = found.set((upload.id, upload.mode)).is_ok();
+            if first && upload.mode == Mode::Multipart {
+                // Whoever kills the program needs it to go on.
+                told.say(&format!("upload {}", upload.id));
+            }
         })
         .on_progress(move |at| progress.tell_parts(at.bytes_done, at.bytes_total, (at.parts_done, at.parts_total)));
     let work = async {
@@ -159,17 +163,20 @@ async fn put_one(
             meter.end(&ending(&completed));
             Ok(completed)
         }
-        (Some(Err(source)), Some(id)) if source.is_transient() => {
+        (Some(Err(source)), Some(id)) if source.is_transient() || is_signed_out(&source) => {
             Err(Error::Upload { source, resume: resume(arguments, file, id) })
         }
         (Some(Err(source)), _) => Err(Error::of_file(source, &name)),
         (None, Some(id)) => {
-            Err(Error::Interrupted { what: format!("upload {id} stays open"), resume: Some(resume(arguments, file, id)) })
+            let what = match hurried(client.read(id, &ReadUpload::default())).await {
+                Some(Ok(upload)) => format!("upload {id} is {}", upload.state),
+                _ => format!("upload {id} is left as it is"),
+            };
+            Err(Error::Interrupted { what, resume: Some(resume(arguments, file, id)) })
         }
         (None, None) => {
             let what = match opened.get() {
-                Some((id, _)) if abort(client, *id).await => format!("upload {id} was aborted"),
-                Some((id, _)) => format!("upload {id} could not be aborted; it expires by itself"),
+                Some((id, _)) => abort(client, *id).await,
                 None => "nothing was uploaded".to_owned(),
             };
             Err(Error::Interrupted { what, resume: None })
@@ -177,12 +184,29 @@ async fn put_one(
     }
 }
 
-/// Whether the broker took it back; whoever asks to end once more does not wait for that.
-async fn abort(client: &Client, id: Uuid) -> bool {
-    tokio::select! {
-        aborted = client.abort(id) => aborted.is_ok(),
-        () = asked_to_end() => false,
+/// Takes an upload back, and says what became of it.
+async fn abort(client: &Client, id: Uuid) -> String {
+    match hurried(client.abort(id)).await {
+        Some(Ok(())) => format!("upload {id} was aborted"),
+        Some(Err(error)) if error.is_problem("state-conflict") => {
+            format!("upload {id} is promised: its pointer will reach Kafka")
+        }
+        Some(Err(error)) if error.is_problem("completion-in-progress") => format!("upload {id} is being completed"),
+        _ => format!("upload {id} could not be aborted; it expires by itself"),
     }
+}
+
+/// What came of it, unless somebody asks to end once more.
+async fn hurried<T>(work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        done = work => Some(done),
+        () = asked_to_end() => None,
+    }
+}
+
+/// Whether the token ended on the way: with another the upload goes on.
+fn is_signed_out(error: &client::Error) -> bool {
+    error.problem().is_some_and(|problem| problem.status == 401)
 }
 
 fn resume(arguments: &Arguments, file: &Path, id: Uuid) -> String {

@@ -1,7 +1,7 @@
 //! What the commands say to people: on stderr, so that stdout stays data.
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -31,17 +31,25 @@ pub(super) struct Meter {
 }
 
 enum Style {
-    Bar(ProgressBar),
-    Lines { started: Instant, told: Mutex<Instant> },
+    Bar { bar: ProgressBar, began: Once },
+    Lines(Mutex<Option<Told>>),
     Silent,
+}
+
+/// Where a transfer stood when it was first told of, which may be half-way, and when it was told of last.
+#[derive(Clone, Copy)]
+struct Told {
+    base: u64,
+    began: Instant,
+    last: Instant,
 }
 
 impl Meter {
     pub(super) fn new(what: &str, silent: bool) -> Self {
         let style = match silent {
             true => Style::Silent,
-            false if io::stderr().is_terminal() => Style::Bar(bar(what)),
-            false => Style::Lines { started: Instant::now(), told: Mutex::new(Instant::now()) },
+            false if io::stderr().is_terminal() => Style::Bar { bar: bar(what), began: Once::new() },
+            false => Style::Lines(Mutex::new(None)),
         };
         Self { what: what.to_owned(), style }
     }
@@ -54,19 +62,23 @@ impl Meter {
     /// The same with how many parts are done, of how many.
     pub(super) fn tell_parts(&self, done: u64, total: u64, parts: (u32, u32)) {
         match &self.style {
-            Style::Bar(bar) => {
+            Style::Bar { bar, began } => {
                 bar.set_length(total);
                 bar.set_prefix(of_parts(parts));
                 bar.set_position(done);
+                // What was there before this run says nothing of its rate.
+                began.call_once(|| bar.reset_eta());
             }
-            Style::Lines { started, told } => {
-                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-                if told.elapsed() < LINE {
+            Style::Lines(told) => {
+                let (mut told, now) = (told.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+                let at = told.get_or_insert(Told { base: done, began: now, last: now });
+                if now - at.last < LINE {
                     return;
                 }
-                *told = Instant::now();
+                at.last = now;
                 // Talk that nobody reads must not end the transfer.
-                let _ = writeln!(io::stderr().lock(), "{}", progress(&self.what, done, total, parts, started.elapsed()));
+                let line = progress(&self.what, done, total, parts, (done.saturating_sub(at.base), now - at.began));
+                let _ = writeln!(io::stderr().lock(), "{line}");
             }
             Style::Silent => {}
         }
@@ -75,14 +87,24 @@ impl Meter {
     /// Wipes the bar and says how it ended.
     pub(super) fn end(&self, text: &str) {
         self.wipe();
-        if !matches!(self.style, Style::Silent) {
-            let _ = writeln!(io::stderr().lock(), "{}: {text}", self.what);
+        self.say(text);
+    }
+
+    /// Says something of the transfer.
+    pub(super) fn say(&self, text: &str) {
+        let line = format!("{}: {text}", self.what);
+        match &self.style {
+            Style::Bar { bar, .. } => bar.suspend(|| drop(writeln!(io::stderr().lock(), "{line}"))),
+            Style::Lines(_) => {
+                let _ = writeln!(io::stderr().lock(), "{line}");
+            }
+            Style::Silent => {}
         }
     }
 
     /// Leaves an empty line for an error.
     pub(super) fn wipe(&self) {
-        if let Style::Bar(bar) = &self.style {
+        if let Style::Bar { bar, .. } = &self.style {
             bar.finish_and_clear();
         }
     }
@@ -93,9 +115,9 @@ fn bar(what: &str) -> ProgressBar {
     ProgressBar::new(0).with_style(style).with_message(what.to_owned())
 }
 
-/// What a line says in a log.
-fn progress(what: &str, done: u64, total: u64, parts: (u32, u32), elapsed: Duration) -> String {
-    let speed = done as f64 / elapsed.as_secs_f64().max(0.001);
+/// What a line says in a log; the rate is that of the bytes and the time of this run.
+fn progress(what: &str, done: u64, total: u64, parts: (u32, u32), (moved, elapsed): (u64, Duration)) -> String {
+    let speed = moved as f64 / elapsed.as_secs_f64().max(0.001);
     let left = Duration::try_from_secs_f64(total.saturating_sub(done) as f64 / speed).unwrap_or(Duration::MAX);
     let left = if left < Duration::from_secs(24 * 3600) { format!(", {} s left", left.as_secs()) } else { String::new() };
     let of_total = format!("{} of {}", megabytes(done), size(total));
@@ -133,9 +155,12 @@ mod tests {
 
     #[test]
     fn a_line_says_how_far_how_fast_and_how_long() {
-        let line = progress("a.bin", 21_000_000, 42_000_000, (4, 8), Duration::from_secs(2));
+        let two = Duration::from_secs(2);
+        let line = progress("a.bin", 21_000_000, 42_000_000, (4, 8), (21_000_000, two));
         assert_eq!(line, "a.bin: 21.0 of 42.0 MB, 11 MB/s, 2 s left, 4 of 8 parts");
-        assert_eq!(progress("a", 0, 7, (0, 1), Duration::from_secs(2)), "a: 0.0 of 7 bytes, 0 MB/s");
+        let resumed = progress("a.bin", 39_000_000, 42_000_000, (7, 8), (2_000_000, two));
+        assert_eq!(resumed, "a.bin: 39.0 of 42.0 MB, 1 MB/s, 3 s left, 7 of 8 parts");
+        assert_eq!(progress("a", 0, 7, (0, 1), (0, two)), "a: 0.0 of 7 bytes, 0 MB/s");
         assert_eq!(size(5), "5 bytes");
     }
 

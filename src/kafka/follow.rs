@@ -63,13 +63,17 @@ impl Follower {
             if partitions.is_empty() {
                 return Err(Error::Refused(format!("kafka has no topic {topic}")));
             }
+            let partitions: Vec<i32> = partitions.iter().map(|partition| partition.id()).collect();
+            if group.is_some() && start == Start::Latest {
+                hold(&consumer, &topic, &partitions)?;
+            }
             match group.is_some() {
                 true => consumer.subscribe(&[&topic]),
                 false => {
                     let offset = if start == Start::Earliest { Offset::Beginning } else { Offset::End };
                     let mut all = TopicPartitionList::new();
                     for partition in partitions {
-                        all.add_partition_offset(&topic, partition.id(), offset).map_err(|error| Error::from_kafka(&error))?;
+                        all.add_partition_offset(&topic, partition, offset).map_err(|error| Error::from_kafka(&error))?;
                     }
                     consumer.assign(&all)
                 }
@@ -134,6 +138,26 @@ impl Drop for Follower {
         if let Some(consumer) = self.consumer.take() {
             drop_aside(consumer);
         }
+    }
+}
+
+/// Notes the end as the group's place wherever it has none: without a place it would begin at the end again when it comes
+/// back, behind what it has not done.
+fn hold(consumer: &BaseConsumer<Context>, topic: &str, partitions: &[i32]) -> Result<(), Error> {
+    let mut all = TopicPartitionList::new();
+    for partition in partitions {
+        all.add_partition(topic, *partition);
+    }
+    let noted = consumer.committed_offsets(all, ANSWER).map_err(|error| Error::from_kafka(&error))?;
+    let mut places = TopicPartitionList::new();
+    for place in noted.elements().iter().filter(|place| place.offset() == Offset::Invalid) {
+        let ends = consumer.fetch_watermarks(topic, place.partition(), ANSWER);
+        let added = ends.and_then(|(_, end)| places.add_partition_offset(topic, place.partition(), Offset::Offset(end)));
+        added.map_err(|error| Error::from_kafka(&error))?;
+    }
+    match places.count() {
+        0 => Ok(()),
+        _ => consumer.commit(&places, CommitMode::Sync).map_err(|error| Error::from_kafka(&error)),
     }
 }
 

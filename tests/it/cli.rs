@@ -183,6 +183,10 @@ async fn of_many_files_each_is_put_and_one_that_cannot_be_stops_no_other() {
     // What another file would meet as well ends it, and says what is left.
     let told = run_aside(&["put", &files[0], &files[2], "--topic", "no/topic"], &environment).await;
     assert_eq!(told.status.code(), Some(3), "{}", text(&told.stderr));
+    let told = run_aside(&["put", &files[0], &files[2], "--topic", "not-there"], &environment).await;
+    let words = text(&told.stderr);
+    assert_eq!(told.status.code(), Some(3), "{words}");
+    assert!(words.contains(&format!("note: not begun: '{}", directory.path().display())), "{words}");
     let told = run_aside(&["put", &files[0], &files[2], "--topic", "x", "--broker", "http://127.0.0.1:1"], &[]).await;
     assert_eq!(told.status.code(), Some(5), "{}", text(&told.stderr));
 }
@@ -233,6 +237,58 @@ async fn an_interrupted_put_says_how_to_go_on_and_goes_on_there() {
     let (id, told) = interrupted(&house, &small).await;
     assert!(text(&told.stderr).contains(&format!("interrupted: upload {id} was aborted")), "{}", text(&told.stderr));
     assert_eq!(house.upload(&id).await.state(), "aborted");
+}
+
+#[tokio::test]
+async fn get_replaces_files_and_what_links_lead_to_and_never_a_pipe() {
+    let house = House::new().await;
+    let url = house.url();
+    let environment = [("LFS_BROKER_URL", url.as_str())];
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    house.publish(b"hello", serde_json::json!({})).await;
+    let value = house.only_record().await.0.value;
+    // What a killed command left is nobody's.
+    std::fs::write(path(".lfs-download-dead"), b"half").unwrap();
+    std::fs::write(path("file"), b"before").unwrap();
+    std::os::unix::fs::symlink(path("file"), path("link")).unwrap();
+    let got = run_aside_with(&["get", "--output", path("link").to_str().unwrap(), "--json"], &environment, &value).await;
+    assert_eq!(got.status.code(), Some(0), "{}", text(&got.stderr));
+    assert!(path("link").is_symlink());
+    assert_eq!(std::fs::read(path("file")).unwrap(), b"hello");
+    let told: Value = serde_json::from_slice(&got.stdout).unwrap();
+    assert_eq!((&told["size"], &told["integrity"], told.get("verified")), (&5.into(), &"sha256".into(), None));
+
+    let pipe = path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = Command::new("cat").arg(&pipe).stdout(Stdio::piped()).spawn().unwrap();
+    let got = run_aside_with(&["get", "--output", pipe.to_str().unwrap()], &environment, &value).await;
+    assert_eq!(got.status.code(), Some(0), "{}", text(&got.stderr));
+    assert_eq!(reader.wait_with_output().unwrap().stdout, b"hello");
+    let mut left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["file", "link", "pipe"]);
+}
+
+#[tokio::test]
+async fn an_interrupted_get_leaves_nothing() {
+    let wire = wire_to_s3().await;
+    let endpoint = format!("http://{}", wire.address());
+    let house = House::with(|settings| settings.objects.public_endpoint = Some(endpoint)).await;
+    let id = house.publish(b"hello", serde_json::json!({})).await.id();
+    wire.silence();
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
+    command.args(["get", "--upload", &id, "--output"]).arg(directory.path().join("a"));
+    command.env_clear().env("LFS_BROKER_URL", house.url()).stdin(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    // Its connection stands, so it waits for bytes.
+    wire.is_met().await;
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let told = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    assert_eq!(told.status.code(), Some(1), "{}", text(&told.stderr));
+    assert!(text(&told.stderr).contains("interrupted: nothing was written"), "{}", text(&told.stderr));
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[tokio::test]

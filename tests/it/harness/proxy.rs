@@ -29,6 +29,8 @@ enum Mode {
 pub(crate) struct Wire {
     address: SocketAddr,
     mode: watch::Sender<Mode>,
+    /// How many connections have met the silence.
+    met: watch::Receiver<u32>,
     task: JoinHandle<()>,
 }
 
@@ -38,8 +40,9 @@ impl Wire {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (mode, modes) = watch::channel(Mode::Open);
-        let task = tokio::spawn(listen(address, Some(listener), target.to_owned(), modes));
-        Self { address, mode, task }
+        let (meet, met) = watch::channel(0);
+        let task = tokio::spawn(listen(address, Some(listener), target.to_owned(), modes, meet));
+        Self { address, mode, met, task }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -63,6 +66,13 @@ impl Wire {
         self.mode.send(Mode::Silent).unwrap();
     }
 
+    /// Returns once somebody who connected hears nothing.
+    pub(crate) async fn is_met(&self) {
+        let mut met = self.met.clone();
+        let waiting = tokio::time::timeout(std::time::Duration::from_secs(20), met.wait_for(|met| *met > 0));
+        waiting.await.expect("somebody connects").expect("the proxy listens");
+    }
+
     /// Works again, for whoever connects from now on.
     pub(crate) async fn restore(&self) {
         self.mode.send(Mode::Open).unwrap();
@@ -82,7 +92,13 @@ impl Drop for Wire {
     }
 }
 
-async fn listen(address: SocketAddr, mut listener: Option<TcpListener>, target: String, mut modes: watch::Receiver<Mode>) {
+async fn listen(
+    address: SocketAddr,
+    mut listener: Option<TcpListener>,
+    target: String,
+    mut modes: watch::Receiver<Mode>,
+    met: watch::Sender<u32>,
+) {
     loop {
         let mode = *modes.borrow_and_update();
         match (mode, &listener) {
@@ -96,6 +112,7 @@ async fn listen(address: SocketAddr, mut listener: Option<TcpListener>, target: 
             (_, Some(accepting)) => tokio::select! {
                 accepted = accepting.accept() => {
                     let (client, _) = accepted.unwrap();
+                    met.send_modify(|met| *met += u32::from(mode == Mode::Silent));
                     tokio::spawn(carry(client, target.clone(), modes.clone()));
                 }
                 changed = modes.changed() => if changed.is_err() { return },
