@@ -99,6 +99,7 @@ one_word! {
 
 /// An OpenAPI document, as far as clients have a use for its members.
 #[derive(ToSchema)]
+#[schema(example = json!({"openapi": "3.1.0", "info": {"title": "lfs-broker", "version": "0.1.0"}}))]
 #[expect(dead_code, reason = "as above")]
 pub(super) struct Contract {
     /// The version of OpenAPI.

@@ -256,6 +256,35 @@ fn the_examples_are_true() {
     reads::<api::Problem>(&document, "Problem");
     reads::<api::Resolved>(&document, "Resolved");
     reads::<api::Validated>(&document, "Validated");
+    reads::<api::UploadPage>(&document, "UploadPage");
+    reads::<api::TopicPage>(&document, "TopicPage");
+    reads::<api::Stats>(&document, "Stats");
+    reads::<api::Redrive>(&document, "Redrive");
+}
+
+/// Whether the schema of a body shows how it looks: by itself, or by each of its kinds.
+fn shows(document: &Value, schema: &Value) -> bool {
+    let schema = schema["$ref"].as_str().map_or(schema, |place| document.pointer(&place[1..]).unwrap());
+    let kinds = schema["oneOf"].as_array().is_some_and(|kinds| kinds.iter().all(|kind| shows(document, kind)));
+    kinds || schema.get("example").is_some()
+}
+
+#[test]
+fn every_body_has_an_example() {
+    let document = document();
+    let mut bodies = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let answers = operation["responses"].as_object().unwrap().values();
+            for content in answers.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
+                for (kind, body) in content.iter().filter(|(kind, _)| kind.contains("json")) {
+                    bodies += 1;
+                    assert!(body.get("example").is_some() || shows(&document, &body["schema"]), "{method} {path}: {kind}");
+                }
+            }
+        }
+    }
+    assert!(bodies > 50, "{bodies} bodies were looked at");
 }
 
 /// Holds an answer against a schema: no member that it lacks, none missing that it requires.

@@ -53,6 +53,7 @@ pub struct FieldError {
 /// Asks to publish a verified upload's pointer now.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"clear_partition": true})))]
 #[serde(deny_unknown_fields, default)]
 pub struct Redrive {
     /// Forget the partition that was asked for at open: the key, or chance, decides.
@@ -62,6 +63,9 @@ pub struct Redrive {
 /// How things stand.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"uploads": {"open": 3, "verified": 1, "published": 1042}, "oldest_verified_seconds": 2,
+    "outbox": {"waiting": 1, "parked": 0},
+    "dependencies": {"database": {"ok": true}, "storage": {"ok": true}, "kafka": {"ok": false, "reason": "no broker answers"}}})))]
 pub struct Stats {
     /// How many uploads there are, by state.
     pub uploads: BTreeMap<String, u64>,

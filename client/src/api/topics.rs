@@ -90,6 +90,10 @@ pub struct TopicPolicy {
 /// A page of topic policies, by name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"items": [{"topic": "videos", "policy": {"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
+    "bucket": null, "prefix": null, "checksums": ["sha256"], "min_integrity": "parts-sha256", "content_types": ["video/*"],
+    "session_seconds": 3600, "session_max_seconds": 86400, "url_seconds": 900, "kms_key_id": null, "retention": "keep"}}],
+    "next_cursor": null})))]
 pub struct TopicPage {
     /// The policies.
     pub items: Vec<TopicPolicy>,
