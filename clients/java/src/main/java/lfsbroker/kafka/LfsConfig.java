@@ -7,6 +7,7 @@ import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
 import java.util.Map;
+import java.util.regex.Pattern;
 import org.apache.kafka.common.config.AbstractConfig;
 import org.apache.kafka.common.config.ConfigDef;
 import org.apache.kafka.common.config.ConfigDef.Importance;
@@ -82,8 +83,14 @@ public final class LfsConfig extends AbstractConfig {
             .define(S3_ACCESS_KEY_ID, Type.STRING, null, Importance.LOW, "The access key; else the AWS environment's credentials.")
             .define(S3_SECRET_ACCESS_KEY, Type.PASSWORD, null, Importance.LOW, "Its secret.");
 
+    /** Goes into a header as it is; what else a file may begin or end with (a mark of its encoding, a second line) does not. */
+    private static final Pattern TOKEN_TEXT = Pattern.compile("[\\x21-\\x7e]+");
+
+    private final long largestInline;
+
     LfsConfig(Map<String, ?> settings) {
         super(DEFINITION, settings, false);
+        largestInline = largestInline(originals().get("max.request.size"));
     }
 
     URI brokerUrl() {
@@ -99,13 +106,21 @@ public final class LfsConfig extends AbstractConfig {
         Password token = getPassword(TOKEN);
         String file = getString(TOKEN_FILE);
         if (token != null || file == null) {
-            return token == null ? null : token.value();
+            return token == null ? null : sendable(token.value(), TOKEN);
         }
         try {
-            return Files.readString(Path.of(file)).strip();
+            return sendable(Files.readString(Path.of(file)).strip(), file);
         } catch (IOException error) {
             throw new LfsException.Unavailable("the token file cannot be read: " + error.getMessage(), error);
         }
+    }
+
+    /** Checked here, because the JDK's HTTP client would quote the whole token in its complaint. */
+    private static String sendable(String token, String place) {
+        if (!TOKEN_TEXT.matcher(token).matches()) {
+            throw new LfsException.Unavailable(place + " holds no bearer token: it is one line of visible ASCII, without a byte order mark", null);
+        }
+        return token;
     }
 
     /** What the application set, or null. */
@@ -115,9 +130,16 @@ public final class LfsConfig extends AbstractConfig {
 
     /** From so many bytes on the producer may refuse to send a value inline. */
     long largestInline() {
-        Object request = originals().get("max.request.size");
-        long most = request == null ? REQUEST_SIZE_DEFAULT : Long.parseLong(request.toString());
-        return Math.max(0, most - RECORD_OVERHEAD);
+        return largestInline;
+    }
+
+    private static long largestInline(Object request) {
+        try {
+            long most = request == null ? REQUEST_SIZE_DEFAULT : Long.parseLong(request.toString().trim());
+            return Math.max(0, most - RECORD_OVERHEAD);
+        } catch (NumberFormatException error) {
+            throw new ConfigException("max.request.size", request, "not a number");
+        }
     }
 
     String stagingTopic(String topic) {

@@ -3,8 +3,11 @@ package lfsbroker.kafka;
 import java.io.IOException;
 import java.io.InputStream;
 import java.util.Map;
+import org.apache.kafka.clients.consumer.ConsumerConfig;
 import org.apache.kafka.common.header.Headers;
 import org.apache.kafka.common.serialization.Deserializer;
+import org.slf4j.Logger;
+import org.slf4j.LoggerFactory;
 
 /**
  * Follows pointers, and hands what they stand for to the application's own deserializer ({@code lfs.value.deserializer};
@@ -13,6 +16,7 @@ import org.apache.kafka.common.serialization.Deserializer;
  * @param <T> what the application's own deserializer makes
  */
 public final class LfsDeserializer<T> implements Deserializer<T> {
+    private static final Logger LOG = LoggerFactory.getLogger(LfsDeserializer.class);
     /** How often a download that broke is begun anew. */
     private static final int ATTEMPTS = 3;
 
@@ -28,6 +32,21 @@ public final class LfsDeserializer<T> implements Deserializer<T> {
         inner = config.getConfiguredInstance(LfsConfig.VALUE_DESERIALIZER, Deserializer.class);
         inner.configure(settings, false);
         maxBytes = config.getLong(LfsConfig.MAX_BYTES);
+        String advice = advice(settings, maxBytes, Runtime.getRuntime().maxMemory());
+        if (advice != null) {
+            LOG.warn(advice);
+        }
+    }
+
+    /** What one poll may come to, where that is more than the heap; else null. */
+    static String advice(Map<String, ?> settings, long maxBytes, long heapBytes) {
+        Object set = settings.get(ConsumerConfig.MAX_POLL_RECORDS_CONFIG);
+        long records = set == null ? ConsumerConfig.DEFAULT_MAX_POLL_RECORDS : Long.parseLong(set.toString().trim());
+        if (records * maxBytes <= heapBytes) {
+            return null;
+        }
+        return "one poll may read " + records + " records (max.poll.records) of " + maxBytes + " bytes (lfs.max.bytes), the heap has "
+                + heapBytes + ": lower one of them, or take streams (LfsStreamDeserializer)";
     }
 
     @Override

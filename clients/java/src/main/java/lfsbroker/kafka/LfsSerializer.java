@@ -6,13 +6,15 @@ import com.fasterxml.jackson.databind.node.ObjectNode;
 import java.nio.charset.StandardCharsets;
 import java.util.Map;
 import java.util.UUID;
+import java.util.function.Supplier;
 import org.apache.kafka.common.config.ConfigException;
 import org.apache.kafka.common.header.Headers;
 import org.apache.kafka.common.serialization.Serializer;
 
 /**
  * Sends what the application's own serializer makes ({@code lfs.value.serializer}; bytes by default): values of at least
- * {@code lfs.min.bytes}, or as many as the topic's policy advises, through the broker, with their pointer as the record's value, smaller ones inline.
+ * {@code lfs.min.bytes}, or as many as the topic's policy advises, through the broker, with their pointer as the record's
+ * value, smaller ones inline. A value that would be taken for a pointer is never sent inline: it comes back as it was.
  *
  * <p>The record is the application's own, sent by its producer, in its transaction. The broker publishes a pointer
  * of its own for every upload; it goes to the staging topic, which nobody reads.
@@ -24,7 +26,6 @@ public final class LfsSerializer<T> implements Serializer<T> {
     private static final int SINGLE_BYTES = 64 << 20;
 
     private static final int PART_BYTES = 16 << 20;
-    private static final int WINDOW = 100;
     private static final int WAIT_SECONDS = 10;
 
     private LfsConfig config;
@@ -42,7 +43,7 @@ public final class LfsSerializer<T> implements Serializer<T> {
         inner = config.getConfiguredInstance(LfsConfig.VALUE_SERIALIZER, Serializer.class);
         inner.configure(settings, false);
         broker = new Broker(config);
-        threshold = new Threshold(config, broker);
+        threshold = new Threshold(config, broker::policy, System::nanoTime);
     }
 
     @Override
@@ -56,16 +57,20 @@ public final class LfsSerializer<T> implements Serializer<T> {
     }
 
     private byte[] carried(String topic, byte[] bytes) {
-        if (bytes == null || bytes.length < threshold.of(config.stagingTopic(topic))) {
+        String staging = config.stagingTopic(topic);
+        if (bytes == null || (!Pointer.looksLike(bytes) && bytes.length < threshold.of(staging))) {
             return bytes;
         }
-        JsonNode upload = open(config.stagingTopic(topic), bytes);
+        byte[] promise = promise(staging, bytes);
+        String idempotencyKey = UUID.randomUUID().toString();
+        JsonNode upload = open(promise, idempotencyKey);
         String path = "/lfs/uploads/" + upload.path("id").asText();
         try {
             if (upload.path("mode").asText().equals("single")) {
-                broker.put(upload.path("upload"), bytes, 0, bytes.length);
+                // The same question again gives the same upload, with a new URL.
+                broker.put(signed(upload), () -> signed(open(promise, idempotencyKey)), bytes, 0, bytes.length);
             } else {
-                putParts(path, upload, bytes);
+                putParts(path, upload.path("part_count").asInt(), bytes);
             }
             return pointer(path).toString().getBytes(StandardCharsets.UTF_8);
         } catch (RuntimeException error) {
@@ -74,37 +79,51 @@ public final class LfsSerializer<T> implements Serializer<T> {
         }
     }
 
-    private JsonNode open(String topic, byte[] bytes) {
+    private static byte[] promise(String topic, byte[] bytes) {
         ObjectNode request = Broker.MAPPER.createObjectNode();
         request.put("topic", topic).put("size", bytes.length).put("sha256", Checksum.sha256(bytes, 0, bytes.length));
         if (bytes.length > SINGLE_BYTES) {
             ArrayNode hashes = request.put("part_size", PART_BYTES).putArray("part_sha256");
-            for (int at = 0; at < bytes.length; at += PART_BYTES) {
+            for (int part = 0; part < parts(bytes.length); part++) {
+                int at = part * PART_BYTES;
                 hashes.add(Checksum.sha256(bytes, at, Math.min(PART_BYTES, bytes.length - at)));
             }
         }
-        return broker.call("POST", "/lfs/uploads", bytes(request), UUID.randomUUID().toString());
+        return bytes(request);
     }
 
-    private void putParts(String path, JsonNode upload, byte[] bytes) {
-        int count = upload.path("part_count").asInt();
-        JsonNode window = upload.path("parts");
-        for (int done = 0; done < count; done += window.size()) {
-            if (window.isEmpty() || done > 0) {
-                ArrayNode numbers = Broker.MAPPER.createArrayNode();
-                for (int number = done + 1; number <= Math.min(count, done + WINDOW); number++) {
-                    numbers.add(number);
-                }
-                ObjectNode request = Broker.MAPPER.createObjectNode().set("part_numbers", numbers);
-                window = broker.call("POST", path + "/parts", bytes(request), null).path("parts");
-            }
-            if (window.isEmpty()) {
-                throw new LfsException.Refused("no parts", "the broker signed none of the parts after " + done);
-            }
-            for (JsonNode part : window) {
-                broker.put(part, bytes, part.path("offset").asInt(), part.path("size").asInt());
-            }
+    /** How many parts a value has: counted, because an offset after the last may be more than an int holds. */
+    static int parts(int size) {
+        return (int) ((size + (PART_BYTES - 1L)) / PART_BYTES);
+    }
+
+    private JsonNode open(byte[] promise, String idempotencyKey) {
+        return broker.call("POST", "/lfs/uploads", promise, idempotencyKey);
+    }
+
+    private static JsonNode signed(JsonNode upload) {
+        if (!upload.has("upload")) {
+            throw new LfsException.Refused(upload.path("state").asText("HTTP 200"), "the broker signs nothing for this upload any more");
         }
+        return upload.path("upload");
+    }
+
+    /** Each part is signed when it is its turn: a URL does not outlive a slow upload. */
+    private void putParts(String path, int count, byte[] bytes) {
+        for (int number = 1; number <= count; number++) {
+            ObjectNode request = Broker.MAPPER.createObjectNode();
+            request.putArray("part_numbers").add(number);
+            Supplier<JsonNode> sign = () -> part(broker.call("POST", path + "/parts", bytes(request), null));
+            JsonNode part = sign.get();
+            broker.put(part, sign, bytes, part.path("offset").asInt(), part.path("size").asInt());
+        }
+    }
+
+    private static JsonNode part(JsonNode answer) {
+        if (!answer.path("parts").has(0)) {
+            throw new LfsException.Refused("no parts", "the broker signed no part");
+        }
+        return answer.path("parts").get(0);
     }
 
     /** Completes, and waits until the bytes are proved: from then on the pointer holds, whatever Kafka does. */
@@ -124,8 +143,11 @@ public final class LfsSerializer<T> implements Serializer<T> {
         return answer.path("pointer");
     }
 
-    /** What did not become a record leaves nothing behind; where this fails too, the upload expires. */
+    /** What did not become a record leaves nothing behind; where this fails too, or nobody answers anyway, the upload expires. */
     private void abort(String path, RuntimeException error) {
+        if (error instanceof LfsException.Unavailable) {
+            return;
+        }
         try {
             broker.call("DELETE", path, null, null);
         } catch (RuntimeException second) {

@@ -48,13 +48,13 @@ record Pointer(String bucket, String key, long size, Checksum checksum, byte[] j
 
     private static String text(JsonNode json, String name) {
         JsonNode member = json.path(name);
-        if (member.isMissingNode() || member.isNull() || member.asText().isEmpty()) {
+        if (member.isMissingNode() || member.isNull()) {
             return null;
         }
         if (!member.isTextual()) {
             throw new LfsException.Malformed("the pointer's " + name + " is no text");
         }
-        return member.textValue();
+        return member.textValue().isEmpty() ? null : member.textValue();
     }
 
     private static String filled(JsonNode json, String name) {

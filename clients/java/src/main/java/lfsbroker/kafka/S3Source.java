@@ -1,9 +1,12 @@
 package lfsbroker.kafka;
 
 import java.io.FilterInputStream;
+import java.io.IOException;
 import java.io.InputStream;
 import java.net.URI;
 import java.util.List;
+import org.apache.kafka.common.config.ConfigException;
+import org.apache.kafka.common.config.types.Password;
 import software.amazon.awssdk.auth.credentials.AwsBasicCredentials;
 import software.amazon.awssdk.auth.credentials.StaticCredentialsProvider;
 import software.amazon.awssdk.awscore.exception.AwsServiceException;
@@ -35,9 +38,12 @@ final class S3Source implements Source {
         if (region != null) {
             builder.region(Region.of(region));
         }
+        Password secret = config.getPassword(LfsConfig.S3_SECRET_ACCESS_KEY);
+        if ((keyId == null) != (secret == null)) {
+            throw new ConfigException(LfsConfig.S3_ACCESS_KEY_ID + " and " + LfsConfig.S3_SECRET_ACCESS_KEY + " need each other");
+        }
         if (keyId != null) {
-            String secret = config.getPassword(LfsConfig.S3_SECRET_ACCESS_KEY).value();
-            builder.credentialsProvider(StaticCredentialsProvider.create(AwsBasicCredentials.create(keyId, secret)));
+            builder.credentialsProvider(StaticCredentialsProvider.create(AwsBasicCredentials.create(keyId, secret.value())));
         }
         s3 = builder.build();
     }
@@ -50,13 +56,7 @@ final class S3Source implements Source {
         try {
             ResponseInputStream<GetObjectResponse> body = s3.getObject(
                     request -> request.bucket(pointer.bucket()).key(pointer.key()).versionId(versionId));
-            // A close would read what is left; an abort drops the connection.
-            return new FilterInputStream(body) {
-                @Override
-                public void close() {
-                    body.abort();
-                }
-            };
+            return new Body(body);
         } catch (AwsServiceException error) {
             if (error.statusCode() == 429 || error.statusCode() >= 500) {
                 throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
@@ -65,6 +65,40 @@ final class S3Source implements Source {
             throw new LfsException.Refused(code, pointer.toString());
         } catch (SdkException error) {
             throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
+        }
+    }
+
+    /** What S3 sends, with the errors that every other stream has. */
+    static final class Body extends FilterInputStream {
+        private final ResponseInputStream<?> body;
+
+        Body(ResponseInputStream<?> body) {
+            super(body);
+            this.body = body;
+        }
+
+        @Override
+        public int read() throws IOException {
+            try {
+                return body.read();
+            } catch (SdkException error) {
+                throw new IOException(error.getMessage(), error);
+            }
+        }
+
+        @Override
+        public int read(byte[] into, int offset, int length) throws IOException {
+            try {
+                return body.read(into, offset, length);
+            } catch (SdkException error) {
+                throw new IOException(error.getMessage(), error);
+            }
+        }
+
+        /** A close would read what is left; an abort drops the connection. */
+        @Override
+        public void close() {
+            body.abort();
         }
     }
 

@@ -7,6 +7,8 @@ import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.ExecutionException;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.TimeoutException;
+import java.util.function.Function;
+import java.util.function.LongSupplier;
 import org.apache.kafka.common.errors.InterruptException;
 
 /**
@@ -25,15 +27,17 @@ final class Threshold {
     private static final Duration FRESH = Duration.ofMinutes(1);
 
     private final LfsConfig config;
-    private final Broker broker;
+    private final Function<String, CompletableFuture<JsonNode>> policy;
+    private final LongSupplier nanoTime;
     private final ConcurrentHashMap<String, Advice> advices = new ConcurrentHashMap<>();
 
     /** What was said last, and the question under way. */
     private record Advice(long minBytes, long askAgainAt, CompletableFuture<JsonNode> asked) {}
 
-    Threshold(LfsConfig config, Broker broker) {
+    Threshold(LfsConfig config, Function<String, CompletableFuture<JsonNode>> policy, LongSupplier nanoTime) {
         this.config = config;
-        this.broker = broker;
+        this.policy = policy;
+        this.nanoTime = nanoTime;
     }
 
     /** The smallest value that an upload to {@code topic} is worth, in bytes. */
@@ -43,14 +47,14 @@ final class Threshold {
             return fixed;
         }
         Advice advice = advices.computeIfAbsent(topic, this::first);
-        if (advice.asked() != null ? advice.asked().isDone() : System.nanoTime() - advice.askAgainAt() > 0) {
+        if (advice.asked() != null ? advice.asked().isDone() : stale(advice)) {
             advice = advices.compute(topic, (same, last) -> next(same, last));
         }
         return Math.min(advice.minBytes(), config.largestInline());
     }
 
     private Advice first(String topic) {
-        CompletableFuture<JsonNode> asked = broker.policy(topic);
+        CompletableFuture<JsonNode> asked = policy.apply(topic);
         try {
             asked.get(PATIENCE.toMillis(), TimeUnit.MILLISECONDS);
         } catch (InterruptedException error) {
@@ -61,16 +65,21 @@ final class Threshold {
         return asked.isDone() ? answered(asked, DEFAULT) : new Advice(DEFAULT, 0, asked);
     }
 
+    private boolean stale(Advice advice) {
+        return nanoTime.getAsLong() - advice.askAgainAt() > 0;
+    }
+
+    /** Looks again: while this thread waited for its turn another may have asked, and been answered. */
     private Advice next(String topic, Advice last) {
         if (last.asked() == null) {
-            return new Advice(last.minBytes(), 0, broker.policy(topic));
+            return stale(last) ? new Advice(last.minBytes(), 0, policy.apply(topic)) : last;
         }
         return last.asked().isDone() ? answered(last.asked(), last.minBytes()) : last;
     }
 
     /** Without an answer what was known goes on. */
-    private static Advice answered(CompletableFuture<JsonNode> asked, long known) {
+    private Advice answered(CompletableFuture<JsonNode> asked, long known) {
         long minBytes = asked.isCompletedExceptionally() ? known : asked.join().path("min_bytes").asLong(DEFAULT);
-        return new Advice(minBytes, System.nanoTime() + FRESH.toNanos(), null);
+        return new Advice(minBytes, nanoTime.getAsLong() + FRESH.toNanos(), null);
     }
 }

@@ -48,6 +48,9 @@ class PointerTest {
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":-1}",
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":1.5}",
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"sha256\":\"abc\"}",
+        "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"sha256\":7}",
+        "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"sha256\":{}}",
+        "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"checksum\":[\"00\"]}",
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"checksum_alg\":\"rot13\",\"checksum\":\"00\"}",
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"checksum_alg\":\"md5\"}",
     })

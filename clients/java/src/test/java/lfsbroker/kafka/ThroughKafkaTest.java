@@ -199,7 +199,7 @@ class ThroughKafkaTest {
         assertTrue(Pointer.looksLike(raw()));
         Map<String, Object> plain = Map.of();
         assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).largestInline());
-        assertEquals((100 << 20) - (64 << 10), new LfsConfig(Map.of("max.request.size", "104857600")).largestInline());
+        assertEquals((100 << 20) - (64 << 10), new LfsConfig(Map.of("max.request.size", " 104857600 ")).largestInline());
     }
 
     @Test
@@ -238,7 +238,7 @@ class ThroughKafkaTest {
         String request = "{\"topic\":\"" + topic + "\",\"key\":\"k\",\"size\":" + value.length + ",\"sha256\":\""
                 + Checksum.sha256(value, 0, value.length) + "\"}";
         JsonNode upload = broker.call("POST", "/lfs/uploads", text(request), null);
-        broker.put(upload.path("upload"), value, 0, value.length);
+        broker.put(upload.path("upload"), () -> upload.path("upload"), value, 0, value.length);
         broker.call("POST", "/lfs/uploads/" + upload.path("id").asText() + "/complete", null, null);
         assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
     }
@@ -282,10 +282,20 @@ class ThroughKafkaTest {
     @Test
     void aForgedPointerLeadsNowhere() throws Exception {
         String forged = "{\"kfs_lfs\":1,\"bucket\":\"secrets\",\"key\":\"k\",\"size\":1}";
-        send(Map.of(), List.of(text(forged)));
+        send(Map.of("value.serializer", ByteArraySerializer.class.getName()), List.of(text(forged)));
         for (Map<String, Object> mode : List.of(Map.<String, Object>of(), ownCredentials("lfs-dev"))) {
             LfsException.Refused refused = assertInstanceOf(LfsException.Refused.class, failure(LfsDeserializer.class, mode));
             assertEquals("pointer-forbidden", refused.code());
+        }
+    }
+
+    @Test
+    void dataThatLooksLikeAPointerComesBackAsItWas() throws Exception {
+        byte[] data = text("{\"kfs_lfs\":1,\"bucket\":\"secrets\",\"key\":\"k\",\"size\":1}");
+        send(Map.of(), List.of(data));
+        assertArrayEquals(data, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
+        try (InputStream stream = this.<InputStream>values(LfsStreamDeserializer.class, Map.of(), 1).get(0)) {
+            assertArrayEquals(data, stream.readAllBytes());
         }
     }
 
@@ -318,6 +328,14 @@ class ThroughKafkaTest {
         assertNull(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_committed")));
         assertTrue(LfsStreamDeserializer.advice(Map.of()).contains("isolation.level"));
         assertTrue(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_uncommitted")).contains("read_committed"));
+    }
+
+    @Test
+    void aConsumerWhoseBatchMayNotFitIsWarned() {
+        assertNull(LfsDeserializer.advice(Map.of("max.poll.records", "4"), 256, 1_024));
+        assertTrue(LfsDeserializer.advice(Map.of("max.poll.records", 5), 256, 1_024).contains("max.poll.records"));
+        assertTrue(LfsDeserializer.advice(Map.of(), 256 << 20, 4L << 30).contains("500 records"));
+        assertTrue(LfsDeserializer.advice(Map.of("max.poll.records", Integer.MAX_VALUE), Integer.MAX_VALUE, 1L << 40).contains("heap"));
     }
 
     @Test
