@@ -36,8 +36,14 @@ for size in small large; do
     python3 examples/python/lfs.py "$WORK/$size" examples "python-$size"
     node "$WORK/typescript/built/node.js" "$WORK/$size" examples "node-$size"
 done
+# A name that curl, sha256sum or a shell would read otherwise than as a name.
+cd "$WORK"
+special='-report[1]{a,b}\.pdf'
+cp small "./$special"
+"$repository/examples/curl/upload.sh" "$special" examples curl-special
+cd "$repository"
 published=$(curl -sf "$LFS_BROKER_URL/lfs/uploads?topic=examples&state=published" | jq '.items | length')
-[ "$published" = 6 ] || { echo "$published of 6 uploads are published"; exit 1; }
+[ "$published" = 7 ] || { echo "$published of 7 uploads are published"; exit 1; }
 
 node .ci/sdk/browser/adapter.mjs "$WORK/typescript"
 echo "$LFS_BROKER_URL" >&4

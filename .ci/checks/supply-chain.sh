@@ -8,8 +8,10 @@ bash .ci/tools.sh deny
 sbom=$(mktemp)
 trap 'rm -f "$sbom"' EXIT
 .ci/sbom "$sbom"
+# A program that is not there has no failpoints either.
+test -x "${LFS_CI_BROKER:?the release binary}"
 # What a failpoint says when it is reached would be there if failpoints were.
-if grep -aq 'reached failpoint' "${LFS_CI_BROKER:?the release binary}"; then
+if grep -aq 'reached failpoint' "$LFS_CI_BROKER"; then
     echo "the release has failpoints"
     exit 1
 fi

@@ -3,6 +3,8 @@
 # LFS_BROKER_URL and, where the broker asks for one, LFS_BROKER_TOKEN say where and who.
 set -euo pipefail
 file=$1 topic=$2 key=${3:-}
+# Neither an option nor, as `-`, standard input.
+[[ $file = /* ]] || file=./$file
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -16,10 +18,12 @@ broker() {
 # put FILE: sends it by the signed request in $work/request; its headers are signed, so all of them are sent.
 put() {
     jq -r '.headers | to_entries[] | "header = \"\(.key): \(.value)\""' "$work/request" >"$work/headers"
-    curl -sS --fail -o /dev/null -K "$work/headers" -T "$1" "$(jq -r .url "$work/request")"
+    # -g: brackets and braces in a name are its own.
+    curl -gsS --fail -o /dev/null -K "$work/headers" -T "$1" "$(jq -r .url "$work/request")"
 }
 
-sha256=$(sha256sum "$file" | cut -d' ' -f1)
+# By its bytes alone: before a name with a backslash sha256sum writes one more.
+sha256=$(sha256sum <"$file" | cut -d' ' -f1)
 jq -n --arg topic "$topic" --arg key "$key" --argjson size "$(stat -c %s "$file")" --arg sha256 "$sha256" \
     '{$topic, $size, $sha256} + if $key == "" then {} else {$key} end' | broker /lfs/uploads -d @- >"$work/upload"
 id=$(jq -r .id "$work/upload")

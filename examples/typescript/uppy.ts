@@ -1,7 +1,7 @@
 // Uppy's @uppy/aws-s3 (version 5) on lfs-broker: its bytes go straight into S3, its uploads become pointers in Kafka.
 import type { AwsS3Options } from "@uppy/aws-s3";
 import type { Uppy, UppyFile } from "@uppy/core";
-import { Broker, hashed, headersOf, type Pointer, type Signed, type Upload } from "./lfs.js";
+import { Broker, hashed, headersOf, named, type Pointer, type Signed, type Upload } from "./lfs.js";
 
 export type FileMeta = Record<string, unknown> & { name: string };
 export type FileBody = Record<string, unknown> & { pointer?: Pointer };
@@ -35,12 +35,34 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
   const keep = (file: File, pointer: Pointer): void => {
     uppy.setFileState(file.id, { response: { status: 200, body: { pointer } } });
   };
-  const promise = (file: File) => ({ topic, key: file.name, filename: file.name, size: data(file).size, content_type: file.type });
+  const promise = (file: File) => ({
+    topic,
+    key: file.name,
+    ...named(file.name),
+    size: data(file).size,
+    ...(file.type && { content_type: file.type }),
+  });
+  // Where this fails too, the upload expires.
+  const abort = (upload: string) => broker.call("DELETE", `/lfs/uploads/${upload}`).catch(() => undefined);
 
+  // One file's trouble stays its own: an error that leaves a post-processor ends the whole batch.
   uppy.addPostProcessor(async (ids) => {
     for (const id of ids) {
       const upload = single.get(id);
-      if (upload && single.delete(id)) keep(uppy.getFile(id), await broker.complete(upload));
+      if (!upload) continue;
+      single.delete(id);
+      // Nothing where it was removed meanwhile.
+      const file: File | undefined = uppy.getFile(id);
+      if (!file || file.error) {
+        await abort(upload);
+        continue;
+      }
+      try {
+        keep(file, await broker.complete(upload));
+      } catch (error) {
+        await abort(upload);
+        uppy.setFileState(id, { error: String(error) });
+      }
     }
   });
 

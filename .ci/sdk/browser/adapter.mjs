@@ -1,4 +1,4 @@
-// What Uppy asks only when an upload is paused or cancelled, asked of the adapter itself: adapter.mjs DIRECTORY
+// What Uppy asks only when an upload is paused, cancelled or fails, asked of the adapter itself: adapter.mjs DIRECTORY
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -24,3 +24,30 @@ assert.deepEqual(await options.listParts(file, upload), [{ PartNumber: 2, Size: 
 await assert.rejects(options.completeMultipartUpload(file, { ...upload, parts: [] }), { code: "parts-incomplete" });
 await options.abortMultipartUpload(file, upload);
 assert.equal((await broker.call("GET", `/lfs/uploads/${upload.uploadId}`)).state, "aborted");
+
+// Files of one PUT, with Uppy's own steps around them: one whose bytes never go up, one that fails before, and good ones between.
+const batch = new Uppy();
+const single = lfsBroker(batch, broker, "adapter");
+const uploads = new Map();
+const odd = { "failed.bin": "error", "missing.bin": "nothing", [`${"ä".repeat(128)}\\.bin`]: "put" };
+for (const name of [...Object.keys(odd), "first.bin", "last.bin"]) batch.addFile({ name, type: "", data: new Blob([name]) });
+batch.addUploader(async (ids) => {
+  for (const id of ids) {
+    const file = batch.getFile(id);
+    const { method, url, headers } = await single.getUploadParameters(file);
+    uploads.set(file.name, headers["x-amz-meta-lfs-upload-id"]);
+    if (odd[file.name] === "error") batch.emit("upload-error", file, new Error("the network is gone"));
+    else if (odd[file.name] === "nothing") continue;
+    else assert.equal((await fetch(url, { method, headers, body: file.data })).status, 200);
+  }
+});
+const { successful, failed } = await batch.upload();
+assert.deepEqual(failed.map(({ name }) => name), ["failed.bin", "missing.bin"]);
+assert.deepEqual(failed.map(({ error }) => error.replace(/:.*/, "")), ["the network is gone", "Error"]);
+assert.match(failed[1].error, /object-missing/);
+assert.equal(successful.length, 3);
+for (const { name, id } of successful) {
+  const { pointer } = batch.getFile(id).response.body;
+  assert.equal(await (await broker.fetch(pointer)).text(), name);
+}
+for (const { name } of failed) assert.equal((await broker.call("GET", `/lfs/uploads/${uploads.get(name)}`)).state, "aborted", name);

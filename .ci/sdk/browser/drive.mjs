@@ -1,22 +1,35 @@
-// Opens the browser examples in headless Chromium, gives each a file, and waits for what it says: drive.mjs DIRECTORY
+// Opens the browser examples in headless Chromium, gives each a file, and waits for what it says: drive.mjs DIRECTORY ORIGIN_FILE
 import { spawn } from "node:child_process";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import { tmpdir } from "node:os";
-import { extname, join, normalize } from "node:path";
+import { createInterface } from "node:readline";
+import { join } from "node:path";
 
 const [directory, portFile] = process.argv.slice(2);
-const types = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript" };
-// One PUT, and two parts of Uppy's 16 MiB.
+// One PUT, and two parts of Uppy's 16 MiB; names and types as files have them, and some that the broker takes for no file's.
 const runs = [
-  { page: "browser.html", size: 3_000_001 },
-  { page: "browser.html", size: 70 * 1024 * 1024 },
-  { page: "uppy.html", size: 3_000_001 },
-  { page: "uppy.html", size: 16 * 1024 * 1024 + 1 },
+  { page: "browser.html", size: 3_000_001, name: "a\\b.bin" },
+  { page: "browser.html", size: 70 * 1024 * 1024, name: "a.bin", type: "application/x-test" },
+  { page: "uppy.html", size: 3_000_001, name: "ä".repeat(128) },
+  { page: "uppy.html", size: 16 * 1024 * 1024 + 1, name: "a.bin", type: "application/x-test" },
 ];
 
+/** The server that the pages name, and its answer to a request of theirs: what it makes of paths, queries and types is tried too. */
+const files = spawn("python3", ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", directory], {
+  stdio: ["ignore", "pipe", "ignore"],
+});
+const [, filesPort] = / port (\d+) /.exec(await new Promise((line) => createInterface(files.stdout).once("line", line)));
+process.once("exit", () => files.kill());
+process.once("SIGTERM", () => process.exit(143));
+async function fromFiles(request, answer) {
+  const file = await fetch(`http://127.0.0.1:${filesPort}${request.url}`, { redirect: "manual" });
+  for (const name of ["content-type", "location"]) if (file.headers.has(name)) answer.setHeader(name, file.headers.get(name));
+  answer.writeHead(file.status).end(Buffer.from(await file.arrayBuffer()));
+}
+
 /** The page around the example: chooses a file as a person would, and reports what the example says in the end. */
-const frame = ({ page, size, broker }) => `<!doctype html><iframe></iframe><script type="module">
+const frame = ({ page, size, name, type, broker }) => `<!doctype html><iframe></iframe><script type="module">
   const report = (text) => fetch("/report", { method: "POST", body: text });
   try {
     const frame = document.querySelector("iframe");
@@ -28,7 +41,7 @@ const frame = ({ page, size, broker }) => `<!doctype html><iframe></iframe><scri
     const { DataTransfer, Event, File } = frame.contentWindow;
     const transfer = new DataTransfer();
     const bytes = new Uint8Array(${size}).map((_, at) => at * 31 + (at >> 8));
-    transfer.items.add(new File([bytes], "${page}-${size}.bin", { type: "application/x-test" }));
+    transfer.items.add(new File([bytes], ${JSON.stringify(name)}, ${JSON.stringify({ type })}));
     const input = inside.querySelector("input");
     input.files = transfer.files;
     input.dispatchEvent(new Event("change"));
@@ -47,13 +60,8 @@ const server = createServer(async (request, answer) => {
     answer.end();
     return current.report(text);
   }
-  if (pathname === "/") return answer.setHeader("content-type", "text/html").end(frame(current));
-  try {
-    const file = await readFile(join(directory, normalize(pathname)));
-    answer.setHeader("content-type", types[extname(pathname)] ?? "application/octet-stream").end(file);
-  } catch {
-    answer.writeHead(404).end();
-  }
+  if (pathname === "/") return answer.setHeader("content-type", "text/html; charset=utf-8").end(frame(current));
+  await fromFiles(request, answer);
 });
 await new Promise((listening) => server.listen(0, "127.0.0.1", listening));
 const origin = `http://127.0.0.1:${server.address().port}`;
@@ -63,11 +71,12 @@ await writeFile(portFile, origin);
 const broker = (await new Promise((line) => process.stdin.once("data", line))).toString().trim();
 process.stdin.destroy();
 
-async function run({ page, size }) {
+async function run(asked) {
+  const { page, size, name } = asked;
   const profile = await mkdtemp(join(tmpdir(), "lfs-broker-chromium."));
   let said;
   const report = new Promise((resolve) => (said = resolve));
-  current = { page, size, broker, report: said };
+  current = { ...asked, broker, report: said };
   const flags = ["--headless=new", "--enable-logging=stderr", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"];
   const chromium = spawn("chromium", [...flags, "--no-proxy-server", `--user-data-dir=${profile}`, origin], { stdio: ["ignore", "ignore", "pipe"] });
   let log = "";
@@ -79,7 +88,7 @@ async function run({ page, size }) {
   chromium.kill();
   await ended;
   await rm(profile, { recursive: true, force: true, maxRetries: 5 });
-  console.log(`${page}, ${size} bytes: ${answer}`);
+  console.log(`${page}, ${size} bytes as ${name.slice(0, 20)}: ${answer}`);
   if (!answer.startsWith("done: ") || JSON.parse(answer.slice(6)).size !== size) {
     console.log(log.split("\n").filter((line) => line.includes("CONSOLE")).join("\n"));
     process.exitCode = 1;
@@ -88,3 +97,4 @@ async function run({ page, size }) {
 
 for (const each of runs) await run(each);
 server.close();
+files.kill();
