@@ -9,6 +9,7 @@ import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import com.fasterxml.jackson.databind.JsonNode;
+import com.fasterxml.jackson.databind.node.ObjectNode;
 import java.io.IOException;
 import java.io.InputStream;
 import java.net.URI;
@@ -240,6 +241,22 @@ class ThroughKafkaTest {
         JsonNode upload = broker.call("POST", "/lfs/uploads", text(request), null);
         broker.put(upload.path("upload"), () -> upload.path("upload"), value, 0, value.length);
         broker.call("POST", "/lfs/uploads/" + upload.path("id").asText() + "/complete", null, null);
+        assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
+    }
+
+    /** S3 refuses a wrong signature as it refuses one that is over. */
+    @Test
+    void aRequestThatS3RefusesIsHadAnewByTheSameQuestion() throws Exception {
+        byte[] value = text("hello");
+        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        byte[] promise = text("{\"topic\":\"" + topic + "\",\"size\":5}");
+        String key = UUID.randomUUID().toString();
+        JsonNode upload = broker.call("POST", "/lfs/uploads", promise, key);
+        ObjectNode refused = upload.path("upload").deepCopy();
+        refused.put("url", refused.path("url").asText().replaceFirst("X-Amz-Signature=\\w+", "X-Amz-Signature=" + "0".repeat(64)));
+        broker.put(refused, () -> broker.call("POST", "/lfs/uploads", promise, key).path("upload"), value, 0, value.length);
+        String path = "/lfs/uploads/" + upload.path("id").asText();
+        broker.call("POST", path + "/complete", text("{\"sha256\":\"" + Checksum.sha256(value, 0, value.length) + "\"}"), null);
         assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
     }
 
