@@ -84,20 +84,11 @@ pub(crate) enum Error {
     #[error("the completion's outcome is not known yet; asking again resolves it")]
     Unknown,
     #[error("{0}")]
-    Store(store::Error),
+    Store(#[from] store::Error),
     #[error("{0}")]
     Objects(#[from] objects::Error),
     #[error("{0}")]
     Kafka(#[from] kafka::Error),
-}
-
-impl From<store::Error> for Error {
-    fn from(error: store::Error) -> Self {
-        match error {
-            store::Error::Busy => Self::KeyInFlight,
-            other => Self::Store(other),
-        }
-    }
 }
 
 /// The verbs; cheap to clone.

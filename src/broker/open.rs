@@ -63,6 +63,7 @@ impl Broker {
         match self.store.create(&session, &hashes, idempotency, self.settings.quota).await? {
             Created::New => {}
             Created::KeyTaken => return self.replay(caller, key.as_deref(), &digest).await?.ok_or(Error::KeyInFlight),
+            Created::KeyInFlight => return Err(Error::KeyInFlight),
             Created::TooManySessions => return Err(Error::TooManySessions),
             Created::TooManyBytes => return Err(Error::TooManyBytes),
         }

@@ -63,7 +63,7 @@ pub enum Error {
         what: String,
     },
     /// Another request holds what this one needs.
-    #[error("another request holds the same key")]
+    #[error("another request holds the same row for too long")]
     Busy,
     /// Nobody is left to do it.
     #[error("the broker is ending")]

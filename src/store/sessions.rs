@@ -38,6 +38,8 @@ pub(crate) enum Created {
     New,
     /// The idempotency key was taken meanwhile.
     KeyTaken,
+    /// The idempotency key is being stored by another request, and has been for a while.
+    KeyInFlight,
     TooManySessions,
     TooManyBytes,
 }
@@ -93,7 +95,9 @@ impl Store {
                 let created = write::create(&mut tx, session, part_hashes, idempotency, quota).await?;
                 match created {
                     Created::New => tx.commit().await?,
-                    Created::KeyTaken | Created::TooManySessions | Created::TooManyBytes => tx.rollback().await?,
+                    Created::KeyTaken | Created::KeyInFlight | Created::TooManySessions | Created::TooManyBytes => {
+                        tx.rollback().await?;
+                    }
                 }
                 Ok(created)
             })

@@ -188,6 +188,40 @@ async fn a_database_that_falls_silent_under_load_does_not_keep_its_connections()
 }
 
 #[tokio::test]
+async fn a_row_that_stays_locked_is_told_as_the_database_and_not_as_a_key_in_flight() {
+    let house = House::new().await;
+    let id = house.put_up(b"hello", json!({})).await.id();
+    // As when a replica's connection hung in the middle of its transaction.
+    let mut stuck = house.db.begin().await.unwrap();
+    sqlx::query("select from upload_sessions for update").execute(&mut *stuck).await.unwrap();
+    sqlx::query("select from tenants for update").execute(&mut *stuck).await.unwrap();
+    refused_soon(house.delete(&format!("/lfs/uploads/{id}")), &["dependency-unavailable"]).await;
+    refused_soon(house.open(b"x", json!({})), &["dependency-unavailable"]).await;
+    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
+    let under_key = house.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body);
+    refused_soon(house.send(under_key), &["dependency-unavailable"]).await;
+    stuck.rollback().await.unwrap();
+    house.complete(&id).await.expect(200);
+}
+
+#[tokio::test]
+async fn a_key_that_is_being_stored_is_in_flight() {
+    let house = House::new().await;
+    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
+    let open = || house.send(house.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body));
+    let first = open().await.expect(201).id();
+    let mut stuck = house.db.begin().await.unwrap();
+    // The same key, not yet committed: as the first request holds it while it is stored.
+    sqlx::query("delete from idempotency_keys").execute(&house.db).await.unwrap();
+    let store = "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
+                 select tenant, subject, 'k', '\\x00', id, now() from upload_sessions";
+    sqlx::query(store).execute(&mut *stuck).await.unwrap();
+    open().await.expect_problem(409, "idempotency-in-flight");
+    stuck.rollback().await.unwrap();
+    assert_ne!(open().await.expect(201).id(), first);
+}
+
+#[tokio::test]
 async fn a_pool_whose_every_connection_hangs_is_whole_again() {
     let (house, wire) = house_behind_database_with(2).await;
     let id = house.open(b"hello", json!({})).await.expect(201).id();

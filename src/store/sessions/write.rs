@@ -59,9 +59,14 @@ pub(super) async fn create(
             session.created_at
         )
         .execute(&mut *tx)
-        .await?;
-        if taken.rows_affected() == 0 {
-            return Ok(Created::KeyTaken);
+        .await
+        .map_err(Error::from);
+        match taken.map(|taken| taken.rows_affected()) {
+            // It waited for whoever stores the same key.
+            Err(Error::Busy) => return Ok(Created::KeyInFlight),
+            Err(error) => return Err(error),
+            Ok(0) => return Ok(Created::KeyTaken),
+            Ok(_) => {}
         }
     }
     // Last, because every open of one tenant waits for this row.
