@@ -14,7 +14,8 @@ use crate::harness::{House, bytes, sha256};
 /// Joining a group takes 3 s where Kafka waits for more members.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Follows the house's topic until it has saved so many records.
+/// Follows the house's topic until it has saved so many records. A group is named after the topic: tests that shared one
+/// would send its members away from each other's places.
 async fn consume(house: &House, directory: &Path, records: usize, more: &[&str]) -> Output {
     consume_with(house, directory, records, more, &[]).await
 }
@@ -55,7 +56,7 @@ async fn a_topic_becomes_files_and_a_group_remembers_where_it_was() {
     produce(&house.topic, 2, b"no pointer", None).await;
 
     let contents = BTreeMap::from([(0, b"hello".to_vec()), (1, large), (2, b"no pointer".to_vec())]);
-    let told = lines(&consume(&house, directory.path(), 3, &["--group", "files"]).await);
+    let told = lines(&consume(&house, directory.path(), 3, &["--group", &house.topic]).await);
     assert_eq!(told.len(), 3);
     for line in &told {
         let content = &contents[&line["partition"].as_i64().unwrap()];
@@ -72,7 +73,7 @@ async fn a_topic_becomes_files_and_a_group_remembers_where_it_was() {
 
     // The group goes on where it was; without one it is all there again, under the same names.
     let next = house.publish(b"next", json!({"partition": 0})).await;
-    let told = lines(&consume(&house, directory.path(), 1, &["--group", "files"]).await);
+    let told = lines(&consume(&house, directory.path(), 1, &["--group", &house.topic]).await);
     assert_eq!((&told[0]["offset"], &told[0]["size"]), (&next.json["record"]["offset"], &json!(4)));
     assert_eq!(lines(&consume(&house, directory.path(), 4, &[]).await).len(), 4);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4);
@@ -86,19 +87,19 @@ async fn a_record_that_cannot_be_saved_is_not_passed_over() {
     house.publish(b"after", json!({"partition": 0})).await;
     let key = gone.json["pointer"]["key"].as_str().unwrap();
     house.s3.delete_object().bucket(&house.bucket).key(key).send().await.unwrap();
-    let told = consume(&house, directory.path(), 2, &["--group", "files"]).await;
+    let told = consume(&house, directory.path(), 2, &["--group", &house.topic]).await;
     let words = String::from_utf8_lossy(&told.stderr).into_owned();
     assert_eq!((told.status.code(), told.stdout.len()), (Some(3), 0), "{words}");
     assert!(words.contains(&format!("{}-0-", house.topic)), "it says which: {words}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     // Other bytes in its place are a failure of another kind, whoever finds it.
-    for (other, group) in [(b"evil".as_slice(), ["--group", "files"].as_slice()), (b"larger", &[])] {
+    for (other, group) in [(b"evil".as_slice(), ["--group", &house.topic].as_slice()), (b"larger", &[])] {
         house.put_object(key, other, None).await;
         let told = consume(&house, directory.path(), 2, group).await;
         assert_eq!((told.status.code(), told.stdout.len()), (Some(4), 0), "{}", String::from_utf8_lossy(&told.stderr));
     }
     house.put_object(key, b"gone", None).await;
-    assert_eq!(lines(&consume(&house, directory.path(), 2, &["--group", "files"]).await).len(), 2);
+    assert_eq!(lines(&consume(&house, directory.path(), 2, &["--group", &house.topic]).await).len(), 2);
 }
 
 #[tokio::test]
@@ -123,7 +124,7 @@ async fn a_reference_is_followed_into_the_bucket_that_was_named_and_never_called
     house.put_object(&key, b"by reference", None).await;
     refer(&house.topic, &key).await;
 
-    let untold = consume(&house, directory.path(), 1, &["--group", "files"]).await;
+    let untold = consume(&house, directory.path(), 1, &["--group", &house.topic]).await;
     let words = String::from_utf8_lossy(&untold.stderr).into_owned();
     assert_eq!((untold.status.code(), untold.stdout.len()), (Some(1), 0), "not taken for a tombstone: {words}");
     assert!(words.contains("hint:") && words.contains("--reference-bucket"), "{words}");
@@ -135,7 +136,7 @@ async fn a_reference_is_followed_into_the_bucket_that_was_named_and_never_called
         ("AWS_SECRET_ACCESS_KEY", s3.secret_access_key.as_deref().unwrap()),
         ("AWS_REGION", s3.region.as_deref().unwrap()),
     ];
-    let more = ["--group", "files", "--reference-bucket", &house.bucket];
+    let more = ["--group", &house.topic, "--reference-bucket", &house.bucket];
     let told = consume_with(&house, directory.path(), 1, &more, &environment).await;
     let line = &lines(&told)[0];
     assert_eq!((&line["verified"], &line["size"]), (&json!(false), &json!(12)));
@@ -153,7 +154,7 @@ async fn a_group_that_begins_at_the_end_does_not_pass_over_what_it_could_not_sav
     let house = House::new().await;
     let directory = tempfile::tempdir().unwrap();
     house.publish(b"before", json!({"partition": 0})).await;
-    let latest = ["--group", "files", "--from", "latest"];
+    let latest = ["--group", &house.topic, "--from", "latest"];
     // It ends at once, and its places are noted.
     assert!(lines(&consume(&house, directory.path(), 0, &latest).await).is_empty());
     let gone = house.publish(b"gone", json!({"partition": 0})).await;
