@@ -53,8 +53,11 @@ pub(super) fn last(
             break (start, stable);
         }
         if Instant::now() > deadline {
-            let open = "another transaction is open in the marker topic";
-            return Err(Error::Unreachable(format!("{open}: {stable} of {end} records can be read")));
+            // Kafka ends what a dead owner left open when the new one comes. Where it does not, it has lost the end.
+            return Err(Error::Unreachable(format!(
+                "a transaction is open at {MARKER_TOPIC}-{partition}, offset {stable}, of {end}: if it stays so, \
+                 `kafka-transactions.sh abort` ends it there and in the topics"
+            )));
         }
         std::thread::sleep(Duration::from_millis(50));
     };
