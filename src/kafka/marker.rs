@@ -55,8 +55,7 @@ pub(super) fn last(
         if Instant::now() > deadline {
             // Kafka ends what a dead owner left open when the new one comes. Where it does not, it has lost the end.
             return Err(Error::Unreachable(format!(
-                "a transaction is open at {MARKER_TOPIC}-{partition}, offset {stable}, of {end}: if it stays so, \
-                 `kafka-transactions.sh abort` ends it there and in the topics"
+                "a transaction is open at {MARKER_TOPIC}-{partition}, offset {stable} of {end}: if it stays so, Kafka lost its end"
             )));
         }
         std::thread::sleep(Duration::from_millis(50));
