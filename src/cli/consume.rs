@@ -119,17 +119,14 @@ async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> 
     let of_record = |error| Error::of_file(error, &place);
     let headers = record.headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
     let content = consumer.open(record.value.as_deref(), headers).await.map_err(of_record)?.content;
-    let (name, size) = match &content {
-        Content::Pointer(download) => (download.resolved().and_then(|resolved| resolved.filename.as_deref()), download.size()),
-        Content::Reference(download) => (None, download.size()),
-        Content::Nothing | Content::Inline(_) => (None, 0),
+    let (name, size, unverified) = match &content {
+        Content::Pointer(download) | Content::Reference(download) => {
+            let name = download.resolved().and_then(|resolved| resolved.filename.as_deref());
+            (name, download.size(), download.digest().is_none())
+        }
+        Content::Nothing | Content::Inline(_) => (None, 0, false),
     };
     let path = arguments.dir.join(format!("{place}{}", extension(name)));
-    let unverified = match &content {
-        Content::Reference(_) => true,
-        Content::Pointer(download) => download.digest().is_none(),
-        Content::Nothing | Content::Inline(_) => false,
-    };
     let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.connection.json));
     let progress = Arc::clone(&meter);
     let saved = content.on_progress(move |done| progress.tell(done, size)).save(&path).await;

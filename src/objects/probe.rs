@@ -88,9 +88,7 @@ impl Objects {
             Err(_) => Err(Error::Unavailable(format!("the probe's objects were not removed in {} s", CLEANING.as_secs()))),
         }
     }
-}
 
-impl Objects {
     /// Removes what trials have left whose broker died, or whose store went away, in the middle: what is there now and
     /// still there when every trial that runs now has ended, which is after [`LONGEST_TRIAL`]. Returns when nothing is left.
     ///
