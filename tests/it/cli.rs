@@ -2,11 +2,12 @@
 
 use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::harness::faults::wire_to_s3;
+use crate::harness::faults::clients_behind_s3;
+use crate::harness::serving::signal;
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
@@ -199,21 +200,20 @@ async fn interrupted(house: &House, file: &Path) -> (String, Output) {
     let open = async || house.get("/lfs/uploads?state=open").await.json["items"].clone();
     house.eventually("the upload is open", async || open().await[0].is_object()).await;
     let id = open().await[0]["id"].as_str().unwrap().to_owned();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    (id, interrupt(child).await)
+}
+
+/// Asks a command to end, as Ctrl-C does. Gives what it said; it calls that a failure.
+async fn interrupt(child: Child) -> Output {
+    signal(child.id(), "INT");
     let told = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
     assert_eq!(told.status.code(), Some(1), "{}", text(&told.stderr));
-    (id, told)
+    told
 }
 
 #[tokio::test]
 async fn an_interrupted_put_says_how_to_go_on_and_goes_on_there() {
-    let wire = wire_to_s3().await;
-    let endpoint = format!("http://{}", wire.address());
-    let house = House::with(|settings| {
-        settings.objects.public_endpoint = Some(endpoint);
-        settings.policy.single_put_max_bytes = PART as u64;
-    })
-    .await;
+    let (house, wire) = clients_behind_s3(|settings| settings.policy.single_put_max_bytes = PART as u64).await;
     wire.silence();
     let directory = tempfile::tempdir().unwrap();
     let (large, small) = (directory.path().join("it's large"), directory.path().join("small"));
@@ -272,9 +272,7 @@ async fn get_replaces_files_and_what_links_lead_to_and_never_a_pipe() {
 
 #[tokio::test]
 async fn an_interrupted_get_leaves_nothing() {
-    let wire = wire_to_s3().await;
-    let endpoint = format!("http://{}", wire.address());
-    let house = House::with(|settings| settings.objects.public_endpoint = Some(endpoint)).await;
+    let (house, wire) = clients_behind_s3(|_| {}).await;
     let id = house.publish(b"hello", serde_json::json!({})).await.id();
     wire.silence();
     let directory = tempfile::tempdir().unwrap();
@@ -284,9 +282,7 @@ async fn an_interrupted_get_leaves_nothing() {
     let child = command.spawn().unwrap();
     // Its connection stands, so it waits for bytes.
     wire.is_met().await;
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let told = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
-    assert_eq!(told.status.code(), Some(1), "{}", text(&told.stderr));
+    let told = interrupt(child).await;
     assert!(text(&told.stderr).contains("interrupted: nothing was written"), "{}", text(&told.stderr));
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }

@@ -7,7 +7,7 @@ use lfs_broker_client::{Error, UploadOptions, Value};
 use serde_json::json;
 use tokio::sync::Notify;
 
-use crate::harness::faults::wire_to_s3;
+use crate::harness::faults::clients_behind_s3;
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
@@ -92,9 +92,7 @@ async fn another_file_of_the_same_size_publishes_nothing_when_it_is_resumed() {
 
 #[tokio::test]
 async fn a_cancelled_upload_is_aborted() {
-    let wire = wire_to_s3().await;
-    let endpoint = format!("http://{}", wire.address());
-    let house = House::with(|settings| settings.objects.public_endpoint = Some(endpoint)).await;
+    let (house, wire) = clients_behind_s3(|_| {}).await;
     // The bytes are on their way when it is cancelled.
     wire.silence();
     let opened = Arc::new(Notify::new());

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::audit::{produce, refer};
+use crate::harness::serving::signal;
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes, sha256};
 
@@ -27,13 +28,13 @@ async fn consume_with(house: &House, directory: &Path, records: usize, more: &[&
     command.env_clear().env("LFS_BROKER_URL", house.url()).env("KAFKA_BOOTSTRAP_SERVERS", kafka).stdin(Stdio::null());
     command.envs(environment.iter().copied());
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
-    let id = child.id().to_string();
+    let id = child.id();
     let ending = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
     match tokio::time::timeout(PATIENCE, ending).await {
         Ok(ended) => ended.unwrap(),
         Err(_) => {
             // What waits for records that never come waits for ever.
-            let _ = Command::new("kill").args(["-KILL", &id]).status();
+            signal(id, "KILL");
             panic!("consume did not end within {PATIENCE:?}");
         }
     }

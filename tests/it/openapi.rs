@@ -28,6 +28,18 @@ fn operations(document: &Value) -> Vec<(String, String, Value)> {
     operations
 }
 
+/// The bodies of all requests and answers: whose, of which media type, and what is said of them.
+fn bodies(document: &Value) -> Vec<(String, String, Value)> {
+    let mut bodies = Vec::new();
+    for (method, path, operation) in operations(document) {
+        let answers = operation["responses"].as_object().unwrap().values();
+        for content in answers.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
+            bodies.extend(content.iter().map(|(kind, body)| (format!("{method} {path}"), kind.clone(), body.clone())));
+        }
+    }
+    bodies
+}
+
 #[test]
 fn the_committed_document_is_that_of_the_handlers() {
     let path = root().join("openapi/openapi.json");
@@ -197,14 +209,9 @@ fn no_type_is_left_to_guess() {
     for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
         vague(schema, name, &mut found);
     }
-    for (method, path, operation) in operations(&document) {
-        let answers = operation["responses"].as_object().unwrap().values();
-        for content in answers.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
-            for media in content.values() {
-                assert!(!media["schema"]["oneOf"].is_array(), "{method} {path}: a schema without a name");
-                vague(&media["schema"], &format!("{method} {path}"), &mut found);
-            }
-        }
+    for (place, _, body) in bodies(&document) {
+        assert!(!body["schema"]["oneOf"].is_array(), "{place}: a schema without a name");
+        vague(&body["schema"], &place, &mut found);
     }
     assert!(found.is_empty(), "{found:#?}");
     let mut all = Vec::new();
@@ -272,19 +279,12 @@ fn shows(document: &Value, schema: &Value) -> bool {
 #[test]
 fn every_body_has_an_example() {
     let document = document();
-    let mut bodies = 0;
-    for (path, methods) in document["paths"].as_object().unwrap() {
-        for (method, operation) in methods.as_object().unwrap() {
-            let answers = operation["responses"].as_object().unwrap().values();
-            for content in answers.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
-                for (kind, body) in content.iter().filter(|(kind, _)| kind.contains("json")) {
-                    bodies += 1;
-                    assert!(body.get("example").is_some() || shows(&document, &body["schema"]), "{method} {path}: {kind}");
-                }
-            }
-        }
+    let mut seen = 0;
+    for (place, kind, body) in bodies(&document).iter().filter(|(_, kind, _)| kind.contains("json")) {
+        seen += 1;
+        assert!(body.get("example").is_some() || shows(&document, &body["schema"]), "{place}: {kind}");
     }
-    assert!(bodies > 50, "{bodies} bodies were looked at");
+    assert!(seen > 50, "{seen} bodies were looked at");
 }
 
 /// Holds an answer against a schema: no member that it lacks, none missing that it requires.

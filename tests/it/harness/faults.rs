@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use lfs_broker::app;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -16,6 +17,18 @@ const AT_ONCE: Duration = Duration::from_millis(2500);
 /// A proxy in front of the S3 server.
 pub(crate) async fn wire_to_s3() -> Wire {
     Wire::to(servers().s3.endpoint.trim_start_matches("http://")).await
+}
+
+/// A house whose clients reach S3 through a wire; its broker does not need it.
+pub(crate) async fn clients_behind_s3(change: impl FnOnce(&mut app::Settings)) -> (House, Wire) {
+    let wire = wire_to_s3().await;
+    let endpoint = format!("http://{}", wire.address());
+    let house = House::with(|settings| {
+        settings.objects.public_endpoint = Some(endpoint);
+        change(settings);
+    })
+    .await;
+    (house, wire)
 }
 
 /// A proxy in front of PostgreSQL.

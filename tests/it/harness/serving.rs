@@ -89,9 +89,14 @@ impl Serving {
 
     /// Sends it a signal by its name.
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
-        assert!(sent.expect("kill runs").success());
+        signal(self.child.id(), name);
     }
+}
+
+/// Sends a signal to a process that the test started.
+pub(crate) fn signal(process: u32, name: &str) {
+    let sent = Command::new("kill").arg(format!("-{name}")).arg(process.to_string()).status();
+    assert!(sent.expect("kill runs").success());
 }
 
 impl Drop for Serving {
