@@ -136,7 +136,7 @@ impl Error {
             // `retryable` alone would also repeat what first needs another step, such as a missing part.
             Self::Refused(problem) => problem.retryable && (passing(problem.status) || problem.code == "idempotency-in-flight"),
             Self::Unexpected { status, .. } => passing(*status),
-            // 409 is S3's answer to two conditional writes that meet; it asks for another try.
+            // 409 is S3's answer to two conditional writes that meet, and VersityGW's to a PUT that meets a DELETE beside it.
             Self::Storage { status, code, .. } => passing(*status) || matches!(status, 409 | 500) || code == "RequestTimeout",
             _ => false,
         }
@@ -257,6 +257,7 @@ mod tests {
             (storage(503, "SlowDown"), true),
             (storage(500, "InternalError"), true),
             (storage(409, "ConditionalRequestConflict"), true),
+            (storage(409, "ExistingObjectIsDirectory"), true),
             (storage(400, "RequestTimeout"), true),
             (storage(400, "BadDigest"), false),
             (storage(403, "SignatureDoesNotMatch"), false),

@@ -67,7 +67,7 @@ async fn a_rejected_upload_is_over_already_and_leaves_nothing() {
     let house = House::new().await;
     let opened = house.open(b"hello", json!({})).await.expect(201);
     let key = opened.json["object_key"].as_str().unwrap();
-    house.s3.put_object().bucket(&house.bucket).key(key).body(b"olleh".to_vec().into()).send().await.unwrap();
+    house.put_object(key, b"olleh", None).await;
     house.complete(&opened.id()).await.expect_problem(422, "object-foreign");
     abort(&house, &opened.id()).await.expect(204);
     assert_eq!(house.upload(&opened.id()).await.state(), "rejected");

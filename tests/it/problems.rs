@@ -387,7 +387,7 @@ async fn an_object_that_somebody_else_wrote_is_rejected_and_stays_so() {
     let house = House::new().await;
     let opened = house.open(b"hello", json!({})).await.expect(201);
     let key = opened.json["object_key"].as_str().unwrap();
-    house.s3.put_object().bucket(&house.bucket).key(key).body(b"hello".to_vec().into()).send().await.unwrap();
+    house.put_object(key, b"hello", None).await;
     let first = house.complete(&opened.id()).await.expect_problem(422, "object-foreign");
     let second = house.complete(&opened.id()).await.expect_problem(422, "object-foreign");
     assert_eq!(first.json["upload_state"], "rejected");

@@ -91,7 +91,7 @@ async fn failed_uploads_say_that_nothing_comes_next_and_why() {
     let house = House::new().await;
     let rejected = house.open(b"hello", json!({})).await.expect(201);
     let key = rejected.json["object_key"].as_str().unwrap();
-    house.s3.put_object().bucket(&house.bucket).key(key).body(b"hello".to_vec().into()).send().await.unwrap();
+    house.put_object(key, b"hello", None).await;
     house.complete(&rejected.id()).await.expect_problem(422, "object-foreign");
     let aborted = house.open(b"hello", json!({})).await.expect(201);
     house.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);

@@ -31,6 +31,7 @@ use uuid::Uuid;
 
 use process::Process;
 use servers::servers;
+use uploads::lost_its_directory;
 
 /// One broker, and what is around it.
 pub(crate) struct House {
@@ -247,6 +248,17 @@ impl House {
 
     /// Sends bytes by a signed request, as a client that knows nothing else would.
     pub(crate) async fn put(&self, request: &Value, content: &[u8]) -> Answer {
+        let mut answer = self.put_once(request, content).await;
+        for _ in 0..20 {
+            if !lost_its_directory(answer.status, &answer.text) {
+                break;
+            }
+            answer = self.put_once(request, content).await;
+        }
+        answer
+    }
+
+    async fn put_once(&self, request: &Value, content: &[u8]) -> Answer {
         let signed: SignedRequest = serde_json::from_value(request.clone()).unwrap_or_else(|error| panic!("{error}: {request}"));
         let mut put = self.http.put(&signed.url).body(content.to_vec());
         for (name, value) in &signed.headers {
