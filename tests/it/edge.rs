@@ -3,12 +3,11 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use lfs_broker::app;
-use lfs_broker::auth::{self, Grant, Scope, issue};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::harness::faults::wire_to_s3;
+use crate::harness::tokens::token;
 use crate::harness::{Answer, House};
 
 const HEALTH: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n";
@@ -213,42 +212,12 @@ async fn no_more_uploads_are_completed_at_once_than_there_are_seats() {
     assert_eq!(house.distinct_records().await.len(), 6);
 }
 
-fn keys() -> auth::Settings {
-    auth::Settings {
-        mode: auth::Mode::Jwt,
-        hs256_secret: Some("0123456789abcdef0123456789abcdef".into()),
-        issuer: Some("i".into()),
-        audience: Some("a".into()),
-        ..auth::Settings::default()
-    }
-}
-
-fn token(tenant: &str, scopes: &[Scope]) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    let grant = Grant {
-        tenant: tenant.into(),
-        subject: "s".into(),
-        scopes: scopes.to_vec(),
-        topics: vec!["*".into()],
-        expires_at: now + 600,
-    };
-    issue(&keys(), grant).unwrap()
-}
-
-async fn with_tokens(change: impl FnOnce(&mut app::Settings)) -> House {
-    House::with(|settings| {
-        settings.objects.allow_copy_source = true;
-        settings.auth = keys();
-        change(settings);
-    })
-    .await
-}
-
 #[tokio::test]
 async fn a_tenant_asks_as_often_as_it_may_and_no_other_pays_for_it() {
-    let house = with_tokens(|settings| settings.http.tenant_requests_per_second = 5).await;
-    let list =
-        async |tenant: &str| house.send(house.request("GET", "/lfs/uploads").bearer_auth(token(tenant, &[Scope::Read]))).await;
+    let house = House::with_tokens(|settings| settings.http.tenant_requests_per_second = 5).await;
+    let list = async |tenant: &str| {
+        house.send(house.request("GET", "/lfs/uploads").bearer_auth(token(tenant, "lfs:read", &["*"]))).await
+    };
     let mut served = 0;
     let limited = loop {
         let answer = list("acme").await;
@@ -265,11 +234,11 @@ async fn a_tenant_asks_as_often_as_it_may_and_no_other_pays_for_it() {
 
     // After the scope, before the media type and all that follows; pages that need no token are not counted.
     let exhausted = async || while list("acme").await.status != 429 {};
-    let post = |scope| house.send(house.request("POST", "/lfs/uploads").bearer_auth(token("acme", &[scope])).body("x"));
+    let post = |scope| house.send(house.request("POST", "/lfs/uploads").bearer_auth(token("acme", scope, &["*"])).body("x"));
     exhausted().await;
-    post(Scope::Read).await.expect_problem(403, "insufficient-scope");
+    post("lfs:read").await.expect_problem(403, "insufficient-scope");
     exhausted().await;
-    post(Scope::Write).await.expect_problem(429, "rate-limited");
+    post("lfs:write").await.expect_problem(429, "rate-limited");
     house.get("/healthz").await.expect(200);
     house.eventually("the tenant may ask again", async || list("acme").await.status == 200).await;
 }
@@ -280,20 +249,20 @@ async fn without_tokens_and_at_zero_nobody_counts() {
     for _ in 0..20 {
         house.get("/lfs/uploads").await.expect(200);
     }
-    let house = with_tokens(|settings| {
+    let house = House::with_tokens(|settings| {
         settings.http.tenant_requests_per_second = 0;
         settings.http.failed_logins_per_minute = 0;
     })
     .await;
     for _ in 0..20 {
-        house.send(house.request("GET", "/lfs/uploads").bearer_auth(token("acme", &[Scope::Read]))).await.expect(200);
+        house.send(house.request("GET", "/lfs/uploads").bearer_auth(token("acme", "lfs:read", &["*"]))).await.expect(200);
         house.send(house.request("GET", "/lfs/uploads").bearer_auth("x")).await.expect_problem(401, "invalid-token");
     }
 }
 
 #[tokio::test]
 async fn an_address_guesses_few_tokens_and_locks_nobody_out() {
-    let house = with_tokens(|settings| settings.http.failed_logins_per_minute = 3).await;
+    let house = House::with_tokens(|settings| settings.http.failed_logins_per_minute = 3).await;
     let guess = async |house: &House, forwarded: &str| {
         let request = house.request("GET", "/lfs/uploads").bearer_auth("a.b.c").header("x-forwarded-for", forwarded);
         house.send(request).await
@@ -305,10 +274,10 @@ async fn an_address_guesses_few_tokens_and_locks_nobody_out() {
     let limited = guess(&house, "192.0.2.9").await.expect_problem(429, "rate-limited");
     let wait: u64 = limited.headers["retry-after"].to_str().unwrap().parse().unwrap();
     assert!((1..=20).contains(&wait), "{wait}");
-    house.send(house.request("GET", "/lfs/uploads").bearer_auth(token("acme", &[Scope::Read]))).await.expect(200);
+    house.send(house.request("GET", "/lfs/uploads").bearer_auth(token("acme", "lfs:read", &["*"]))).await.expect(200);
     house.get("/lfs/uploads").await.expect_problem(401, "unauthenticated");
 
-    let house = with_tokens(|settings| {
+    let house = House::with_tokens(|settings| {
         settings.http.failed_logins_per_minute = 3;
         settings.http.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap(), "10.0.0.0/8".parse().unwrap()];
     })
@@ -395,7 +364,7 @@ async fn the_store_was_tried_out_when_the_broker_is_ready() {
     assert!(seen.as_object().unwrap().contains_key("answers_cors"));
     assert!(house.objects().await.is_empty(), "the trial left something");
 
-    let with_tokens = with_tokens(|_| {}).await;
+    let with_tokens = House::with_tokens(|_| {}).await;
     assert_eq!(&with_tokens.get("/readyz").await.expect(200).json["capabilities"], seen);
     let without_bucket = House::with(|settings| settings.objects.bucket = None).await;
     assert!(without_bucket.get("/readyz").await.json.get("capabilities").is_none());

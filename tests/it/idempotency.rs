@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use lfs_broker::auth;
 use serde_json::{Value, json};
 
+use crate::harness::tokens::{claims, sign};
 use crate::harness::{Answer, House, bytes, sha256};
 
 async fn open_under(house: &House, key: &str, body: &Value) -> Answer {
@@ -183,23 +183,12 @@ async fn a_replay_asks_neither_policy_nor_kafka_nor_quota() {
 
 #[tokio::test]
 async fn a_key_belongs_to_one_tenant_and_subject() {
-    use jsonwebtoken::{EncodingKey, Header, encode};
-    const SECRET: &str = "a secret of thirty-two bytes or more";
-    let house = House::with(|settings| {
-        settings.auth = auth::Settings {
-            mode: auth::Mode::Jwt,
-            hs256_secret: Some(SECRET.into()),
-            issuer: Some("it".into()),
-            audience: Some("it".into()),
-            ..auth::Settings::default()
-        };
-        settings.objects.allow_copy_source = true;
-    })
-    .await;
+    let house = House::with_tokens(|_| {}).await;
     let mut ids = BTreeSet::new();
     for (tenant, subject) in [("acme", "a"), ("acme", "b"), ("other", "a")] {
-        let claims = json!({"sub": subject, "tenant": tenant, "scope": "lfs:write", "topics": ["*"], "iss": "it", "aud": "it", "exp": 4_000_000_000u64});
-        let token = encode(&Header::default(), &claims, &EncodingKey::from_secret(SECRET.as_bytes())).unwrap();
+        let mut claims = claims(tenant, "lfs:write", &["*"]);
+        claims["sub"] = subject.into();
+        let token = sign(&claims);
         let open =
             || house.request("POST", "/lfs/uploads").header("idempotency-key", "key").bearer_auth(&token).json(&request(&house));
         let first = house.send(open()).await.expect(201);

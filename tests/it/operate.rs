@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use jsonwebtoken::{EncodingKey, Header, encode};
-use lfs_broker::auth;
 use lfs_broker_client::api::Redrive;
 use serde_json::json;
 use uuid::Uuid;
 
+use crate::harness::tokens::token;
 use crate::harness::{Answer, House};
 
 async fn impatient_house() -> House {
@@ -146,22 +145,7 @@ async fn the_figures_are_those_of_the_house() {
 
 #[tokio::test]
 async fn operating_needs_an_administrator() {
-    let secret = "a secret of thirty-two bytes or more";
-    let house = House::with(|settings| {
-        settings.auth = auth::Settings {
-            mode: auth::Mode::Jwt,
-            hs256_secret: Some(secret.into()),
-            issuer: Some("it".into()),
-            audience: Some("it".into()),
-            ..auth::Settings::default()
-        };
-        settings.objects.allow_copy_source = true;
-    })
-    .await;
-    let token = |scope: &str| {
-        let claims = json!({"sub": "s", "tenant": "acme", "scope": scope, "topics": ["*"], "iss": "it", "aud": "it", "exp": 4_000_000_000u64});
-        encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes())).unwrap()
-    };
+    let house = House::with_tokens(|_| {}).await;
     let id = Uuid::now_v7();
     for (method, path) in [
         ("POST", format!("/lfs/uploads/{id}/redrive")),
@@ -169,9 +153,9 @@ async fn operating_needs_an_administrator() {
         ("GET", "/lfs/stats".into()),
     ] {
         house.send(house.request(method, &path)).await.expect_problem(401, "unauthenticated");
-        let user = house.request(method, &path).bearer_auth(token("lfs:read lfs:write"));
+        let user = house.request(method, &path).bearer_auth(token("acme", "lfs:read lfs:write", &["*"]));
         house.send(user).await.expect_problem(403, "insufficient-scope");
-        let admin = house.send(house.request(method, &path).bearer_auth(token("lfs:admin"))).await;
+        let admin = house.send(house.request(method, &path).bearer_auth(token("acme", "lfs:admin", &["*"]))).await;
         assert_eq!(admin.status, if method == "GET" { 200 } else { 404 }, "{}", admin.text);
     }
 }

@@ -1,34 +1,12 @@
 //! A request that is wrong in two ways hears of the earlier one: route, method, sizes, token, scope, media type, JSON,
 //! shape, the token's topics, idempotency, policy, Kafka's metadata, quota.
 
-use jsonwebtoken::{EncodingKey, Header, encode};
-use lfs_broker::auth;
 use serde_json::{Value, json};
 
+use crate::harness::tokens::token;
 use crate::harness::{Answer, House, sha256};
 
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
-const SECRET: &str = "a secret of thirty-two bytes or more";
-
-async fn house_with_tokens() -> House {
-    House::with(|settings| {
-        settings.auth = auth::Settings {
-            mode: auth::Mode::Jwt,
-            hs256_secret: Some(SECRET.into()),
-            issuer: Some("it".into()),
-            audience: Some("it".into()),
-            ..auth::Settings::default()
-        };
-        settings.objects.allow_copy_source = true;
-        settings.policy.default_enabled = false;
-    })
-    .await
-}
-
-fn token(scope: &str, topics: &[&str]) -> String {
-    let claims = json!({"sub": "s", "tenant": "acme", "scope": scope, "topics": topics, "iss": "it", "aud": "it", "exp": 4_000_000_000u64});
-    encode(&Header::default(), &claims, &EncodingKey::from_secret(SECRET.as_bytes())).unwrap()
-}
 
 /// One request, step by step less wrong.
 struct Wrong<'a> {
@@ -53,7 +31,7 @@ impl Wrong<'_> {
 
 #[tokio::test]
 async fn a_request_that_is_wrong_in_every_way_hears_of_one_after_the_other() {
-    let house = house_with_tokens().await;
+    let house = House::with_tokens(|settings| settings.policy.default_enabled = false).await;
     let mut request = Wrong {
         house: &house,
         method: "PUT",
@@ -73,9 +51,9 @@ async fn a_request_that_is_wrong_in_every_way_hears_of_one_after_the_other() {
     assert!(nobody.headers.contains_key("www-authenticate"));
     request.token = Some("nonsense".to_owned());
     request.send().await.expect_problem(401, "invalid-token");
-    request.token = Some(token("lfs:read", &[]));
+    request.token = Some(token("acme", "lfs:read", &[]));
     request.send().await.expect_problem(403, "insufficient-scope");
-    request.token = Some(token("lfs:write", &[]));
+    request.token = Some(token("acme", "lfs:write", &[]));
     request.send().await.expect_problem(415, "unsupported-media-type");
     request.media_type = "application/json";
     request.send().await.expect_problem(400, "malformed-json");
@@ -83,18 +61,18 @@ async fn a_request_that_is_wrong_in_every_way_hears_of_one_after_the_other() {
     request.send().await.expect_problem(422, "validation-failed");
     request.body = json!({"topic": "lacking", "size": 1 << 20, "sha256": sha256(b"x")}).to_string().into();
     request.send().await.expect_problem(403, "topic-forbidden");
-    request.token = Some(token("lfs:write", &["lack*"]));
+    request.token = Some(token("acme", "lfs:write", &["lack*"]));
     request.send().await.expect_problem(400, "idempotency-key-invalid");
     request.key = "k";
     request.send().await.expect_problem(403, "topic-not-enabled");
-    let policy = house.request("PUT", "/lfs/topics/lacking").bearer_auth(token("lfs:admin", &[]));
+    let policy = house.request("PUT", "/lfs/topics/lacking").bearer_auth(token("acme", "lfs:admin", &[]));
     house.send(policy.json(&json!({}))).await.expect(200);
     request.send().await.expect_problem(404, "topic-not-found");
 }
 
 #[tokio::test]
 async fn headers_are_counted_after_the_route_and_before_the_token() {
-    let house = house_with_tokens().await;
+    let house = House::with_tokens(|settings| settings.policy.default_enabled = false).await;
     let padded = |method, path| house.request(method, path).header("x-padding", "x".repeat(17 << 10));
     house.send(padded("GET", "/nope")).await.expect_problem(404, "not-found");
     house.send(padded("PUT", "/lfs/uploads")).await.expect_problem(405, "method-not-allowed");

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::harness::servers::{delete_topic, servers};
+use crate::harness::tokens::token;
 use crate::harness::uploads::PART;
 use crate::harness::{Answer, House, Record, bytes, sha256};
 
@@ -393,25 +394,8 @@ async fn a_flood_of_names_leaves_the_broker_standing() {
 
 #[tokio::test]
 async fn a_token_reaches_its_own_tenant_and_topics_only() {
-    use lfs_broker::auth::{Grant, Mode, Scope, Settings, issue};
-    let keys = Settings {
-        mode: Mode::Jwt,
-        hs256_secret: Some("0123456789abcdef0123456789abcdef".into()),
-        issuer: Some("i".into()),
-        audience: Some("a".into()),
-        ..Settings::default()
-    };
-    let house = House::with(|settings| {
-        settings.objects.allow_copy_source = true;
-        settings.auth = keys.clone();
-    })
-    .await;
-    let token = |tenant: &str, topic: &str| {
-        let scopes = vec![Scope::Write, Scope::Read];
-        let expires_at = u64::try_from(now_ms() / 1000).unwrap() + 600;
-        let grant = Grant { tenant: tenant.into(), subject: "s".into(), scopes, topics: vec![topic.into()], expires_at };
-        issue(&keys, grant).unwrap()
-    };
+    let house = House::with_tokens(|_| {}).await;
+    let token = |tenant: &str, topic: &str| token(tenant, "lfs:write lfs:read", &[topic]);
     let open = |token: String| {
         let request = house.http.post(format!("{}/lfs/uploads", house.url())).bearer_auth(token);
         house.send(request.json(&json!({"topic": house.topic, "size": 0})))

@@ -21,15 +21,14 @@ use serde_json::{Value, json};
 
 use crate::harness::House;
 use crate::harness::faults::refused_soon;
-
-const SECRET: &str = "a secret of thirty-two bytes or more";
+use crate::harness::tokens::{self, SECRET};
 
 fn now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
 }
 
 fn claims() -> Value {
-    json!({"sub": "s", "tenant": "acme", "scope": "lfs:read lfs:write", "topics": ["*"], "iss": "it", "aud": "it", "exp": now() + 600})
+    tokens::claims("acme", "lfs:read lfs:write", &["*"])
 }
 
 fn pem(label: &str, der: &[u8]) -> String {
@@ -97,16 +96,11 @@ fn raw(header: &str, claims: &str) -> String {
     format!("{signed}.{}", signature.unwrap())
 }
 
+/// A house that knows who issues tokens, and by which keys only where `change` says so.
 async fn house(change: impl FnOnce(&mut auth::Settings)) -> House {
-    House::with(|settings| {
-        settings.auth = auth::Settings {
-            mode: auth::Mode::Jwt,
-            issuer: Some("it".into()),
-            audience: Some("it".into()),
-            ..Default::default()
-        };
+    House::with_tokens(|settings| {
+        settings.auth.hs256_secret = None;
         change(&mut settings.auth);
-        settings.objects.allow_copy_source = true;
     })
     .await
 }

@@ -6,6 +6,7 @@ pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod servers;
 pub(crate) mod serving;
+pub(crate) mod tokens;
 pub(crate) mod uploads;
 
 use std::collections::BTreeMap;
