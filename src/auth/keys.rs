@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::BadSettings;
 
-/// Seconds by which clocks may differ.
+/// Seconds by which an issuer's clock may be ahead of ours: a token that was just made is let in.
 const LEEWAY: u64 = 30;
 /// The shortest RSA modulus, in bytes: 2,048 bits (RFC 7518, section 3.3).
 const RSA_BYTES: usize = 256;
@@ -27,7 +27,14 @@ pub(crate) struct Key {
 impl Key {
     fn new(key: DecodingKey, algorithms: &[Algorithm], rules: &Rules) -> Self {
         let algorithms = algorithms.to_vec();
-        let mut validation = Validation { algorithms, leeway: LEEWAY, validate_nbf: true, ..Validation::default() };
+        let mut validation = Validation {
+            algorithms,
+            leeway: LEEWAY,
+            validate_nbf: true,
+            // Takes the leeway back where a token ends: "on or after" that time it is over (RFC 7519, section 4.1.4).
+            reject_tokens_expiring_in_less_than: LEEWAY + 1,
+            ..Validation::default()
+        };
         validation.set_issuer(&[&rules.issuer]);
         validation.set_audience(&[&rules.audience]);
         // Without this an absent claim is not checked at all.

@@ -99,8 +99,14 @@ impl Caller {
 
     /// Their topics as exact names and prefixes.
     pub fn topic_filter(&self) -> (Vec<String>, Vec<String>) {
-        let (prefixes, names): (Vec<&String>, Vec<&String>) = self.topics.iter().partition(|topic| topic.ends_with('*'));
-        (names.into_iter().cloned().collect(), prefixes.into_iter().map(|topic| topic.trim_end_matches('*').to_owned()).collect())
+        let (mut names, mut prefixes) = (Vec::new(), Vec::new());
+        for topic in &self.topics {
+            match topic.strip_suffix('*') {
+                Some(prefix) => prefixes.push(prefix.to_owned()),
+                None => names.push(topic.clone()),
+            }
+        }
+        (names, prefixes)
     }
 }
 

@@ -165,6 +165,8 @@ async fn a_list_shows_the_callers_tenant_and_topics_only() {
     assert_eq!(list(token("acme", "lfs:read", &[&house.topic]), "").await, own);
     assert_eq!(list(token("acme", "lfs:read", &["it-*"]), "").await, own);
     assert_eq!(list(token("acme", "lfs:read", &["other", "x*"]), "").await, nobody);
+    // Only the last star stands for anything, in a list as elsewhere.
+    assert_eq!(list(token("acme", "lfs:read", &["it-**"]), "").await, nobody);
     assert_eq!(list(token("acme", "lfs:read", &[]), "").await, nobody);
     assert_eq!(list(token("globex", "lfs:read", &["*"]), "").await, nobody);
     assert_eq!(list(token("globex", "lfs:read", &["*"]), &format!("?topic={}", house.topic)).await, nobody);
