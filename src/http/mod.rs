@@ -1,6 +1,7 @@
 //! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
 
 mod address;
+mod docs;
 mod document;
 mod edge;
 mod extract;
@@ -25,7 +26,6 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use utoipa::{Modify as _, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
-use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
@@ -201,11 +201,10 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Pages of `cors_origins` may call it from a browser; an origin that is not one is left out.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let docs = SwaggerUi::new("/docs").config(Config::from("/openapi.json").validator_url("none"));
+    let routes = routes.merge(docs::routes()).fallback(async || Problem::new("not-found", "no such route"));
+    // The layer answers every OPTIONS, whether there is such a route or not.
+    let routes = if cors_origins.is_empty() { routes } else { routes.layer(cors(cors_origins)) };
     routes
-        .merge(docs)
-        .fallback(async || Problem::new("not-found", "no such route"))
-        .layer(cors(cors_origins))
         .layer(CatchPanicLayer::custom(edge::panicked))
         .layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge))
         .with_state(app)

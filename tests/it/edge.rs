@@ -291,6 +291,14 @@ async fn an_address_guesses_few_tokens_and_locks_nobody_out() {
 }
 
 #[tokio::test]
+async fn where_no_origin_is_let_in_options_is_a_method_like_any_other() {
+    let house = House::new().await;
+    let refused = house.send(house.request("OPTIONS", "/lfs/uploads")).await.expect_problem(405, "method-not-allowed");
+    assert!(refused.headers["allow"].to_str().unwrap().contains("POST"));
+    house.send(house.request("OPTIONS", "/nowhere")).await.expect_problem(404, "not-found");
+}
+
+#[tokio::test]
 async fn a_client_on_another_origin_reads_what_it_needs_if_it_is_let_in() {
     let house = House::with(|settings| settings.cors_origins = vec!["https://app.example".into()]).await;
     let asked = |origin: &'static str| {

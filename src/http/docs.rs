@@ -1,0 +1,45 @@
+//! The contract to browse: Swagger UI out of this program, which loads nothing from elsewhere.
+
+use std::sync::{Arc, LazyLock};
+
+use axum::Router;
+use axum::extract::Path;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use utoipa_swagger_ui::{Config, serve};
+
+use super::problem::Problem;
+
+const PAGE: &str = "index.html";
+
+/// `/docs` and what its page loads.
+pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new()
+        // The page names its parts relative to a directory, and this address is none.
+        .route(
+            "/docs",
+            get(async || file(PAGE, |page| page.replace("=\"./", "=\"docs/").replace("=\"index.css", "=\"docs/index.css"))),
+        )
+        .route("/docs/", get(async || file(PAGE, |page| page)))
+        .route("/docs/{*name}", get(async |Path(name): Path<String>| file(&name, |content| content)))
+}
+
+fn file(name: &str, change: impl FnOnce(String) -> String) -> Response {
+    static CONFIG: LazyLock<Arc<Config<'static>>> =
+        LazyLock::new(|| Arc::new(Config::from("/openapi.json").validator_url("none")));
+    match serve(name, Arc::clone(&CONFIG)) {
+        Ok(Some(found)) => {
+            let content = match name == PAGE {
+                true => change(String::from_utf8_lossy(&found.bytes).into_owned()).into_bytes(),
+                false => found.bytes.into_owned(),
+            };
+            ([(header::CONTENT_TYPE, found.content_type)], content).into_response()
+        }
+        Ok(None) => Problem::new("not-found", "no such page").into_response(),
+        Err(error) => {
+            tracing::error!(%error, name, "a page of the contract cannot be made");
+            Problem::new("internal", "the page cannot be made").into_response()
+        }
+    }
+}
