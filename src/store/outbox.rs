@@ -145,7 +145,7 @@ impl Store {
                  update outbox set batch = null, error = $2, next_try_at = $3
                  where number = $1 and batch is not distinct from $4 returning session_id)
              update upload_sessions
-             set error_code = 'not-published-yet', error_detail = $2, version = version + 1, updated_at = $5
+             set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $5
              where id = (select session_id from parked) and state = 'verified' and error_detail is distinct from $2",
             row.number,
             error,

@@ -77,7 +77,7 @@ async fn a_pointer_that_kafka_refuses_parks_its_key_and_no_other() {
         house.until(&other, "published").await;
     }
     let seen = house.upload(&large).await.expect(200);
-    assert_eq!((seen.state(), seen.json["error"]["code"].as_str()), ("verified", Some("not-published-yet")));
+    assert_eq!((seen.state(), seen.json["error"]["code"].as_str()), ("verified", Some("dependency-unavailable")));
     assert!(seen.json["error"]["detail"].as_str().unwrap().to_lowercase().contains("too large"), "{}", seen.text);
     assert_eq!(house.upload(&behind).await.state(), "verified", "it would be before the one that waits");
 
@@ -108,7 +108,9 @@ async fn a_topic_that_was_deleted_is_waited_for() {
     house.publish_soon(other).await;
     for id in [&placed, &keyed] {
         house
-            .eventually("the error is told", || async { house.upload(id).await.json["error"]["code"] == "not-published-yet" })
+            .eventually("the error is told", || async {
+                house.upload(id).await.json["error"]["code"] == "dependency-unavailable"
+            })
             .await;
     }
     house.make_topic(&gone, 1).await;
