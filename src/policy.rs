@@ -128,8 +128,8 @@ pub(crate) fn shape(request: OpenUpload) -> Result<Shaped, Refusal> {
     if !is_topic(&request.topic) {
         errors.push(wrong("/topic", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
     }
-    if request.size > MAX_OBJECT_BYTES {
-        errors.push(wrong("/size", format!("{} bytes are more than S3 can hold, {MAX_OBJECT_BYTES}", request.size)));
+    if i64::try_from(request.size).is_err() {
+        errors.push(wrong("/size", format!("{} bytes are more than 2^63 - 1", request.size)));
     }
     if request.partition.is_some_and(i32::is_negative) {
         errors.push(wrong("/partition", "a partition is 0 or more"));

@@ -109,6 +109,14 @@ async fn policy_comes_before_kafka_and_kafka_before_quota() {
 }
 
 #[tokio::test]
+async fn what_no_topic_takes_is_too_large_and_no_wrong_shape() {
+    let house = House::new().await;
+    let one_more = 5_497_558_138_881_u64;
+    house.open(b"", json!({"size": one_more, "sha256": null})).await.expect_problem(422, "object-too-large");
+    house.open(b"", json!({"size": u64::MAX, "sha256": null})).await.expect_problem(422, "validation-failed");
+}
+
+#[tokio::test]
 async fn the_shape_is_looked_at_before_the_upload_is_looked_up() {
     let house = House::new().await;
     let upload = format!("/lfs/uploads/{UNKNOWN}");
