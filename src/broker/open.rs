@@ -86,14 +86,14 @@ impl Broker {
                 let hashes: Vec<Sha256> = self.store.part_hashes(id).await?.into_iter().map(|(_, sha256)| sha256).collect();
                 self.with_urls(session, &hashes, now).await?
             }
-            _ => super::read::view(&session, now),
+            _ => super::read::view(&session, now)?,
         };
         Ok(Some(Opened { upload, fresh: false }))
     }
 
     /// An open session with the URLs to begin with.
     async fn with_urls(&self, session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
-        let mut upload = super::read::view(&session, now);
+        let mut upload = super::read::view(&session, now)?;
         match session.promise.layout {
             Layout::Single => {
                 let token = session.id.to_string();

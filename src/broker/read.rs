@@ -45,29 +45,25 @@ impl Broker {
     }
 
     async fn whole(&self, session: &Session, now: OffsetDateTime) -> Result<Upload, Error> {
-        let mut upload = view(session, now);
-        match &session.state {
-            State::Open => {
-                let next = match session.promise.layout {
-                    Layout::Single => match self.objects.head(&place(session), None).await? {
-                        Some(_) => Next::Complete,
-                        None => Next::Put,
-                    },
-                    Layout::Multipart { parts, .. } => {
-                        let uploaded = self.uploaded(session).await?;
-                        let missing =
-                            ranges((1..=parts).filter(|number| !uploaded.iter().any(|part| part.part_number == *number)));
-                        let next = if missing.is_empty() { Next::Complete } else { Next::Parts };
-                        upload.uploaded_parts = Some(uploaded);
-                        upload.missing_parts = Some(missing);
-                        next
-                    }
-                };
-                upload.next = Some(next);
-            }
-            State::Verified(proof) | State::Published(proof, _) => upload.pointer = Some(pointer(session, proof)?),
-            State::Completing { .. } | State::Aborted | State::Expired | State::Rejected(_) => {}
+        let mut upload = view(session, now)?;
+        if session.state != State::Open {
+            return Ok(upload);
         }
+        let next = match session.promise.layout {
+            Layout::Single => match self.objects.head(&place(session), None).await? {
+                Some(_) => Next::Complete,
+                None => Next::Put,
+            },
+            Layout::Multipart { parts, .. } => {
+                let uploaded = self.uploaded(session).await?;
+                let missing = ranges((1..=parts).filter(|number| !uploaded.iter().any(|part| part.part_number == *number)));
+                let next = if missing.is_empty() { Next::Complete } else { Next::Parts };
+                upload.uploaded_parts = Some(uploaded);
+                upload.missing_parts = Some(missing);
+                next
+            }
+        };
+        upload.next = Some(next);
         Ok(upload)
     }
 
@@ -133,20 +129,13 @@ impl Broker {
         sessions.truncate(limit as usize);
         let next_cursor = sessions.last().filter(|_| more).map(|last| write_cursor(last, &bound));
         let now = self.store.now().await?;
-        let mut items = Vec::with_capacity(sessions.len());
-        for session in &sessions {
-            let mut item = view(session, now);
-            if let State::Verified(proof) | State::Published(proof, _) = &session.state {
-                item.pointer = Some(pointer(session, proof)?);
-            }
-            items.push(item);
-        }
+        let items = sessions.iter().map(|session| view(session, now)).collect::<Result<_, _>>()?;
         Ok(UploadPage { items, next_cursor })
     }
 }
 
 /// What every reading of a session shows, without asking S3.
-pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
+pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Error> {
     let promise = &session.promise;
     let text = promise.key.as_ref().map(|key| String::from_utf8(key.clone()).map_err(|error| BASE64.encode(error.into_bytes())));
     let (key, key_base64) = match text {
@@ -162,10 +151,10 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
         State::Rejected(trouble) => Some(trouble),
         _ => session.trouble.as_ref(),
     };
-    let (integrity, record) = match &session.state {
-        State::Verified(proof) => (Some(proof.integrity), None),
-        State::Published(proof, place) => (Some(proof.integrity), Some(record(session, place))),
-        _ => (None, None),
+    let proof = session.state.proof();
+    let record = match &session.state {
+        State::Published(_, place) => Some(record(session, place)),
+        _ => None,
     };
     let next = match &session.state {
         // Only S3 knows.
@@ -173,7 +162,7 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
         State::Completing { .. } | State::Verified(_) => Some(Next::Wait),
         State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => Some(Next::None),
     };
-    Upload {
+    Ok(Upload {
         id: session.id,
         state: session.state.name(),
         version: session.version,
@@ -191,15 +180,15 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Upload {
         uploaded_parts: None,
         missing_parts: None,
         next,
-        pointer: None,
-        integrity,
+        pointer: proof.map(|proof| pointer(session, proof)).transpose()?,
+        integrity: proof.map(|proof| proof.integrity),
         record,
         error: trouble.map(|trouble| UploadError { code: trouble.code.clone(), detail: trouble.detail.clone() }),
         created_at: session.created_at,
         updated_at: session.updated_at,
         expires_at: session.expires_at,
         expires_in: u64::try_from((session.expires_at - now).whole_seconds()).unwrap_or(0),
-    }
+    })
 }
 
 pub(super) fn record(session: &Session, place: &Place) -> Record {
