@@ -120,9 +120,10 @@ impl Broker {
     }
 }
 
-/// A sha256 that is brought must be the one that stands.
+/// A sha256 that is brought must be the one that stands. An upload that failed gives its own answer, whatever is brought.
 fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error> {
-    let standing = session.promise.digest.as_ref().and_then(Digest::sha256);
+    let has_failed = matches!(session.state, State::Aborted | State::Expired | State::Rejected(_));
+    let standing = session.promise.digest.as_ref().and_then(Digest::sha256).filter(|_| !has_failed);
     match (standing, request.sha256) {
         (Some(standing), Some(brought)) if standing != brought => {
             Err(refused(Refusal::Sha256("sha256 is not the one that was promised"), session))

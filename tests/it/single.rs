@@ -131,6 +131,10 @@ async fn a_wrong_sha256_that_comes_with_complete_rejects_the_bytes() {
     assert_eq!(first.json["upload_state"], "rejected");
     let again = house.complete_with(&opened.id(), told).await.expect_problem(422, "checksum-mismatch");
     assert_eq!(first.json["detail"], again.json["detail"]);
+    // Final: nothing that is brought later changes the answer.
+    let right = json!({"sha256": sha256(b"a stream")});
+    let again = house.complete_with(&opened.id(), right).await.expect_problem(422, "checksum-mismatch");
+    assert_eq!(first.json["detail"], again.json["detail"]);
     house.until_nothing_is_left(opened.json["object_key"].as_str().unwrap()).await;
     assert_eq!(house.records(&house.topic).await.len(), 0);
 }
