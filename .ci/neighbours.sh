@@ -117,13 +117,13 @@ start_minio() {
 start_versitygw() {
     local data=$NEIGHBOURS/versitygw port keep=()
     port=${LFS_CI_VERSITYGW_PORT:-$(free_port)} || return
-    mkdir -p "$data/objects"
+    mkdir -p "$data/objects" "$data/versions"
     if ! python3 -c 'import os, sys; os.setxattr(sys.argv[1], "user.probe", b"1")' "$data/objects" 2>/dev/null; then
         mkdir -p "$data/attributes"
         keep=(--sidecar "$data/attributes")
     fi
     launch versitygw "$VERSITYGW_HOME/versitygw" --port "127.0.0.1:$port" --access versity-test --secret versity-test-secret \
-        --health /health posix "${keep[@]}" "$data/objects"
+        --health /health posix "${keep[@]}" --versioning-dir "$data/versions" "$data/objects"
     await versitygw 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/health" || return
     share_s3 versitygw "$port" versity-test versity-test-secret
 }

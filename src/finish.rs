@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use lfs_broker_client::api::UploadState;
+use lfs_broker_client::api::{Integrity, UploadState};
 use lfs_broker_client::checksum::Sha256;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::failpoint;
 use crate::objects::{self, Finish, Objects, Part, Place};
-use crate::session::{Layout, Object, Refusal, Session, State};
+use crate::session::{Layout, Object, Proof, Refusal, Session, State};
 use crate::store::{self, Move, Store};
 use crate::wakes::Wakes;
 
@@ -419,4 +419,19 @@ pub(crate) fn present(session: &Session, listed: Vec<Part>, hashes: &[(u32, Sha2
         sound_parts(session, listed, hashes).into_iter().map(|part| (part.number, part.size_bytes)).collect();
     present.sort_unstable();
     present
+}
+
+/// What is proved today of a promised upload's object ([`Session::holds`]). The part hashes are asked for only where S3
+/// has another object than the one that was proved.
+pub(crate) async fn still_proved(
+    store: &Store,
+    session: &Session,
+    proof: &Proof,
+    found: &Object,
+) -> Result<Result<Integrity, Refusal>, store::Error> {
+    let parts = match session.promise.layout.has_part_hashes() && proof.etag != found.etag {
+        true => store.part_hashes(session.id).await?.into_iter().map(|(_, sha256)| sha256).collect(),
+        false => Vec::new(),
+    };
+    Ok(session.holds(proof, found, &parts))
 }

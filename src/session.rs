@@ -158,6 +158,14 @@ impl State {
             Self::Rejected(_) => UploadState::Rejected,
         }
     }
+
+    /// What was proved, once it was.
+    pub(crate) fn proof(&self) -> Option<&Proof> {
+        match self {
+            Self::Verified(proof) | Self::Published(proof, _) => Some(proof),
+            Self::Open | Self::Completing { .. } | Self::Aborted | Self::Expired | Self::Rejected(_) => None,
+        }
+    }
 }
 
 /// An upload as the broker keeps it.
@@ -190,7 +198,8 @@ impl Session {
         promise: Promise,
         now: OffsetDateTime,
     ) -> Self {
-        let latest = now + Duration::seconds(promise.session_max_seconds.max(promise.session_seconds).into());
+        let seconds = |seconds: u32| Duration::seconds(seconds.into());
+        let latest = now + seconds(promise.session_max_seconds);
         Self {
             id,
             tenant: tenant.to_owned(),
@@ -202,7 +211,7 @@ impl Session {
             state: State::Open,
             created_at: now,
             updated_at: now,
-            expires_at: now + Duration::seconds(promise.session_seconds.into()),
+            expires_at: latest.min(now + seconds(promise.session_seconds)),
             expires_latest_at: latest,
             trouble: None,
             promise,
@@ -282,12 +291,7 @@ impl Session {
     /// Holds what S3 says it has against the promise. Where S3's word is not proof enough, the bytes must be read.
     pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, Refusal> {
         let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
-        if found.token.as_deref() != Some(self.id.to_string().as_str()) {
-            return Err(Refusal::Foreign);
-        }
-        if found.size_bytes != self.promise.size_bytes {
-            return Err(Refusal::Size { promised: self.promise.size_bytes, found: found.size_bytes });
-        }
+        self.is_ours(found)?;
         match proof_by_s3(&self.promise, found, parts)? {
             Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
             _ => Ok(self.needing_a_read(now)),
@@ -341,21 +345,32 @@ impl Session {
         Self { state: State::Verified(proof), trouble: None, ..self }
     }
 
-    /// Whether an object is still the one that was proved, as far as S3's own word goes: its write token, its size, and
-    /// where S3 knows it the SHA-256 of the whole.
-    pub(crate) fn holds(&self, found: &Object) -> Result<(), Refusal> {
+    /// What is proved today of an object that was proved before: as much as then while it is the very object that was
+    /// looked at, by its ETag; of one that was written again, what S3's own word proves of it and no more than then.
+    /// `parts` are the promised part hashes, which are needed only where the ETag is another.
+    pub(crate) fn holds(&self, proof: &Proof, found: &Object, parts: &[Sha256]) -> Result<Integrity, Refusal> {
+        self.is_ours(found)?;
+        if proof.etag.is_some() && proof.etag == found.etag {
+            return Ok(proof.integrity);
+        }
+        match proof_by_s3(&self.promise, found, parts)? {
+            Some(integrity) => Ok(integrity.min(proof.integrity)),
+            None => {
+                let etag = |etag: &Option<String>| format!("ETag {}", etag.as_deref().unwrap_or("none"));
+                Err(Refusal::Checksum { promised: etag(&proof.etag), found: etag(&found.etag) })
+            }
+        }
+    }
+
+    /// Whether an object bears this session's write token and the promised size.
+    fn is_ours(&self, found: &Object) -> Result<(), Refusal> {
         if found.token.as_deref() != Some(self.id.to_string().as_str()) {
             return Err(Refusal::Foreign);
         }
         if found.size_bytes != self.promise.size_bytes {
             return Err(Refusal::Size { promised: self.promise.size_bytes, found: found.size_bytes });
         }
-        match (self.promise.digest.as_ref().and_then(Digest::sha256), found.sha256) {
-            (Some(promised), Some(found)) if promised != found => {
-                Err(Refusal::Checksum { promised: promised.to_string(), found: found.to_string() })
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Gives a session back to its client: bytes or parts are missing.

@@ -158,6 +158,58 @@ fn part_hashes_prove_parts_and_no_more() {
 }
 
 #[test]
+fn an_object_that_was_written_again_is_proved_no_further_than_s3_vouches_for_it() {
+    let hashes = [Sha256::of(b"hel"), Sha256::of(b"lo")];
+    let crc = |bytes: &[u8]| {
+        let mut hasher = Algorithm::Crc32.hasher();
+        hasher.update(bytes);
+        vec![hasher.finish()]
+    };
+    let again = || Object { etag: Some("another".into()), sha256: None, ..object() };
+    let told = |session: &Session, found: &Object| match session.holds(session.state.proof().unwrap(), found, &hashes) {
+        Ok(integrity) => integrity.name().to_owned(),
+        Err(refusal) => refusal.code().to_owned(),
+    };
+
+    let whole = completing(promise(Algorithm::Sha256)).verify(&object(), &[], NOW).unwrap();
+    assert_eq!(told(&whole, &Object { sha256: None, ..object() }), "sha256", "it is the object that was proved");
+    assert_eq!(told(&whole, &again()), "checksum-mismatch");
+    assert_eq!(told(&whole, &Object { sha256: Some(Sha256::of(b"hello")), ..again() }), "sha256");
+    assert_eq!(told(&whole, &Object { sha256: Some(Sha256::of(b"olleh")), ..again() }), "checksum-mismatch");
+    assert_eq!(told(&whole, &Object { token: None, ..object() }), "object-foreign");
+    assert_eq!(told(&whole, &Object { size_bytes: 6, ..object() }), "size-mismatch");
+
+    let sum = completing(promise(Algorithm::Crc32)).verify(&Object { checksums: crc(b"hello"), ..object() }, &[], NOW).unwrap();
+    assert_eq!(told(&sum, &Object { checksums: crc(b"hello"), ..again() }), "checksum");
+    assert_eq!(told(&sum, &Object { checksums: crc(b"olleh"), ..again() }), "checksum-mismatch");
+
+    let mut promise = promise(Algorithm::Sha256);
+    promise.layout = Layout::Multipart { part_bytes: 3, parts: 2, hashes: Hashes::Given };
+    let found = Object { sha256: None, composite_sha256: Some(composite(&hashes)), ..object() };
+    let parts = completing(promise).verify(&found, &hashes, NOW).unwrap();
+    assert_eq!(told(&parts, &again()), "checksum-mismatch");
+    assert_eq!(told(&parts, &Object { etag: Some("another".into()), ..found.clone() }), "parts-sha256");
+    assert_eq!(told(&parts, &Object { composite_sha256: Some(composite(&hashes[..1])), ..again() }), "checksum-mismatch");
+}
+
+#[test]
+fn no_session_outlives_the_hard_maximum() {
+    let session = open(Promise { session_seconds: 3600, session_max_seconds: 60, ..promise(Algorithm::Sha256) });
+    assert_eq!((session.expires_at - NOW).whole_seconds(), 60);
+    assert_eq!((session.slid(NOW + Duration::seconds(30)) - NOW).whole_seconds(), 60);
+}
+
+#[test]
+fn missing_parts_are_named_and_the_rest_counted() {
+    let missing =
+        |numbers: std::ops::RangeInclusive<u32>| Refusal::PartsIncomplete { missing: numbers.collect(), parts: 250 }.trouble();
+    assert_eq!(missing(1..=100).items.len(), 100);
+    let items = missing(1..=250).items;
+    assert_eq!((items.len(), items[99].pointer.as_str(), items[100].pointer.as_str()), (101, "/parts/99", "/parts"));
+    assert_eq!(items[100].detail, "150 more are missing, from part 101 on");
+}
+
+#[test]
 fn foreign_or_wrong_objects_are_refused() {
     let session = || completing(promise(Algorithm::Sha256));
     assert_eq!(tell(session().verify(&Object { token: None, ..object() }, &[], NOW)), "object-foreign");

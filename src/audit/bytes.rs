@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::report::{Kind, Tally, Told};
 use super::{AT_ONCE, Error, Run, shape};
-use crate::finish::place;
+use crate::finish::{place, still_proved};
 use crate::objects::{Behind, Listed, OpenUpload, Place};
 use crate::session::{Layout, Session, State};
 use crate::store::{self, Owner};
@@ -43,12 +43,16 @@ impl Run<'_> {
 
     async fn look(&self, session: Session, cleanup_due: bool) -> Result<Vec<Told>, Error> {
         let mut told = Vec::new();
-        if let State::Verified(proof) | State::Published(proof, _) = &session.state {
-            let found = self.objects.head(&place(&session), proof.version_id.as_deref()).await?;
-            let wrong = match found.map(|found| session.holds(&found)) {
+        if let Some(proof) = session.state.proof() {
+            let wrong = match self.objects.head(&place(&session), proof.version_id.as_deref()).await? {
                 None => Some((Kind::ObjectMissing, "is not there".to_owned())),
-                Some(Err(refusal)) => Some((Kind::ObjectMismatch, refusal.to_string())),
-                Some(Ok(())) => None,
+                Some(found) => match still_proved(&self.store, &session, proof, &found).await? {
+                    Ok(integrity) if integrity == proof.integrity => None,
+                    Ok(integrity) => {
+                        Some((Kind::ObjectMismatch, format!("was written again, and is proved to {} only", integrity.name())))
+                    }
+                    Err(refusal) => Some((Kind::ObjectMismatch, refusal.to_string())),
+                },
             };
             told.extend(wrong.map(|(kind, why)| {
                 let example = format!("{} at {}: {why}", session.id, place(&session));

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Broker, Error, refused};
 use crate::auth::Caller;
-use crate::finish::place;
+use crate::finish::{place, still_proved};
 use crate::session::{Refusal, State};
 
 impl Broker {
@@ -35,12 +35,12 @@ impl Broker {
     /// Looks at a promised upload's object again, and holds what S3 says against what was proved.
     pub(crate) async fn reverify(&self, caller: &Caller, id: Uuid) -> Result<Validated, Error> {
         let session = self.session(caller, id).await?;
-        let (State::Verified(proof) | State::Published(proof, _)) = &session.state else {
+        let Some(proof) = session.state.proof() else {
             return Err(refused(Refusal::State(session.state.name()), &session));
         };
         let found = self.objects.head(&place(&session), proof.version_id.as_deref()).await?.ok_or(Error::ObjectGone)?;
-        match session.holds(&found) {
-            Ok(()) => Ok(Validated { valid: true, size: found.size_bytes, integrity: Some(proof.integrity) }),
+        match still_proved(&self.store, &session, proof, &found).await? {
+            Ok(integrity) => Ok(Validated { valid: true, size: found.size_bytes, integrity: Some(integrity) }),
             Err(refusal) => Err(refused(refusal, &session)),
         }
     }

@@ -5,12 +5,13 @@ use std::time::Duration;
 use lfs_broker_client::api::{ResolveAnswer, ResolveOptions, Resolved, Validated};
 use lfs_broker_client::pointer::Pointer;
 
+use super::complete::pointer as stored_pointer;
 use super::open::request;
 use super::{Broker, Error};
 use crate::auth::Caller;
+use crate::finish::still_proved;
 use crate::objects::Place;
 use crate::policy;
-use crate::session::{Proof, State};
 
 impl Broker {
     /// Checks a pointer and the object that it names, and signs a GET of it.
@@ -20,21 +21,26 @@ impl Broker {
     pub(crate) async fn resolve(&self, caller: &Caller, value: &[u8], options: &ResolveOptions) -> Result<ResolveAnswer, Error> {
         let pointer = Pointer::parse(value).map_err(|error| Error::PointerInvalid(error.to_string()))?;
         let policy = self.allow(caller, &pointer).await?;
-        if pointer.size > policy.max_bytes {
+        let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone() };
+        let session = self.store.session_of_object(&place.bucket, &place.key).await?;
+        // A session keeps the limits that it was opened under.
+        if (options.validate || session.is_none()) && pointer.size > policy.max_bytes {
             let detail = format!("the pointer says {} bytes, the topic allows {}", pointer.size, policy.max_bytes);
             return Err(Error::PointerInvalid(detail));
         }
-        let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone() };
-        let version_id = options.version_id.as_deref();
+        let proved = session.as_ref().and_then(|session| Some((session, session.state.proof()?)));
+        // A pointer means the version that was proved, also where a later one hides it.
+        let version_id = options.version_id.as_deref().or(proved.and_then(|(_, proof)| proof.version_id.as_deref()));
         let found = self.objects.head(&place, version_id).await?.ok_or(Error::ObjectGone)?;
         if found.size_bytes != pointer.size {
             return Err(Error::PointerSize { promised: pointer.size, found: found.size_bytes });
         }
-        let session = self.store.session_of_object(&place.bucket, &place.key).await?;
-        let integrity = session.as_ref().and_then(|session| match &session.state {
-            State::Verified(Proof { integrity, .. }) | State::Published(Proof { integrity, .. }, _) => Some(*integrity),
+        let integrity = match proved {
+            Some((session, proof)) if says_the_same(&pointer, &stored_pointer(session, proof)?) => {
+                still_proved(&self.store, session, proof, &found).await?.ok()
+            }
             _ => None,
-        });
+        };
         if options.validate {
             return Ok(ResolveAnswer::Validated(Validated { valid: true, size: pointer.size, integrity }));
         }
@@ -77,5 +83,13 @@ impl Broker {
             return Ok(policy);
         }
         Err(outside())
+    }
+}
+
+/// Whether two pointers to one object name the same bytes.
+fn says_the_same(pointer: &Pointer, stored: &Pointer) -> bool {
+    match stored.sha256 {
+        Some(_) => pointer.sha256 == stored.sha256,
+        None => (&pointer.checksum_alg, &pointer.checksum) == (&stored.checksum_alg, &stored.checksum),
     }
 }

@@ -5,6 +5,9 @@ use time::OffsetDateTime;
 
 use super::Trouble;
 
+/// An answer names so many missing parts singly; it is enough to go on with, and GET's `missing_parts` has all.
+const NAMED_PARTS: usize = 100;
+
 /// Why a move is refused: the caller's doing, told to the caller.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {
@@ -90,15 +93,16 @@ impl Refusal {
 
     fn items(&self) -> Vec<FieldError> {
         match self {
-            // A page of them is enough to go on with; the rest is in GET's `missing_parts`.
-            Self::PartsIncomplete { missing, .. } => missing
-                .iter()
-                .take(100)
-                .map(|number| FieldError {
-                    pointer: format!("/parts/{}", number - 1),
-                    detail: format!("part {number} is missing"),
-                })
-                .collect(),
+            Self::PartsIncomplete { missing, .. } => {
+                let (named, more) = missing.split_at(missing.len().min(NAMED_PARTS));
+                let item = |pointer: String, detail: String| FieldError { pointer, detail };
+                let named =
+                    named.iter().map(|number| item(format!("/parts/{}", number - 1), format!("part {number} is missing")));
+                let more = more
+                    .first()
+                    .map(|from| item("/parts".into(), format!("{} more are missing, from part {from} on", more.len())));
+                named.chain(more).collect()
+            }
             Self::Sha256(detail) => vec![FieldError { pointer: "/sha256".to_owned(), detail: (*detail).to_owned() }],
             _ => Vec::new(),
         }

@@ -44,3 +44,4 @@ mod single;
 mod tls;
 mod tokens;
 mod topics;
+mod versions;

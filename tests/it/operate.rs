@@ -7,7 +7,8 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::harness::tokens::token;
-use crate::harness::{Answer, House};
+use crate::harness::uploads::{PART, digest};
+use crate::harness::{Answer, House, bytes};
 
 async fn impatient_house() -> House {
     House::with(|settings| settings.broker.complete_wait = Duration::from_secs(1)).await
@@ -112,6 +113,30 @@ async fn an_object_is_held_against_its_record_again() {
     reverify(&house, &uploads[3].0).await.expect_problem(422, "object-foreign");
     let sound = house.client().reverify(uploads[0].0.parse().unwrap()).await.unwrap();
     assert_eq!((sound.valid, sound.size), (true, 5));
+}
+
+#[tokio::test]
+async fn bytes_that_were_replaced_under_the_write_token_are_not_called_proved() {
+    let house = House::new().await;
+    let policy = json!({"checksums": ["sha256", "crc32"], "min_integrity": "checksum"});
+    house.put_policy(&house.topic, &policy).await.expect(200);
+    let crc32 = json!({"sha256": null, "checksum_alg": "crc32", "checksum": digest("crc32", b"hello")});
+    for promise in [json!({}), crc32] {
+        let id = house.publish(b"hello", promise).await.id();
+        let key = house.upload(&id).await.json["object_key"].as_str().unwrap().to_owned();
+        house.put_object(&key, b"olleh", Some(&id)).await;
+        let refused = reverify(&house, &id).await.expect_problem(422, "checksum-mismatch");
+        assert!(refused.json["detail"].as_str().unwrap().starts_with("promised "), "{}", refused.text);
+    }
+
+    let content = bytes(PART + 7, 3);
+    let opened = house.open_hashed_parts(&content, json!({})).await.expect(201);
+    house.put_parts(&opened.json["parts"], &content).await;
+    let done = house.complete_and_wait(&opened.id(), json!({})).await;
+    assert_eq!(done.json["integrity"], "parts-sha256");
+    reverify(&house, &opened.id()).await.expect(200);
+    house.put_object(opened.json["object_key"].as_str().unwrap(), &bytes(PART + 7, 4), Some(&opened.id())).await;
+    reverify(&house, &opened.id()).await.expect_problem(422, "checksum-mismatch");
 }
 
 #[tokio::test]

@@ -72,6 +72,36 @@ async fn validating_answers_without_a_url() {
     house.resolve(other.as_bytes(), "?nonsense=1").await.expect_problem(422, "validation-failed");
 }
 
+/// The level of proof is that of one pointer and one object; of any other, nobody knows.
+#[tokio::test]
+async fn no_proof_is_told_of_a_forged_pointer_or_a_replaced_object() {
+    let house = House::new().await;
+    let (id, value) = house.published_value(b"hello", json!({})).await;
+    let forged = String::from_utf8(value.clone()).unwrap().replace(&sha256(b"hello"), &sha256(b"other"));
+    let resolved = house.resolve(forged.as_bytes(), "").await.expect(200).json;
+    assert_eq!((&resolved["integrity"], &resolved["sha256"]), (&Value::Null, &json!(sha256(b"other"))));
+    assert_eq!(house.resolve(forged.as_bytes(), "?validate=true").await.expect(200).json["integrity"], Value::Null);
+    assert_eq!(house.resolve(&value, "").await.expect(200).json["integrity"], "sha256");
+
+    let key = house.objects().await.remove(0);
+    for token in [None, Some(id.as_str())] {
+        house.put_object(&key, b"olleh", token).await;
+        assert_eq!(house.resolve(&value, "").await.expect(200).json["integrity"], Value::Null);
+        assert_eq!(house.resolve(&value, "?validate=true").await.expect(200).json["integrity"], Value::Null);
+    }
+}
+
+#[tokio::test]
+async fn a_lower_maximum_size_leaves_older_pointers_readable() {
+    let house = House::new().await;
+    let (_, value) = house.published_value(b"hello", json!({})).await;
+    house.put_policy(&house.topic, &json!({"min_bytes": 0, "max_bytes": 4})).await.expect(200);
+    let resolved = house.resolve(&value, "").await.expect(200);
+    assert_eq!(house.download(&resolved.json).await, b"hello");
+    let refused = house.resolve(&value, "?validate=true").await.expect_problem(422, "pointer-invalid");
+    assert_eq!(refused.json["detail"], "the pointer says 5 bytes, the topic allows 4");
+}
+
 #[tokio::test]
 async fn a_size_that_differs_is_told_with_both_numbers() {
     let house = House::new().await;
