@@ -1,6 +1,7 @@
 //! The bytes behind a pointer as the caller gets them: verified while they are read, and whole or not at all in a file.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
@@ -25,6 +26,7 @@ const HASH_ASIDE_BYTES: usize = 1 << 20;
 ///
 /// The last byte is given out only once the whole has the pointer's size and digest: whoever has read
 /// everything has read the right thing. Bytes before that are not proved, so act on them only at the end.
+/// A download that failed never ends like a whole one: it fails again; only as a stream it ends with its error.
 pub struct Download {
     pointer: Option<Pointer>,
     resolved: Option<Resolved>,
@@ -32,6 +34,8 @@ pub struct Download {
     digest: Option<Digest>,
     bytes: BoxStream<'static, Result<Bytes, Error>>,
     current: Bytes,
+    /// Why there are no more bytes, where that is not their end.
+    failed: Option<Error>,
 }
 
 impl fmt::Debug for Download {
@@ -53,7 +57,7 @@ impl Download {
         let (size, bytes) = transfer::begin(&link, lanes).await?;
         let resolved = link.resolved().await;
         let bytes = verified(bytes, size, digest.clone());
-        Ok(Self { pointer, resolved, size, digest, bytes, current: Bytes::new() })
+        Ok(Self { pointer, resolved, size, digest, bytes, current: Bytes::new(), failed: None })
     }
 
     /// The pointer that is followed; none for an object that was asked for by name.
@@ -94,12 +98,21 @@ impl Download {
     /// The next piece, or none at the verified end.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], or why the bytes could not be had.
+    /// [`Error::Corrupt`], or why the bytes could not be had: from then on as often as it is asked.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
-        if !self.current.is_empty() {
-            return Ok(Some(std::mem::take(&mut self.current)));
+        poll_fn(|cx| self.poll_chunk(cx)).await
+    }
+
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Error>> {
+        if let Some(error) = &self.failed {
+            return Poll::Ready(Err(again(error)));
         }
-        self.bytes.next().await.transpose()
+        if !self.current.is_empty() {
+            return Poll::Ready(Ok(Some(std::mem::take(&mut self.current))));
+        }
+        let next = ready!(self.bytes.as_mut().poll_next(cx)).transpose();
+        self.failed = next.as_ref().err().map(again);
+        Poll::Ready(next)
     }
 
     /// Reads everything into memory.
@@ -134,9 +147,10 @@ impl Stream for Download {
     type Item = Result<Bytes, Error>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        match self.current.is_empty() {
-            false => Poll::Ready(Some(Ok(std::mem::take(&mut self.current)))),
-            true => self.bytes.as_mut().poll_next(cx),
+        match self.failed {
+            // Whoever passes over errors would go round for ever.
+            Some(_) => Poll::Ready(None),
+            None => self.poll_chunk(cx).map(Result::transpose),
         }
     }
 }
@@ -144,8 +158,8 @@ impl Stream for Download {
 impl AsyncRead for Download {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         while self.current.is_empty() {
-            match ready!(self.bytes.as_mut().poll_next(cx)) {
-                Some(chunk) => self.current = chunk?,
+            match ready!(self.poll_chunk(cx))? {
+                Some(chunk) => self.current = chunk,
                 None => return Poll::Ready(Ok(())),
             }
         }
@@ -153,6 +167,15 @@ impl AsyncRead for Download {
         buffer.put_slice(&self.current[..taken]);
         self.current.advance(taken);
         Poll::Ready(Ok(()))
+    }
+}
+
+/// The error of a download that is asked again.
+fn again(error: &Error) -> Error {
+    match error {
+        Error::Corrupt { expected, found } => Error::Corrupt { expected: expected.clone(), found: found.clone() },
+        // Not what it was, which may have been worth another try: of this download nothing comes any more.
+        error => Error::Io(io::Error::other(error.to_string())),
     }
 }
 

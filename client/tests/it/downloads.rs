@@ -117,6 +117,39 @@ async fn corrupt_bytes_are_detected_before_the_last_one_is_given_out() {
 }
 
 #[tokio::test]
+async fn a_download_that_failed_never_ends_like_a_whole_one() {
+    let mut wrong = BYTES.to_vec();
+    wrong[3] ^= 1;
+    let cut = || raw("200 OK", "", BYTES.len(), &BYTES[..10]);
+    for (answers, corrupt) in [(vec![answer("200 OK", &wrong)], true), (vec![cut()], false)] {
+        let (client, _script) = scripted(answers).await;
+        let mut download = client.fetch(&pointer(BYTES)).await.unwrap();
+        let first = loop {
+            match download.chunk().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("it ended like a whole one"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(first.is_corrupt(), corrupt, "{first}");
+        for _ in 0..2 {
+            let error = download.chunk().await.unwrap_err();
+            assert_eq!((error.to_string(), error.is_corrupt()), (first.to_string(), corrupt));
+            assert_eq!(download.read(&mut [0; 10]).await.unwrap_err().to_string(), first.to_string());
+        }
+        // As a stream it has said so once, and whoever passes over errors comes to an end.
+        assert!(futures_util::StreamExt::next(&mut download).await.is_none());
+        assert!(download.to_vec(1000).await.is_err());
+    }
+
+    let (client, _script) = scripted(vec![answer("200 OK", &wrong)]).await;
+    let mut download = client.fetch(&pointer(BYTES)).await.unwrap();
+    let mut read = Vec::new();
+    assert!(download.read_to_end(&mut read).await.is_err());
+    assert!(download.read_to_end(&mut read).await.is_err());
+}
+
+#[tokio::test]
 async fn no_byte_beyond_the_pointers_size_is_taken() {
     let longer = [BYTES, b"!"].concat();
     let chunked = |chunks: &[&[u8]]| {
