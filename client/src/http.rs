@@ -181,7 +181,8 @@ impl Client {
     pub async fn read(&self, id: Uuid, options: &ReadUpload) -> Result<Upload, Error> {
         let mut call = self.get(&["lfs", "uploads", &id.to_string()]);
         set_query(&mut call.url, &[("wait", text(&options.wait)), ("version", text(&options.version))]);
-        call.timeout += Duration::from_secs(options.wait.unwrap_or(0));
+        // A caller without impatience may say so with the longest time of all.
+        call.timeout = call.timeout.saturating_add(Duration::from_secs(options.wait.unwrap_or(0)));
         parse(&self.call(&call).await?)
     }
 

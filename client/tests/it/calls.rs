@@ -155,6 +155,17 @@ async fn policies_may_grow_members_and_topics_are_escaped() {
 }
 
 #[tokio::test]
+async fn a_client_of_endless_patience_can_long_poll() {
+    let canned = Canned::new().await;
+    let client = canned.client().with_settings(Settings { request_timeout: Duration::MAX, ..Settings::default() });
+    let upload = json_answer("200 OK", &canned.upload("open", 5, json!({})));
+    let script = canned.answers(vec![upload]);
+    let options = ReadUpload { wait: Some(20), version: Some(1) };
+    assert_eq!(client.read(id(), &options).await.unwrap().state, UploadState::Open);
+    assert_eq!(script.lines().await, [format!("GET /lfs/uploads/{ID}?wait=20&version=1")]);
+}
+
+#[tokio::test]
 async fn a_dead_address_is_unreachable_after_every_attempt() {
     let canned = Canned::new().await;
     let client = canned.client();
