@@ -167,7 +167,7 @@ impl Client {
         request: &OpenUpload,
         idempotency_key: Option<&str>,
     ) -> Result<(Upload, bool), Error> {
-        let mut call = self.post(&["lfs", "uploads"], json(request)?);
+        let mut call = self.post(&["lfs", "uploads"], json(request)?)?;
         call.repeatable = idempotency_key.is_some();
         call.idempotency_key = idempotency_key.map(str::to_owned);
         let answer = self.call(&call).await?;
@@ -179,7 +179,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn read(&self, id: Uuid, options: &ReadUpload) -> Result<Upload, Error> {
-        let mut call = self.get(&["lfs", "uploads", &id.to_string()]);
+        let mut call = self.get(&["lfs", "uploads", &id.to_string()])?;
         set_query(&mut call.url, &[("wait", text(&options.wait)), ("version", text(&options.version))]);
         // A caller without impatience may say so with the longest time of all.
         call.timeout = call.timeout.saturating_add(Duration::from_secs(options.wait.unwrap_or(0)));
@@ -191,7 +191,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn list(&self, filters: &ListUploads) -> Result<UploadPage, Error> {
-        let mut call = self.get(&["lfs", "uploads"]);
+        let mut call = self.get(&["lfs", "uploads"])?;
         add_filters(&mut call.url, filters)?;
         parse(&self.call(&call).await?)
     }
@@ -201,7 +201,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn history(&self, id: Uuid) -> Result<History, Error> {
-        parse(&self.call(&self.get(&["lfs", "uploads", &id.to_string(), "history"])).await?)
+        parse(&self.call(&self.get(&["lfs", "uploads", &id.to_string(), "history"])?).await?)
     }
 
     /// Signs part URLs, at most [`PARTS_PER_CALL`](crate::api::PARTS_PER_CALL).
@@ -209,7 +209,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn sign_parts(&self, id: Uuid, request: &SignParts) -> Result<SignedParts, Error> {
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "parts"], json(request)?)).await?)
+        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "parts"], json(request)?)?).await?)
     }
 
     /// Completes an upload: the broker verifies, records and publishes. Asking again gives the same answer.
@@ -219,7 +219,7 @@ impl Client {
     pub async fn complete(&self, id: Uuid, request: &CompleteUpload) -> Result<Completed, Error> {
         let empty = request.sha256.is_none() && request.parts.is_none();
         let body = if empty { None } else { json(request)? };
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "complete"], body)).await?)
+        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "complete"], body)?).await?)
     }
 
     /// Takes an upload back.
@@ -227,7 +227,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn abort(&self, id: Uuid) -> Result<(), Error> {
-        self.call(&self.request(Method::DELETE, &["lfs", "uploads", &id.to_string()], None)).await.map(drop)
+        self.call(&self.request(Method::DELETE, &["lfs", "uploads", &id.to_string()], None)?).await.map(drop)
     }
 
     /// Resolves a record's value to a signed GET. [`Client::fetch`] goes on to the verified bytes.
@@ -235,7 +235,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn resolve(&self, value: &[u8], options: &ResolveOptions) -> Result<ResolveAnswer, Error> {
-        let mut call = self.post(&["lfs", "resolve"], Some(Bytes::copy_from_slice(value)));
+        let mut call = self.post(&["lfs", "resolve"], Some(Bytes::copy_from_slice(value)))?;
         let validate = options.validate.then(|| "true".to_owned());
         set_query(&mut call.url, &[("version_id", options.version_id.clone()), ("validate", validate)]);
         parse(&self.call(&call).await?)
@@ -246,7 +246,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn topics(&self, options: &ListTopics) -> Result<TopicPage, Error> {
-        let mut call = self.get(&["lfs", "topics"]);
+        let mut call = self.get(&["lfs", "topics"])?;
         set_query(&mut call.url, &[("limit", text(&options.limit)), ("cursor", options.cursor.clone())]);
         let page: LooseTopicPage = parse(&self.call(&call).await?)?;
         let items = page.items.into_iter().map(|item| Ok(TopicPolicy { topic: item.topic, policy: known(item.policy)? }));
@@ -258,7 +258,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn topic(&self, topic: &str) -> Result<Policy, Error> {
-        known(parse(&self.call(&self.get(&["lfs", "topics", topic])).await?)?)
+        known(parse(&self.call(&self.get(&["lfs", "topics", topic])?).await?)?)
     }
 
     /// Replaces a topic's policy and gives back the one in force. A [`Policy`], or JSON with some of its members:
@@ -267,7 +267,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn put_topic(&self, topic: &str, policy: &impl serde::Serialize) -> Result<Policy, Error> {
-        let call = self.request(Method::PUT, &["lfs", "topics", topic], json(policy)?);
+        let call = self.request(Method::PUT, &["lfs", "topics", topic], json(policy)?)?;
         known(parse(&self.call(&call).await?)?)
     }
 
@@ -276,22 +276,27 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn delete_topic(&self, topic: &str) -> Result<(), Error> {
-        self.call(&self.request(Method::DELETE, &["lfs", "topics", topic], None)).await.map(drop)
+        self.call(&self.request(Method::DELETE, &["lfs", "topics", topic], None)?).await.map(drop)
     }
 
-    fn get(&self, path: &[&str]) -> Call {
+    fn get(&self, path: &[&str]) -> Result<Call, Error> {
         self.request(Method::GET, path, None)
     }
 
-    fn post(&self, path: &[&str], body: Option<Bytes>) -> Call {
+    fn post(&self, path: &[&str], body: Option<Bytes>) -> Result<Call, Error> {
         self.request(Method::POST, path, body)
     }
 
-    fn request(&self, method: Method, path: &[&str], body: Option<Bytes>) -> Call {
+    fn request(&self, method: Method, path: &[&str], body: Option<Bytes>) -> Result<Call, Error> {
+        // A URL has no place for these: they would be left out, and another route asked.
+        let lost = |segment: &&&str| matches!(**segment, "" | "." | "..") || segment.contains(['\t', '\n', '\r']);
+        if let Some(segment) = path.iter().find(lost) {
+            return Err(Error::Invalid(format!("{segment:?} is not a name that can be asked for")));
+        }
         let mut url = Url::clone(&self.base);
         url.path_segments_mut().expect("http URLs have a path").pop_if_empty().extend(path);
         let timeout = self.settings.request_timeout;
-        Call { method, url, body, idempotency_key: None, timeout, repeatable: true }
+        Ok(Call { method, url, body, idempotency_key: None, timeout, repeatable: true })
     }
 
     async fn call(&self, call: &Call) -> Result<Answer, Error> {
@@ -445,6 +450,10 @@ struct LooseTopic {
 /// Reads a policy from an answer: as a request it refuses members it does not know, as an answer it may have grown some.
 fn known(mut policy: serde_json::Value) -> Result<Policy, Error> {
     let misfit = |error: serde_json::Error| Error::Unexpected { status: 200, detail: quote(&error.to_string()) };
+    // Defaults are for what an older broker leaves out, not for an answer that is none of a policy.
+    if policy.get("enabled").is_none() {
+        return Err(Error::Unexpected { status: 200, detail: "the answer is not a policy: it has no `enabled`".to_owned() });
+    }
     let ours = serde_json::to_value(Policy::default()).map_err(misfit)?;
     if let Some(members) = policy.as_object_mut() {
         members.retain(|name, _| ours.get(name).is_some());

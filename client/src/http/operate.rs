@@ -12,7 +12,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn redrive(&self, id: Uuid, request: &Redrive) -> Result<Upload, Error> {
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "redrive"], json(request)?)).await?)
+        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "redrive"], json(request)?)?).await?)
     }
 
     /// Looks at a verified or published upload's object again.
@@ -20,7 +20,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn reverify(&self, id: Uuid) -> Result<Validated, Error> {
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "reverify"], None)).await?)
+        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "reverify"], None)?).await?)
     }
 
     /// Reads how things stand.
@@ -28,6 +28,6 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn stats(&self) -> Result<Stats, Error> {
-        parse(&self.call(&self.get(&["lfs", "stats"])).await?)
+        parse(&self.call(&self.get(&["lfs", "stats"])?).await?)
     }
 }

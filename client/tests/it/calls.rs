@@ -155,6 +155,35 @@ async fn policies_may_grow_members_and_topics_are_escaped() {
 }
 
 #[tokio::test]
+async fn a_topic_that_a_url_would_swallow_is_not_asked_for() {
+    let canned = Canned::new().await;
+    let client = canned.client();
+    // The list of topics would answer to the first three, and another topic to the last.
+    let script = tokio::spawn(async move { canned.listener.accept().await.map(drop) });
+    for topic in ["", ".", "..", "vid\teos"] {
+        let error = client.topic(topic).await.unwrap_err();
+        assert!(matches!(error, Error::Invalid(_)), "{topic:?}: {error}");
+        assert!(matches!(client.delete_topic(topic).await, Err(Error::Invalid(_))), "{topic:?}");
+        assert!(matches!(client.put_topic(topic, &json!({})).await, Err(Error::Invalid(_))), "{topic:?}");
+    }
+    assert!(!script.is_finished());
+    script.abort();
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_policy_does_not_become_the_default_one() {
+    let canned = Canned::new().await;
+    let client = canned.client();
+    let list = json!({"items": [], "next_cursor": null});
+    let script = canned.answers(vec![json_answer("200 OK", &list), json_answer("200 OK", &json!([]))]);
+    for _ in 0..2 {
+        let error = client.topic("videos").await.unwrap_err();
+        assert!(matches!(error, Error::Unexpected { status: 200, .. }), "{error}");
+    }
+    script.asked().await;
+}
+
+#[tokio::test]
 async fn a_client_of_endless_patience_can_long_poll() {
     let canned = Canned::new().await;
     let client = canned.client().with_settings(Settings { request_timeout: Duration::MAX, ..Settings::default() });
