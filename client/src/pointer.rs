@@ -79,12 +79,12 @@ impl Pointer {
         loose.check()
     }
 
-    /// The digest that the bytes must have, where the pointer names one.
+    /// The digest that the bytes must have, where the pointer names one. A checksum without an algorithm is a SHA-256.
     pub fn digest(&self) -> Option<Digest> {
         match (self.sha256, self.checksum_alg, &self.checksum) {
             (Some(sha256), _, _) => Some(sha256.into()),
-            (None, Some(algorithm), Some(hex)) if algorithm != Algorithm::None => algorithm.digest(hex).ok(),
-            _ => None,
+            (None, Some(Algorithm::None), _) | (None, _, None) => None,
+            (None, algorithm, Some(hex)) => algorithm.unwrap_or(Algorithm::Sha256).digest(hex).ok(),
         }
     }
 }
@@ -141,8 +141,8 @@ impl Loose {
             filled(self.checksum_alg).map(|text| text.parse::<Algorithm>()).transpose().map_err(|error| malformed(&error))?;
         let checksum = filled(self.checksum);
         // A checksum that cannot be read would otherwise count as none, and the bytes as not to be checked.
-        if let (None, Some(algorithm), Some(hex)) = (sha256, algorithm, &checksum) {
-            algorithm.digest(hex).map_err(|error| malformed(&error))?;
+        if let (None, Some(hex)) = (sha256, &checksum) {
+            algorithm.unwrap_or(Algorithm::Sha256).digest(hex).map_err(|error| malformed(&error))?;
         }
         Ok(Pointer {
             kfs_lfs: 1,
@@ -225,6 +225,17 @@ mod tests {
     fn a_checksum_that_cannot_be_read_is_not_taken_for_none() {
         let value = br#"{"kfs_lfs":1,"bucket":"b","key":"k","size":9,"checksum":"cbf4","checksum_alg":"crc32"}"#;
         assert!(matches!(Pointer::parse(value), Err(NotAPointer::Malformed(_))));
+    }
+
+    #[test]
+    fn a_checksum_without_an_algorithm_is_a_sha256_to_be_verified() {
+        let value = |alg: &str, hex: &str| format!(r#"{{"kfs_lfs":1,"bucket":"b","key":"k","size":3,"checksum":"{hex}"{alg}}}"#);
+        let sha256 = Sha256::of(b"abc");
+        for alg in ["", r#","checksum_alg":"""#, r#","checksum_alg":null"#] {
+            let pointer = Pointer::parse(value(alg, &sha256.to_string()).as_bytes()).unwrap();
+            assert_eq!(pointer.digest(), Some(sha256.into()), "{alg}");
+        }
+        assert!(matches!(Pointer::parse(value("", "cbf43926").as_bytes()), Err(NotAPointer::Malformed(_))));
     }
 
     proptest::proptest! {
