@@ -55,9 +55,12 @@ impl Backoff {
         }
         let doubled = self.retry.first_wait.saturating_mul(1 << (self.failures - 1).min(30));
         let spread = doubled.min(self.retry.longest_wait).mul_f64(0.5 + chance / 2.0);
-        // What the server asked for is a floor: a spread below it would come too early.
-        let wait = retry_after.map_or(spread, |asked| asked.max(spread));
         let left = self.retry.all_waits.saturating_sub(self.waited);
+        // What the server asked for is a floor, and it asked all of them for the same: a quarter of it sets them apart.
+        let wait = retry_after.map_or(spread, |asked| {
+            let late = asked.max(spread).saturating_add(asked.mul_f64(chance / 4.0));
+            late.min(left.max(asked))
+        });
         if wait > left {
             return None;
         }
@@ -110,6 +113,18 @@ mod tests {
         let mut backoff = Backoff::new(RETRY);
         assert_eq!(backoff.next_with(Some(Duration::from_secs(2)), 0.0), Some(Duration::from_secs(2)));
         assert_eq!(backoff.next_with(Some(Duration::from_secs(2)), 0.0), None);
+    }
+
+    #[test]
+    fn clients_that_were_sent_away_together_do_not_come_back_together() {
+        let retry = Retry { all_waits: Duration::from_secs(60), ..RETRY };
+        let wait = |asked, chance| Backoff::new(retry).next_with(Some(Duration::from_secs(asked)), chance);
+        assert_eq!(wait(8, 0.0), Some(Duration::from_secs(8)));
+        assert_eq!(wait(8, 1.0), Some(Duration::from_secs(10)));
+        // What can be waited for is not put off beyond all patience.
+        assert_eq!(wait(60, 1.0), Some(Duration::from_secs(60)));
+        // Whatever a server makes of it.
+        assert_eq!(wait(u64::MAX, 1.0), None);
     }
 
     #[test]
