@@ -3,7 +3,7 @@
 //! What a killed process leaves behind is locked by nobody, which is how [`clean`] tells it from a file that is being
 //! written.
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -41,15 +41,27 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// Begins a file in the directory of `path`.
+    /// Begins a file in the directory of `path`, with the rights of the file that it is to replace.
     pub(crate) async fn beside(path: &Path, known: Option<Sha256>) -> io::Result<Self> {
         let path = path.to_owned();
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
-        let beside = directory.clone();
-        let (file, temporary) = blocking(move || locked(&beside)).await?;
+        let (beside, target) = (directory.clone(), path.clone());
+        let (file, temporary) = blocking(move || {
+            let replaced = std::fs::metadata(&target).ok();
+            // Known before the first byte, rather than after the last.
+            if replaced.as_ref().is_some_and(Metadata::is_dir) {
+                return Err(io::Error::new(io::ErrorKind::IsADirectory, format!("{} is a directory", target.display())));
+            }
+            let (file, temporary) = locked(&beside)?;
+            if let Some(replaced) = replaced {
+                file.set_permissions(rights(&replaced))?;
+            }
+            Ok((file, temporary))
+        })
+        .await?;
         let file = tokio::fs::File::from_std(file);
         Ok(Self { file, temporary, path, directory, size: 0, known, hasher: sha2::Digest::new() })
     }
@@ -99,6 +111,18 @@ fn new_file() -> tempfile::Builder<'static, 'static> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     builder
+}
+
+/// Who may read and write a file. Running as its owner is not passed on to other bytes.
+#[cfg(unix)]
+fn rights(replaced: &Metadata) -> Permissions {
+    use std::os::unix::fs::PermissionsExt as _;
+    Permissions::from_mode(replaced.permissions().mode() & 0o777)
+}
+
+#[cfg(not(unix))]
+fn rights(replaced: &Metadata) -> Permissions {
+    replaced.permissions()
 }
 
 /// Removes from `directory` what killed processes had not finished, and gives back how many files that were.
@@ -169,6 +193,32 @@ mod tests {
         draft.write(Bytes::from_static(b"x")).await.unwrap();
         drop(draft);
         assert_eq!(names(directory.path()), ["a"]);
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn a_file_that_only_its_owner_may_read_stays_so_when_it_is_replaced() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        std::fs::write(&path, "old").unwrap();
+        for (found, kept) in [(0o600, 0o600), (0o4711, 0o711), (0o444, 0o444)] {
+            std::fs::set_permissions(&path, Permissions::from_mode(found)).unwrap();
+            let mut draft = Draft::beside(&path, None).await.unwrap();
+            draft.write(Bytes::from_static(b"new")).await.unwrap();
+            let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
+            assert_eq!(mode(&draft.temporary), kept, "before its bytes are there");
+            draft.keep().await.unwrap();
+            assert_eq!((mode(&path), std::fs::read(&path).unwrap()), (kept, b"new".to_vec()));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_directory_is_refused_before_anything_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Draft::beside(directory.path(), None).await.err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::IsADirectory);
+        assert_eq!(error.to_string(), format!("{} is a directory", directory.path().display()));
     }
 
     #[tokio::test]
