@@ -46,11 +46,15 @@
 //! # An upload that was interrupted
 //! ```no_run
 //! # async fn resume(client: lfs_broker_client::Client, id: uuid::Uuid) -> Result<(), lfs_broker_client::Error> {
-//! let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
-//! client.upload("videos").cancelled_by(stop).resume(id, "order-17.mp4").await?;
+//! tokio::select! {
+//!     completed = client.upload("videos").resume(id, "order-17.mp4") => println!("{:?}", completed?.pointer),
+//!     // What is dropped stays open at the broker, for the next attempt.
+//!     _ = tokio::signal::ctrl_c() => eprintln!("upload {id} can be resumed until it expires"),
+//! }
 //! # Ok(())
 //! # }
 //! ```
+//! [`Uploader::cancelled_by`] is for the opposite: it takes the upload back.
 #![deny(missing_docs)]
 
 pub mod api;
