@@ -137,7 +137,7 @@ impl Uploader {
     }
 
     fn name_after(&mut self, path: &Path) {
-        let name = || path.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+        let name = || path.file_name().and_then(|name| name.to_str()).filter(|name| is_welcome(name)).map(str::to_owned);
         self.job.options.filename = self.job.options.filename.take().or_else(name);
     }
 
@@ -404,6 +404,13 @@ impl Job {
             seen = Some(upload.version);
         }
     }
+}
+
+/// Whether the broker takes a file's own name: a download can do without one better than without its bytes.
+fn is_welcome(name: &str) -> bool {
+    (1..=255).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && !name.contains(|c: char| c.is_control() || matches!(c, '/' | '\\'))
 }
 
 /// Holds the pointer against the bytes that were sent: a resumed or replayed upload may be of other bytes.

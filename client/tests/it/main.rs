@@ -7,4 +7,5 @@ mod calls;
 mod canned;
 mod consumers;
 mod downloads;
+mod mishaps;
 mod uploads;

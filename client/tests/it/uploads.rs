@@ -14,23 +14,23 @@ use uuid::Uuid;
 
 use crate::canned::{Asked, Canned, ID, answer, json_answer, problem, s3_error};
 
-const BYTES: &[u8] = b"the quick brown fox jumps over the lazy dog";
+pub(crate) const BYTES: &[u8] = b"the quick brown fox jumps over the lazy dog";
 
 /// Parts of 20 bytes make two whole ones and a rest of 3.
 const PART: usize = 20;
 
-fn options() -> UploadOptions {
+pub(crate) fn options() -> UploadOptions {
     UploadOptions { part_size: Some(PART as u64), concurrency: 1, ..UploadOptions::to("videos") }
 }
 
-fn a_file(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+pub(crate) fn a_file(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("fox.txt");
     std::fs::write(&path, bytes).unwrap();
     (directory, path)
 }
 
-fn single(canned: &Canned) -> Vec<u8> {
+pub(crate) fn single(canned: &Canned) -> Vec<u8> {
     let put = canned.signed("PUT", "/b/k", json!({"if-none-match": "*", "x-amz-meta-lfs-upload-id": ID}));
     json_answer("201 Created", &canned.upload("open", BYTES.len(), json!({"upload": put})))
 }
@@ -43,7 +43,7 @@ fn part(canned: &Canned, number: usize) -> Value {
     part
 }
 
-fn multipart(canned: &Canned, more: Value) -> Value {
+pub(crate) fn multipart(canned: &Canned, more: Value) -> Value {
     let mut upload = canned.upload("open", BYTES.len(), json!({"mode": "multipart", "part_size": PART, "part_count": 3}));
     upload.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     upload
@@ -59,21 +59,21 @@ fn completed(status: &str, state: &str, sha256: Sha256) -> Vec<u8> {
     json_answer(status, &json!({"id": ID, "state": state, "pointer": pointer, "integrity": "sha256"}))
 }
 
-fn verified() -> Vec<u8> {
+pub(crate) fn verified() -> Vec<u8> {
     completed("202 Accepted", "verified", Sha256::of(BYTES))
 }
 
-fn ok() -> Vec<u8> {
+pub(crate) fn ok() -> Vec<u8> {
     answer("200 OK", b"")
 }
 
-fn lines(asked: &[Asked]) -> Vec<&str> {
+pub(crate) fn lines(asked: &[Asked]) -> Vec<&str> {
     asked.iter().map(|asked| asked.line.split('?').next().unwrap_or_default()).collect()
 }
 
-const OPEN: &str = "POST /lfs/uploads";
+pub(crate) const OPEN: &str = "POST /lfs/uploads";
 
-fn of_upload(method: &str, rest: &str) -> String {
+pub(crate) fn of_upload(method: &str, rest: &str) -> String {
     format!("{method} /lfs/uploads/{ID}{rest}")
 }
 
