@@ -6,7 +6,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use uuid::Uuid;
 
-use crate::api::{Headers, OpenUpload, PartHashes};
+use crate::api::{Headers, OpenUpload, PartHashes, Upload};
+use crate::error::Error;
 use crate::parts::Opening;
 use crate::source::{self, Hashes};
 
@@ -62,13 +63,31 @@ impl UploadOptions {
         Self { topic: topic.into(), ..Self::default() }
     }
 
-    /// The request that opens the upload. Hashes of parts are worth their bytes only where there is more than one part.
-    pub(crate) fn opening(&self, size: u64, hashes: Option<&Hashes>) -> Opening {
-        let (key, key_base64) = match self.key.clone().map(String::from_utf8) {
+    /// The key as JSON carries it: as text, or else in base64.
+    fn written_key(&self) -> (Option<String>, Option<String>) {
+        match self.key.clone().map(String::from_utf8) {
             Some(Ok(text)) => (Some(text), None),
             Some(Err(bytes)) => (None, Some(BASE64.encode(bytes.as_bytes()))),
             None => (None, None),
-        };
+        }
+    }
+
+    /// Refuses to go on with an upload that leads elsewhere than the caller says.
+    pub(crate) fn check_same(&self, upload: &Upload) -> Result<(), Error> {
+        if upload.topic != self.topic {
+            let (id, topic) = (upload.id, &upload.topic);
+            return Err(Error::Invalid(format!("upload {id} is to the topic {topic}, not to {}", self.topic)));
+        }
+        // Without a key nothing is said of it: the upload keeps the one that it was opened with.
+        if self.key.is_some() && self.written_key() != (upload.key.clone(), upload.key_base64.clone()) {
+            return Err(Error::Invalid(format!("upload {} has another key than the one given", upload.id)));
+        }
+        Ok(())
+    }
+
+    /// The request that opens the upload. Hashes of parts are worth their bytes only where there is more than one part.
+    pub(crate) fn opening(&self, size: u64, hashes: Option<&Hashes>) -> Opening {
+        let (key, key_base64) = self.written_key();
         let parts = hashes.filter(|hashes| hashes.parts.len() > 1);
         let part_size = match hashes {
             Some(_) => parts.map(|hashes| hashes.part_size),

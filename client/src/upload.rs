@@ -129,7 +129,8 @@ impl Uploader {
     /// published. A single PUT gets a fresh URL only with the options and the `idempotency_key` that opened it.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where it is another file; else see [`Error`].
+    /// [`Error::Corrupt`] where it is another file, [`Error::Invalid`] where the options name another topic or key than the
+    /// upload has; else see [`Error`].
     pub async fn resume(mut self, id: Uuid, path: impl AsRef<Path>) -> Result<Completed, Error> {
         self.name_after(path.as_ref());
         let source = Source::File(path.as_ref().to_owned());
@@ -210,6 +211,7 @@ impl Job {
     async fn resume(&self, id: Uuid, source: Source) -> Result<Completed, Error> {
         let asked = Instant::now();
         let upload = self.client.read(id, &ReadUpload::default()).await?;
+        self.options.check_same(&upload)?;
         self.tell(&upload);
         let size = source.size().await?;
         if size != upload.size {
