@@ -28,7 +28,7 @@ const ROUNDS: u32 = 3;
 /// One long-poll: below the contract's 30 seconds, so that no proxy's own half minute cuts it.
 const POLL_SECONDS: u64 = 20;
 
-/// How long a cancelled upload that was just being opened is looked for.
+/// How long a cancelled upload that was just being opened is looked for, and how long taking back a failed one may take.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A year: the clock takes no `Duration::MAX`.
@@ -91,7 +91,8 @@ impl Uploader {
     /// Uploads a file, reading it twice: once for its hashes, once to send it.
     ///
     /// # Errors
-    /// See [`Error`]. What was put stays open, for [`resume`](Self::resume).
+    /// See [`Error`]. Parts that were put stay, for [`resume`](Self::resume); a single PUT that failed is taken back, unless
+    /// an `idempotency_key` of the caller's leads to it again.
     pub async fn file(mut self, path: impl AsRef<Path>) -> Result<Completed, Error> {
         self.name_after(path.as_ref());
         let source = Source::File(path.as_ref().to_owned());
@@ -307,7 +308,13 @@ impl Job {
         let id = opened.upload.id;
         let mut round = 1;
         loop {
-            self.put(source, hashes, &opened, opening).await?;
+            if let Err(error) = self.put(source, hashes, &opened, opening).await {
+                // Nobody else knows a key that was drawn at random: what it opened could only wait for its end.
+                if opened.upload.mode == Mode::Single && opening.is_some() && self.options.idempotency_key.is_none() {
+                    let _ = tokio::time::timeout(CANCEL_PATIENCE, self.client.abort(id)).await;
+                }
+                return Err(error);
+            }
             let missing = match self.finish(id, sha256).await {
                 Err(error) if error.is_problem("object-missing") || error.is_problem("parts-incomplete") => error,
                 other => return checked(other?, hashes.whole),

@@ -191,11 +191,11 @@ impl Error {
         }
     }
 
-    /// Whether another file may fare better: the file cannot be read, or the broker takes none like it.
+    /// Whether another file may fare better: this one cannot be read, changed while it was sent, or the broker takes none like it.
     fn is_of_one_file(&self) -> bool {
         match self {
             Self::OfFile { source: client::Error::Io(_), .. } => true,
-            Self::OfFile { source, .. } => source.problem().is_some_and(|problem| problem.status == 422),
+            Self::OfFile { source, .. } => source.is_corrupt() || source.problem().is_some_and(|problem| problem.status == 422),
             _ => false,
         }
     }

@@ -234,3 +234,18 @@ fn name(file: &Path) -> String {
 fn is_stdin(file: &Path) -> bool {
     file.as_os_str() == "-"
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_changed_while_it_was_sent_ends_no_batch() {
+        let of_storage = |status, code: &str| {
+            let source = client::Error::Storage { status, code: code.to_owned(), message: String::new() };
+            Error::of_file(source, "a").is_of_one_file()
+        };
+        assert!(of_storage(400, "BadDigest"));
+        assert!(!of_storage(403, "AccessDenied"), "the next file would meet the same");
+    }
+}

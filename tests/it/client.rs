@@ -102,3 +102,23 @@ async fn a_cancelled_upload_is_aborted() {
     let Error::Cancelled { id: Some(id), aborted: true } = cancelled else { panic!("{cancelled:?}") };
     assert_eq!(house.upload(&id.to_string()).await.state(), "aborted");
 }
+
+#[tokio::test]
+async fn a_single_put_whose_file_changed_under_it_leaves_no_session_open() {
+    let house = House::new().await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    // Shorter, and other bytes of the same size: the first the client finds out, the second storage.
+    for changed in [bytes(10, 6), bytes(1 << 20, 7)] {
+        std::fs::write(file.path(), bytes(1 << 20, 5)).unwrap();
+        let (path, told) = (file.path().to_owned(), Arc::new(OnceLock::new()));
+        let opened = Arc::clone(&told);
+        let uploading = house.client().upload(UploadOptions::to(house.topic.as_str())).on_open(move |upload| {
+            std::fs::write(&path, &changed).unwrap();
+            opened.set(upload.id).unwrap();
+        });
+        let failed = uploading.file(file.path()).await.unwrap_err();
+        assert!(matches!(failed, Error::Io(_)) || failed.is_corrupt(), "{failed:?}");
+        let id = told.get().unwrap().to_string();
+        assert_eq!(house.upload(&id).await.state(), "aborted", "{failed}");
+    }
+}

@@ -6,8 +6,12 @@ use lfs_broker_client::checksum::Sha256;
 use lfs_broker_client::{Error, UploadOptions};
 use serde_json::json;
 
-use crate::canned::{Canned, ID, json_answer};
-use crate::uploads::{BYTES, a_file, multipart, ok, options, single, verified};
+use crate::canned::{Asked, Canned, ID, answer, json_answer, s3_error};
+use crate::uploads::{BYTES, OPEN, a_file, lines, multipart, of_upload, ok, options, single, verified};
+
+fn gone() -> Vec<u8> {
+    answer("204 No Content", b"")
+}
 
 #[tokio::test]
 async fn a_file_whose_name_the_broker_refuses_goes_up_without_it() {
@@ -30,6 +34,29 @@ async fn a_file_whose_name_the_broker_refuses_goes_up_without_it() {
     let (_keep, path) = a_file(BYTES);
     client.upload(UploadOptions { filename: Some("a\nb".to_owned()), ..options() }).file(&path).await.unwrap();
     assert_eq!(script.asked().await[0].json()["filename"], json!("a\nb"));
+}
+
+/// Uploads a file whose single PUT fails for good, and gives back what was asked.
+async fn refused(key: Option<&str>) -> Vec<Asked> {
+    let canned = Canned::new().await;
+    let client = canned.client();
+    let damaged = || s3_error("400 Bad Request", "BadDigest");
+    let mut script = vec![single(&canned), damaged(), damaged()];
+    script.extend(key.is_none().then(gone));
+    let script = canned.answers(script);
+    let (_keep, path) = a_file(BYTES);
+    let whole = UploadOptions { part_size: None, idempotency_key: key.map(str::to_owned), ..options() };
+    let error = client.upload(whole).file(&path).await.unwrap_err();
+    assert!(matches!(&error, Error::Storage { status: 400, .. }) && error.is_corrupt(), "{error}");
+    script.asked().await
+}
+
+#[tokio::test]
+async fn a_single_put_that_failed_for_good_leaves_nothing_open_behind() {
+    let put = "PUT /b/k";
+    assert_eq!(lines(&refused(None).await), [OPEN, put, put, &of_upload("DELETE", "")]);
+    // Whoever has the key can go on under it.
+    assert_eq!(lines(&refused(Some("mine")).await), [OPEN, put, put]);
 }
 
 #[tokio::test]
