@@ -35,8 +35,10 @@ record Pointer(String bucket, String key, long size, Checksum checksum, byte[] j
         } catch (IOException error) {
             throw new LfsException.Malformed("the pointer cannot be read: " + error.getMessage());
         }
-        if (json.path("kfs_lfs").asInt() != 1) {
-            throw new LfsException.Malformed("the pointer has version " + json.path("kfs_lfs") + ", this reader knows 1");
+        JsonNode version = json.path("kfs_lfs");
+        // Read loosely, "1", 1.5, true and 4294967297 would be 1 as well.
+        if (!version.isIntegralNumber() || !version.canConvertToInt() || version.intValue() != 1) {
+            throw new LfsException.Malformed("the pointer has version " + version + ", this reader knows 1");
         }
         JsonNode size = json.path("size");
         if (!size.isIntegralNumber() || !size.canConvertToLong() || size.longValue() < 0) {
