@@ -27,6 +27,8 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
     private static final Duration PATIENCE = Duration.ofSeconds(60);
 
     private Source source;
+    /** Whether it was said that a pointer came without a checksum. */
+    private boolean told;
 
     @Override
     public void configure(Map<String, ?> settings, boolean isKey) {
@@ -66,7 +68,20 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
         return follow(Pointer.parse(value), headers);
     }
 
+    /** That a pointer has no checksum, for the first one that has none; else null. */
+    String advice(Pointer pointer) {
+        if (told || !pointer.checksum().algorithm().equals("none")) {
+            return null;
+        }
+        told = true;
+        return pointer + " has no checksum: of its bytes, and of those of others like it, only the size is verified";
+    }
+
     InputStream follow(Pointer pointer, Headers headers) {
+        String advice = advice(pointer);
+        if (advice != null) {
+            LOG.warn(advice);
+        }
         Header version = headers == null ? null : headers.lastHeader("lfs-version-id");
         boolean none = version == null || version.value() == null;
         String versionId = none ? null : new String(version.value(), StandardCharsets.UTF_8);

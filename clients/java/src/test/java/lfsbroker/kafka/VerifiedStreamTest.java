@@ -2,6 +2,7 @@ package lfsbroker.kafka;
 
 import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTimeoutPreemptively;
 import static org.junit.jupiter.api.Assertions.assertTrue;
@@ -99,6 +100,21 @@ class VerifiedStreamTest {
                 assertEquals("closed", assertThrows(IOException.class, standing::read).getMessage());
             }
         });
+    }
+
+    @Test
+    void thatAPointerHasNoChecksumIsSaidOnce() {
+        try (var streams = new LfsStreamDeserializer()) {
+            Checksum crc = Checksum.of(null, "crc32", "cbf43926");
+            assertNull(streams.advice(new Pointer("b", "proved", 1, crc, new byte[0])));
+            Pointer bare = new Pointer("b", "bare", 1, Checksum.of(null, null, null), new byte[0]);
+            streams.follow(bare, null);
+            assertNull(streams.advice(bare), "follow has said it");
+        }
+        try (var streams = new LfsStreamDeserializer()) {
+            Pointer bare = new Pointer("b", "bare", 1, Checksum.of(null, "none", null), new byte[0]);
+            assertTrue(streams.advice(bare).startsWith("b/bare has no checksum"));
+        }
     }
 
     @Test
