@@ -75,7 +75,7 @@ public final class LfsConfig extends AbstractConfig {
                     "{topic}.lfs-staging",
                     Importance.MEDIUM,
                     "The topic that the broker publishes its own pointers to; {topic} is the record's.")
-            .define(TIMEOUT_MS, Type.LONG, 300_000L, Range.atLeast(1), Importance.LOW, "How long one value may take to be sent.")
+            .define(TIMEOUT_MS, Type.LONG, 300_000L, Range.atLeast(1), Importance.LOW, "How long the broker may read back a value that was sent.")
             .define(S3_BUCKETS, Type.LIST, List.of(), Importance.HIGH, "Read these buckets with own credentials, without the broker.")
             .define(S3_ENDPOINT, Type.STRING, null, Importance.LOW, "S3's endpoint where it is not AWS.")
             .define(S3_REGION, Type.STRING, null, Importance.LOW, "The region; else the one of the AWS environment.")
@@ -86,11 +86,18 @@ public final class LfsConfig extends AbstractConfig {
     /** Goes into a header as it is; what else a file may begin or end with (a mark of its encoding, a second line) does not. */
     private static final Pattern TOKEN_TEXT = Pattern.compile("[\\x21-\\x7e]+");
 
+    /** After the place where it was looked for. What is there instead is not quoted: it may be a token and a bit. */
+    private static final String NO_TOKEN = " holds no bearer token: it is one line of visible ASCII, without a byte order mark";
+
     private final long largestInline;
 
     LfsConfig(Map<String, ?> settings) {
         super(DEFINITION, settings, false);
         largestInline = largestInline(originals().get("max.request.size"));
+        Password token = getPassword(TOKEN);
+        if (token != null && !isSendable(token.value())) {
+            throw new ConfigException(TOKEN + NO_TOKEN);
+        }
     }
 
     URI brokerUrl() {
@@ -106,21 +113,23 @@ public final class LfsConfig extends AbstractConfig {
         Password token = getPassword(TOKEN);
         String file = getString(TOKEN_FILE);
         if (token != null || file == null) {
-            return token == null ? null : sendable(token.value(), TOKEN);
+            return token == null ? null : token.value();
         }
         try {
-            return sendable(Files.readString(Path.of(file)).strip(), file);
+            String held = Files.readString(Path.of(file)).strip();
+            if (!isSendable(held)) {
+                // The file may be in the middle of its renewal.
+                throw new LfsException.Unavailable(file + NO_TOKEN, null);
+            }
+            return held;
         } catch (IOException error) {
             throw new LfsException.Unavailable("the token file cannot be read: " + error.getMessage(), error);
         }
     }
 
     /** Checked here, because the JDK's HTTP client would quote the whole token in its complaint. */
-    private static String sendable(String token, String place) {
-        if (!TOKEN_TEXT.matcher(token).matches()) {
-            throw new LfsException.Unavailable(place + " holds no bearer token: it is one line of visible ASCII, without a byte order mark", null);
-        }
-        return token;
+    private static boolean isSendable(String token) {
+        return TOKEN_TEXT.matcher(token).matches();
     }
 
     /** What the application set, or null. */
