@@ -45,6 +45,10 @@ cd "$repository"
 published=$(curl -sf "$LFS_BROKER_URL/lfs/uploads?topic=examples&state=published" | jq '.items | length')
 [ "$published" = 7 ] || { echo "$published of 7 uploads are published"; exit 1; }
 
+# What the broker refuses says why.
+! examples/curl/upload.sh "$WORK/small" 'no/topic' >"$WORK/refused" 2>&1 || { echo "a topic without a name was taken"; exit 1; }
+grep -q '"code":"validation-failed"' "$WORK/refused" || { cat "$WORK/refused"; exit 1; }
+
 node .ci/sdk/browser/adapter.mjs "$WORK/typescript"
 echo "$LFS_BROKER_URL" >&4
 status=0

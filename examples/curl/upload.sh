@@ -8,11 +8,15 @@ file=$1 topic=$2 key=${3:-}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# broker PATH [OPTION...]: asks the broker. What it refuses goes to standard error, with its reason.
 broker() {
-    local path=$1
+    local path=$1 status=0
     shift
+    : >"$work/answer"
     curl -sS --fail-with-body "${LFS_BROKER_URL:-http://127.0.0.1:8080}$path" -H 'content-type: application/json' \
-        ${LFS_BROKER_TOKEN:+-H "authorization: Bearer $LFS_BROKER_TOKEN"} "$@"
+        ${LFS_BROKER_TOKEN:+-H "authorization: Bearer $LFS_BROKER_TOKEN"} -o "$work/answer" "$@" || status=$?
+    [ "$status" = 0 ] || { cat "$work/answer" >&2; return "$status"; }
+    cat "$work/answer"
 }
 
 # put FILE: sends it by the signed request in $work/request; its headers are signed, so all of them are sent.
