@@ -49,6 +49,17 @@ published=$(curl -sf "$LFS_BROKER_URL/lfs/uploads?topic=examples&state=published
 ! examples/curl/upload.sh "$WORK/small" 'no/topic' >"$WORK/refused" 2>&1 || { echo "a topic without a name was taken"; exit 1; }
 grep -q '"code":"validation-failed"' "$WORK/refused" || { cat "$WORK/refused"; exit 1; }
 
+# A pointer without a sha256, from a topic that allows it: with the right size, and with another one.
+ask() { curl -sSf -H 'content-type: application/json' "$LFS_BROKER_URL$1" "${@:2}"; }
+ask /lfs/topics/unproved -X PUT -d '{"checksums":["none"],"min_integrity":"size"}' >"$WORK/policy"
+ask /lfs/uploads -d '{"topic":"unproved","size":5000,"checksum_alg":"none"}' >"$WORK/unproved"
+jq -r '.upload.headers | to_entries[] | "header = \"\(.key): \(.value)\""' "$WORK/unproved" >"$WORK/headers"
+curl -sSf -o /dev/null -K "$WORK/headers" -T "$WORK/small" "$(jq -r .upload.url "$WORK/unproved")"
+ask "/lfs/uploads/$(jq -r .id "$WORK/unproved")/complete" -X POST | jq -c .pointer >"$WORK/pointer"
+jq -e 'has("sha256") | not' "$WORK/pointer" >/dev/null
+PYTHONPATH=examples/python python3 .ci/sdk/fetch.py "$WORK/pointer" "$WORK/small"
+node .ci/sdk/fetch.mjs "$WORK/typescript" "$WORK/pointer" "$WORK/small"
+
 node .ci/sdk/browser/adapter.mjs "$WORK/typescript"
 echo "$LFS_BROKER_URL" >&4
 status=0
