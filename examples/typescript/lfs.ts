@@ -116,10 +116,11 @@ export function named(filename: string): { filename?: string } {
 }
 
 /** SHA-256 of the whole without having the whole in memory. */
-export async function hashed(bytes: Blob): Promise<string> {
+export async function hashed(bytes: Blob, signal?: AbortSignal): Promise<string> {
   const hash = sha256.create();
   const window = 4 << 20;
   for (let at = 0; at < bytes.size; at += window) {
+    signal?.throwIfAborted();
     hash.update(new Uint8Array(await bytes.slice(at, at + window).arrayBuffer()));
   }
   return bytesToHex(hash.digest());

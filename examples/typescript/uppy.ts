@@ -26,11 +26,23 @@ function partSize({ size }: { size: number }): number {
  */
 export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic: string): Options {
   const single = new Map<string, string>();
-  const hashes = new Map<string, Promise<string>>();
+  const hashes = new Map<string, { sha256: Promise<string>; stop: AbortController }>();
 
   const data = (file: File): Blob => {
     if (!(file.data instanceof Blob)) throw new Error(`${file.name} is not here`);
     return file.data;
+  };
+  /** Begins to hash beside the upload. Complete asks for it, however it ended: until then that is nobody's trouble. */
+  const hash = (file: File, upload: string): Promise<string> => {
+    const stop = new AbortController();
+    const sha256 = hashed(data(file), stop.signal);
+    sha256.catch(() => undefined);
+    hashes.set(upload, { sha256, stop });
+    return sha256;
+  };
+  const forget = (upload: string): void => {
+    hashes.get(upload)?.stop.abort();
+    hashes.delete(upload);
   };
   const keep = (file: File, pointer: Pointer): void => {
     uppy.setFileState(file.id, { response: { status: 200, body: { pointer } } });
@@ -79,8 +91,7 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
 
     async createMultipartUpload(file) {
       const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...promise(file), part_size: partSize(data(file)) });
-      // Read beside the upload; complete brings it.
-      hashes.set(upload.id, hashed(data(file)));
+      void hash(file, upload.id);
       return { uploadId: upload.id, key: upload.object_key };
     },
 
@@ -95,14 +106,20 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
     },
 
     async completeMultipartUpload(file, { uploadId, key, signal }) {
-      const sha256 = await (hashes.get(uploadId) ?? hashed(data(file)));
-      hashes.delete(uploadId);
+      const sha256 = await (hashes.get(uploadId)?.sha256 ?? hash(file, uploadId)).catch((error) => {
+        // The next try reads anew.
+        forget(uploadId);
+        throw error;
+      });
       const pointer = await broker.complete(uploadId, sha256, signal);
+      forget(uploadId);
       return { location: key, pointer };
     },
 
     async abortMultipartUpload(_file, { uploadId }) {
-      if (uploadId) await broker.call("DELETE", `/lfs/uploads/${uploadId}`);
+      if (!uploadId) return;
+      forget(uploadId);
+      await broker.call("DELETE", `/lfs/uploads/${uploadId}`);
     },
 
     uploadPartBytes: ({ signature, body, onProgress, onComplete, signal }) =>

@@ -25,6 +25,41 @@ await assert.rejects(options.completeMultipartUpload(file, { ...upload, parts: [
 await options.abortMultipartUpload(file, upload);
 assert.equal((await broker.call("GET", `/lfs/uploads/${upload.uploadId}`)).state, "aborted");
 
+/** A file that gives its bytes, or fails to, only when it is told to. */
+class Slow extends Blob {
+  reads = 0;
+  constructor() {
+    super([new Uint8Array((16 << 20) + 1)]);
+    this.gate = new Promise((give, fail) => Object.assign(this, { give, fail }));
+  }
+  slice(...range) {
+    this.reads++;
+    return { arrayBuffer: () => this.gate.then(() => super.slice(...range).arrayBuffer()) };
+  }
+}
+const settled = () => new Promise((done) => setTimeout(done, 50));
+const slowly = async (name) => {
+  const slow = new Slow();
+  const file = uppy.getFile(uppy.addFile({ name, type: "application/x-test", data: slow }));
+  return { slow, file, upload: await options.createMultipartUpload(file) };
+};
+
+// A file that cannot be read for a while fails when it is asked for, not before, and not for ever.
+const unread = await slowly("unread.bin");
+unread.slow.fail(new Error("the disk is gone"));
+await settled();
+await assert.rejects(options.completeMultipartUpload(unread.file, { ...unread.upload, parts: [] }), { message: "the disk is gone" });
+unread.slow.gate = Promise.resolve();
+await assert.rejects(options.completeMultipartUpload(unread.file, { ...unread.upload, parts: [] }), { code: "parts-incomplete" });
+
+// An upload that was aborted is not read on.
+const stopped = await slowly("stopped.bin");
+assert.equal(stopped.slow.reads, 1);
+await options.abortMultipartUpload(stopped.file, stopped.upload);
+stopped.slow.give();
+await settled();
+assert.equal(stopped.slow.reads, 1);
+
 // Files of one PUT, with Uppy's own steps around them: one whose bytes never go up, one that fails before, and good ones between.
 const batch = new Uppy();
 const single = lfsBroker(batch, broker, "adapter");
