@@ -33,10 +33,17 @@ const frame = ({ page, size, name, type, broker }) => `<!doctype html><iframe></
   const report = (text) => fetch("/report", { method: "POST", body: text });
   try {
     const frame = document.querySelector("iframe");
-    await new Promise((loaded) => { frame.onload = loaded; frame.src = "/${page}?topic=browser&broker=" + encodeURIComponent("${broker}"); });
+    await new Promise((loaded) => { frame.onload = loaded; frame.src = "/${page}?topic=browser&broker=" + encodeURIComponent("${broker}") + "#token=t0ken"; });
     const inside = frame.contentDocument;
     const output = inside.querySelector("pre");
     frame.contentWindow.addEventListener("unhandledrejection", ({ reason }) => report("failed: " + reason));
+    // dev asks for no token: that it is given one is seen here.
+    const { fetch } = frame.contentWindow;
+    frame.contentWindow.fetch = (url, asked) => {
+      const ours = String(url).startsWith("${broker}");
+      if (ours !== (asked?.headers?.authorization === "Bearer t0ken")) report("failed: the token goes astray");
+      return fetch.call(frame.contentWindow, url, asked);
+    };
     // Of the example's own window, as a person's file would be.
     const { DataTransfer, Event, File } = frame.contentWindow;
     const transfer = new DataTransfer();
@@ -54,6 +61,7 @@ const frame = ({ page, size, name, type, broker }) => `<!doctype html><iframe></
 let current;
 const server = createServer(async (request, answer) => {
   const { pathname } = new URL(request.url, "http://localhost");
+  if (request.url.includes("t0ken")) current.report("failed: the page's server saw the token");
   if (pathname === "/report") {
     let text = "";
     for await (const piece of request) text += piece;
