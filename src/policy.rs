@@ -13,7 +13,7 @@ use crate::session::{Hashes, Layout, MAX_PART_BYTES, MAX_PARTS, MAX_PUT_BYTES, M
 /// Longest record key in bytes: it stands in every row and record.
 const MAX_KEY_BYTES: usize = 4096;
 /// Amazon S3, "Creating object key names".
-const MAX_OBJECT_KEY_BYTES: usize = 1024;
+pub(crate) const MAX_OBJECT_KEY_BYTES: usize = 1024;
 /// All record headers together, names and values, in bytes: a pointer record stays small.
 const MAX_HEADERS_BYTES: usize = 8192;
 /// The largest object, in bytes (Amazon S3: 5 TiB).

@@ -11,7 +11,10 @@ use super::{Broker, Error};
 use crate::auth::Caller;
 use crate::finish::still_proved;
 use crate::objects::Place;
-use crate::policy;
+use crate::policy::{self, MAX_OBJECT_KEY_BYTES};
+
+/// So many segments `lfs` of a key are looked at; each costs a query, and a prefix has hardly one.
+const PLACES: usize = 8;
 
 impl Broker {
     /// Checks a pointer and the object that it names, and signs a GET of it.
@@ -63,9 +66,13 @@ impl Broker {
     /// Whether a policy covers the pointer's bucket and prefix, and the caller its tenant and topic.
     async fn allow(&self, caller: &Caller, pointer: &Pointer) -> Result<lfs_broker_client::api::Policy, Error> {
         let outside = || Error::PointerForbidden("the pointer is outside the buckets and prefixes of the policies");
-        // The topic is in the key, behind a prefix that only the topic's policy knows: try each place it can be.
+        if pointer.key.len() > MAX_OBJECT_KEY_BYTES {
+            return Err(outside());
+        }
+        // The topic is in the key, behind a prefix that only the topic's policy knows: try the places where it can be.
         let segments: Vec<&str> = pointer.key.split('/').collect();
-        for lfs in segments.iter().enumerate().filter(|(_, segment)| **segment == "lfs").map(|(index, _)| index) {
+        let places = segments.iter().enumerate().filter(|(_, segment)| **segment == "lfs").map(|(index, _)| index);
+        for lfs in places.take(PLACES) {
             let Some(topic) = lfs.checked_sub(1).map(|index| segments[index]).filter(|topic| policy::is_topic(topic)) else {
                 continue;
             };

@@ -160,6 +160,20 @@ async fn a_pointer_larger_than_its_topic_allows_is_not_valid() {
     house.resolve(pointer(&house.bucket, &key, 5).as_bytes(), "").await.expect_problem(422, "pointer-invalid");
 }
 
+/// Each place where a key may name its topic costs a query, and whoever asks chooses the key.
+#[tokio::test]
+async fn a_key_that_could_name_many_topics_is_looked_at_so_far_and_no_further() {
+    let house = House::new().await;
+    for (segments, status) in [(7, 410), (8, 403)] {
+        let prefix = vec!["x/lfs"; segments].join("/");
+        house.put_policy(&house.topic, &json!({"prefix": prefix})).await.expect(200);
+        let key = format!("{prefix}/default/{}/lfs/x", house.topic);
+        assert_eq!(house.resolve(pointer(&house.bucket, &key, 5).as_bytes(), "").await.status, status, "{key}");
+    }
+    let key = format!("{}default/{}/lfs/x", "x/lfs/".repeat(5000), house.topic);
+    house.resolve(pointer(&house.bucket, &key, 5).as_bytes(), "").await.expect_problem(403, "pointer-forbidden");
+}
+
 #[tokio::test]
 async fn a_pointer_outside_the_policies_is_forbidden_whether_or_not_it_exists() {
     let house = House::new().await;
