@@ -1,9 +1,11 @@
 //! The app: parts wired together, workers kept going, and an orderly end.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -128,6 +130,13 @@ impl Settings {
         Store::connect(&self.store)?;
         Ok(())
     }
+
+    /// Whether URLs are safe only on a store that refuses an unsigned copy-source: tenants are told apart, and what signs
+    /// may also read.
+    fn must_refuse_copy_source(&self) -> bool {
+        let objects = &self.objects;
+        self.auth.mode != Mode::None && objects.signing_access_key_id.is_none() && !objects.allow_copy_source
+    }
 }
 
 /// Starts the broker: it serves when this returns.
@@ -149,7 +158,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let objects = Objects::connect(&settings.objects).await?;
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
-    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects), refuse_restored(&store, &kafka, deployment))?;
+    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store), refuse_restored(&store, &kafka, deployment))?;
     let (capabilities, trying) = tried;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();
@@ -181,6 +190,8 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         deployment,
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
+        capabilities,
+        must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
@@ -188,7 +199,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let public_url = settings.public_url.as_deref().unwrap_or_default();
     let auth = Auth::new(&settings.auth)?;
     auth.warm();
-    let app = App::new(broker, auth, public_url, settings.http.clone(), capabilities);
+    let app = App::new(broker, auth, public_url, settings.http.clone());
     let (stop, stopped) = watch::channel(false);
     let router = http::router(app, &settings.cors_origins);
     let door = http::serve(listener, router, tls.clone(), settings.http.clone(), stopped.clone());
@@ -251,12 +262,20 @@ impl Running {
 ///
 /// # Errors
 /// Where uploads would not be safe on this store, or that cannot be found out.
-async fn try_store(settings: &Settings, objects: &Objects) -> Result<(Arc<OnceLock<Capabilities>>, JoinSet<()>), Error> {
+async fn try_store(
+    settings: &Settings,
+    objects: &Objects,
+    store: &Store,
+) -> Result<(Arc<OnceLock<Capabilities>>, JoinSet<()>), Error> {
     let mut trying = JoinSet::new();
     let seen = Arc::new(OnceLock::new());
-    let Some(bucket) = objects.default_bucket().map(str::to_owned) else { return Ok((seen, trying)) };
-    let write_only = settings.objects.signing_access_key_id.is_some();
-    if !(settings.auth.mode == Mode::None || write_only || settings.objects.allow_copy_source) {
+    let bucket = match objects.default_bucket() {
+        Some(bucket) => Some(bucket.to_owned()),
+        None => store.policy_bucket().await?,
+    };
+    // Nothing can be uploaded yet: the first policy that names a bucket has it tried.
+    let Some(bucket) = bucket else { return Ok((seen, trying)) };
+    if settings.must_refuse_copy_source() {
         let found = objects.probe(&bucket).await?;
         if !found.refuses_copy_source() {
             return Err(Error::CopySource);
@@ -346,11 +365,16 @@ where
     E: std::fmt::Display,
 {
     while !*stopped.borrow() {
-        let pause = match tick().await {
-            Ok(0) => every,
-            Ok(_) => continue,
-            Err(error) => {
+        // A worker that is gone would let promises pile up unseen: it is told, and goes on with what is next.
+        let pause = match AssertUnwindSafe(tick()).catch_unwind().await {
+            Ok(Ok(0)) => every,
+            Ok(Ok(_)) => continue,
+            Ok(Err(error)) => {
                 warn!(%error, "the {name} tries again: {error}");
+                PAUSE
+            }
+            Err(_) => {
+                error!("the {name} panicked, which is a bug, and tries again");
                 PAUSE
             }
         };
@@ -361,5 +385,28 @@ where
             () = wake.notified() => {}
             _ = stopped.wait_for(|stopped| *stopped) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_that_panics_goes_on() {
+        let (stop, stopped) = watch::channel(false);
+        let (mut ticks, wake) = (0, Notify::new());
+        let tick = || {
+            ticks += 1;
+            let (ticks, stop) = (ticks, stop.clone());
+            async move {
+                assert!(ticks > 1, "as the test wants");
+                stop.send_replace(true);
+                Ok::<usize, store::Error>(0)
+            }
+        };
+        let worked = keep_going("worker", tick, LOOK, &wake, stopped);
+        tokio::time::timeout(Duration::from_secs(20), worked).await.expect("it goes on, and ends when it is asked to");
+        assert_eq!(ticks, 2);
     }
 }

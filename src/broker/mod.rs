@@ -9,7 +9,7 @@ mod read;
 mod resolve;
 mod topics;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lfs_broker_client::api::{FieldError, UploadState};
@@ -23,7 +23,7 @@ pub(crate) use read::MAX_WAIT_SECONDS;
 use crate::auth::Caller;
 use crate::finish::{self, Finisher};
 use crate::kafka::{self, Kafka};
-use crate::objects::{self, Objects};
+use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
 use crate::session::{self, Session};
 use crate::store::{self, Deployment, Quota, Store};
@@ -108,6 +108,10 @@ pub(crate) struct Parts {
     pub(crate) deployment: Deployment,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,
+    /// What the store was seen to do, once that is known.
+    pub(crate) capabilities: Arc<OnceLock<Capabilities>>,
+    /// Whether no URL may be signed on a store that accepts an unsigned copy-source.
+    pub(crate) must_refuse_copy_source: bool,
 }
 
 impl std::ops::Deref for Broker {

@@ -47,8 +47,7 @@ impl Broker {
 
     /// How much of everything there is, and whether what the broker stands on answers.
     pub(crate) async fn stats(&self) -> Result<Stats, Error> {
-        let (depths, database, storage, kafka) =
-            tokio::join!(self.store.depths(), self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
+        let (depths, dependencies) = tokio::join!(self.store.depths(), self.dependencies());
         let depths = depths?;
         let now = self.store.now().await?;
         let count = |number: i64| number.unsigned_abs();
@@ -58,12 +57,18 @@ impl Broker {
             uploads,
             oldest_verified_seconds: depths.oldest_verified_at.map(|at| (now - at).whole_seconds().max(0).unsigned_abs()),
             outbox: OutboxDepth { waiting: count(depths.waiting), parked: count(depths.parked) },
-            dependencies: Dependencies {
-                database: dependency("the database", database),
-                storage: dependency("object storage", storage),
-                kafka: dependency("Kafka", kafka),
-            },
+            dependencies,
         })
+    }
+
+    /// Whether what the broker stands on answers.
+    pub(crate) async fn dependencies(&self) -> Dependencies {
+        let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
+        Dependencies {
+            database: dependency("the database", database),
+            storage: dependency("object storage", storage),
+            kafka: dependency("Kafka", kafka),
+        }
     }
 }
 

@@ -35,9 +35,26 @@ impl Broker {
         if !errors.is_empty() {
             return Err(policy::Refusal::Invalid(errors).into());
         }
+        if let Some(bucket) = &policy.bucket {
+            self.try_bucket(bucket).await?;
+        }
         let now = self.store.now().await?;
         self.store.put_policy(topic, &policy, now).await?;
         Ok(policy)
+    }
+
+    /// Tries the store out where it was not at the start, for want of a bucket, and URLs need its refusals.
+    async fn try_bucket(&self, bucket: &str) -> Result<(), Error> {
+        if !self.must_refuse_copy_source || self.capabilities.get().is_some() {
+            return Ok(());
+        }
+        let found = self.objects.probe(bucket).await?;
+        if !found.refuses_copy_source() {
+            let detail = "its store accepts an unsigned x-amz-copy-source: uploads need a write-only signing credential";
+            return Err(policy::Refusal::Invalid(vec![wrong("/bucket", detail)]).into());
+        }
+        let _ = self.capabilities.set(found);
+        Ok(())
     }
 
     /// Forgets a topic's policy.

@@ -16,7 +16,7 @@ mod topics;
 mod uploads;
 mod wire;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -29,7 +29,6 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
-use crate::objects::Capabilities;
 use address::ClientAddress;
 use problem::Problem;
 use rates::Rates;
@@ -91,8 +90,6 @@ pub(crate) struct Parts {
     public_url: String,
     settings: Settings,
     rates: Rates,
-    /// What the store was seen to do, once that is known.
-    capabilities: Arc<OnceLock<Capabilities>>,
 }
 
 impl std::ops::Deref for App {
@@ -104,17 +101,11 @@ impl std::ops::Deref for App {
 }
 
 impl App {
-    pub(crate) fn new(
-        broker: Broker,
-        auth: Auth,
-        public_url: &str,
-        settings: Settings,
-        capabilities: Arc<OnceLock<Capabilities>>,
-    ) -> Self {
+    pub(crate) fn new(broker: Broker, auth: Auth, public_url: &str, settings: Settings) -> Self {
         let per_second = if auth.tells_tenants_apart() { settings.tenant_requests_per_second } else { 0 };
         let rates = Rates::new(per_second, settings.failed_logins_per_minute);
         let public_url = public_url.trim_end_matches('/').to_owned();
-        Self(Arc::new(Parts { broker, auth, public_url, settings, rates, capabilities }))
+        Self(Arc::new(Parts { broker, auth, public_url, settings, rates }))
     }
 
     /// Who asks. Whoever comes with a valid token is let in, however many others failed at the same address.

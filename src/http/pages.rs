@@ -7,7 +7,7 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
-use lfs_broker_client::api::{self, Dependency};
+use lfs_broker_client::api::{self, Dependencies, Dependency};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -68,16 +68,6 @@ pub(super) struct Readiness {
     capabilities: Option<Capabilities>,
 }
 
-fn dependency<E: std::fmt::Display>(name: &'static str, outcome: Result<(), E>) -> Dependency {
-    match outcome {
-        Ok(()) => Dependency { ok: true, reason: None },
-        Err(error) => {
-            tracing::warn!(%error, "{name} is not ready");
-            Dependency { ok: false, reason: Some("it does not answer; the log has more".to_owned()) }
-        }
-    }
-}
-
 /// Liveness
 ///
 /// 200 while the process serves.
@@ -94,22 +84,14 @@ async fn healthz(_: Fits) -> Json<Health> {
     responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready", body = Readiness))
 )]
 async fn readyz(_: Fits, State(app): State<App>) -> Response {
-    let (database, storage, kafka) =
-        tokio::join!(app.broker.store.reachable(), app.broker.objects.reachable(), app.broker.kafka.reachable());
-    let mut ready = Readiness {
-        status: "ok",
-        database: dependency("the database", database),
-        storage: dependency("object storage", storage),
-        kafka: dependency("Kafka", kafka),
-        capabilities: app.capabilities.get().cloned(),
-    };
-    let (status, word) = match (ready.database.ok && ready.storage.ok, ready.kafka.ok) {
+    let Dependencies { database, storage, kafka } = app.broker.dependencies().await;
+    let (code, status) = match (database.ok && storage.ok, kafka.ok) {
         (true, true) => (StatusCode::OK, "ok"),
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
     };
-    ready.status = word;
-    (status, Json(ready)).into_response()
+    let capabilities = app.broker.capabilities.get().cloned();
+    (code, Json(Readiness { status, database, storage, kafka, capabilities })).into_response()
 }
 
 /// The contract

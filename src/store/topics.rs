@@ -36,6 +36,14 @@ impl Store {
         Ok(())
     }
 
+    /// The bucket of some stored policy, if one names any.
+    pub(crate) async fn policy_bucket(&self) -> Result<Option<String>, Error> {
+        let bucket = query_scalar!(
+            r#"select policy->>'bucket' as "bucket!" from topics where policy->>'bucket' is not null order by topic limit 1"#
+        );
+        Ok(bucket.fetch_optional(&self.pool).await?)
+    }
+
     /// Stored policies by name, after `after`.
     pub(crate) async fn policies(&self, after: &str, limit: i64) -> Result<Vec<(String, Policy)>, Error> {
         let rows = query!(

@@ -15,6 +15,7 @@ mod cli;
 mod client;
 mod conformance;
 mod consume;
+mod copies;
 mod dependencies;
 mod dev;
 mod edge;

@@ -1,6 +1,7 @@
 //! Two ways to come between the broker and a server: one that knows only connections, one that knows S3's calls.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, Bytes};
@@ -202,6 +203,8 @@ struct Told {
     http: reqwest::Client,
     script: Mutex<Vec<(Call, Fault)>>,
     seen: Mutex<Vec<Call>>,
+    /// Whether a copy-source never arrives: a PUT that names one is a PUT like any other.
+    is_lax: AtomicBool,
 }
 
 impl FaultyS3 {
@@ -213,6 +216,7 @@ impl FaultyS3 {
             http: reqwest::Client::new(),
             script: Mutex::default(),
             seen: Mutex::default(),
+            is_lax: AtomicBool::default(),
         });
         let router = axum::Router::new().fallback(answer).with_state(Arc::clone(&told));
         let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -226,6 +230,11 @@ impl FaultyS3 {
     /// The next such call fails so; said twice, the next two.
     pub(crate) fn next(&self, call: Call, fault: Fault) {
         self.told.script.lock().unwrap().push((call, fault));
+    }
+
+    /// From now on a copy-source that nobody signed is not refused.
+    pub(crate) fn accept_copy_sources(&self) {
+        self.told.is_lax.store(true, Ordering::SeqCst);
     }
 
     /// How often the call came.
@@ -277,7 +286,10 @@ async fn answer(State(told): State<Arc<Told>>, request: Request) -> Response {
 
 /// Passes the request on as it is: its signature covers the host it was meant for.
 async fn forward(told: &Told, request: Request) -> Response {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    if told.is_lax.load(Ordering::SeqCst) {
+        parts.headers.remove("x-amz-copy-source");
+    }
     let url = format!("{}{}", told.target, parts.uri);
     let body = axum::body::to_bytes(body, 64 << 20).await.unwrap();
     let sent = told.http.request(parts.method.clone(), url).headers(parts.headers).body(body).send().await;
