@@ -19,7 +19,7 @@ const MAX_HEADERS_BYTES: usize = 8192;
 /// The largest object, in bytes (Amazon S3: 5 TiB).
 const MAX_OBJECT_BYTES: u64 = 5 << 40;
 /// Longest session and the longest life of a URL, in seconds (SigV4: 7 days).
-const MAX_SECONDS: u64 = 7 * 86_400;
+pub(crate) const MAX_SECONDS: u64 = 7 * 86_400;
 
 /// How uploads are cut, and what a topic without a policy may do.
 #[derive(Debug, Clone)]
@@ -337,7 +337,7 @@ fn layout(request: &OpenUpload, settings: &Settings) -> Layout {
 /// The configured part size, or whole MiB enough to stay within 10,000 parts.
 fn default_part_bytes(size: u64, settings: &Settings) -> u64 {
     const MIB: u64 = 1 << 20;
-    settings.part_size_bytes.max(MIN_PART_BYTES).max(size.div_ceil(MAX_PARTS).div_ceil(MIB) * MIB)
+    settings.part_size_bytes.clamp(MIN_PART_BYTES, MAX_PART_BYTES).max(size.div_ceil(MAX_PARTS).div_ceil(MIB) * MIB)
 }
 
 /// Whether `allowed` (`a/b`, `a/*`, `*/*`) covers a media type, whatever its parameters.

@@ -197,3 +197,12 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn no_part_is_larger_than_s3_takes_whatever_is_configured() {
+    let settings = Settings { part_size_bytes: MAX_PART_BYTES + 1, ..Settings::default() };
+    let policy = Policy::default();
+    let size = MAX_PART_BYTES + 1;
+    let (promise, _) = admit(shape(request(size)).unwrap(), &policy, &settings, None).unwrap();
+    assert_eq!(promise.layout, Layout::Multipart { part_bytes: MAX_PART_BYTES, parts: 2, hashes: Hashes::None });
+}
