@@ -126,6 +126,7 @@ impl Settings {
         }
         Auth::new(&self.auth)?;
         self.http.tls.as_ref().map(Tls::open).transpose()?;
+        self.objects.check()?;
         Kafka::connect(&self.kafka)?;
         Store::connect(&self.store)?;
         Ok(())

@@ -45,6 +45,32 @@ pub struct Settings {
     pub allow_copy_source: bool,
 }
 
+impl Settings {
+    /// Checks what can be checked without asking anybody.
+    ///
+    /// # Errors
+    /// Where half a credential is given, or an endpoint is no URL.
+    pub fn check(&self) -> Result<(), Error> {
+        pair(OWN_KEY, &self.access_key_id, &self.secret_access_key)?;
+        pair(SIGNING_KEY, &self.signing_access_key_id, &self.signing_secret_access_key)?;
+        let own = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].map(|name| (name, std::env::var(name).ok()));
+        let told = [("s3.endpoint", self.endpoint.clone()), ("LFS_BROKER_S3_PUBLIC_ENDPOINT", self.public_endpoint.clone())];
+        for (name, endpoint) in own.into_iter().chain(told) {
+            // Set to nothing, the SDK takes a variable for not set.
+            if endpoint.is_some_and(|endpoint| !endpoint.is_empty() && !is_endpoint(&endpoint)) {
+                // Its value is not shown: it may hold a password.
+                return Err(Error::Settings(format!("{name} must be a URL such as https://s3.example.net")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_endpoint(endpoint: &str) -> bool {
+    let url = endpoint.parse::<reqwest::Url>();
+    url.is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host() && url.query().is_none())
+}
+
 impl fmt::Debug for Settings {
     /// Names the keys and hides their secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -60,6 +86,9 @@ impl fmt::Debug for Settings {
             .finish_non_exhaustive()
     }
 }
+
+const OWN_KEY: [&str; 2] = ["s3.access_key_id", "s3.secret_access_key"];
+const SIGNING_KEY: [&str; 2] = ["LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY"];
 
 /// How long one kind of call may take.
 #[derive(Clone, Copy)]
@@ -107,10 +136,11 @@ impl Objects {
     /// Makes the clients. No call to S3 is made: a broker starts while S3 is away.
     ///
     /// # Errors
-    /// Where half a credential is given, or no region can be found.
+    /// As [`Settings::check`], or where no region can be found.
     pub async fn connect(settings: &Settings) -> Result<Objects, Error> {
-        let own_key = pair("access_key_id", &settings.access_key_id, &settings.secret_access_key)?;
-        let signing_key = pair("signing_access_key_id", &settings.signing_access_key_id, &settings.signing_secret_access_key)?;
+        settings.check()?;
+        let own_key = pair(OWN_KEY, &settings.access_key_id, &settings.secret_access_key)?;
+        let signing_key = pair(SIGNING_KEY, &settings.signing_access_key_id, &settings.signing_secret_access_key)?;
         let shared = load(settings, own_key).await?;
         let own_key =
             shared.credentials_provider().ok_or_else(|| Error::Settings("there is no source of credentials".to_owned()))?;
@@ -165,14 +195,18 @@ impl Objects {
 }
 
 /// A credential of the settings; both halves or none.
-fn pair(name: &str, id: &Option<String>, secret: &Option<String>) -> Result<Option<SharedCredentialsProvider>, Error> {
+fn pair(
+    [name, secret_name]: [&str; 2],
+    id: &Option<String>,
+    secret: &Option<String>,
+) -> Result<Option<SharedCredentialsProvider>, Error> {
     match (id, secret) {
         (None, None) => Ok(None),
         (Some(id), Some(secret)) => {
             let key = Credentials::new(id, secret, None, None, "lfs-broker settings");
             Ok(Some(SharedCredentialsProvider::new(key)))
         }
-        _ => Err(Error::Settings(format!("{name} and its secret belong together, only one is set"))),
+        _ => Err(Error::Settings(format!("{name} and {secret_name} belong together, only one is set"))),
     }
 }
 
