@@ -4,8 +4,11 @@
 //! environment is `bucket` in the file's table `[s3]`. A variable whose name ends in `_FILE` names a file that holds
 //! the value, for secrets that are mounted.
 
+mod file;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,7 +17,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::kafka::Delivery;
-use crate::{app, auth, broker, finish, http, kafka, objects, policy, store, sweeper};
+use crate::{app, auth, broker, finish, http, kafka, objects, policy, session, store, sweeper};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +25,25 @@ pub enum Error {
     /// A file cannot be read.
     #[error("cannot read {0}: {1}")]
     File(String, std::io::Error),
-    /// The file is not TOML, or holds what nobody asked for.
+    /// The file is not TOML. Its line is not shown: it may hold a secret.
+    #[error("{path}, line {line}: {reason}")]
+    Toml {
+        /// The file.
+        path: String,
+        /// The line, from 1 on.
+        line: usize,
+        /// What is wrong there.
+        reason: String,
+    },
+    /// The settings hold what nobody asked for.
     #[error("settings: {0}")]
-    Toml(#[from] toml::de::Error),
+    Unknown(String),
+    /// A text of the file is something else, which is not shown: it may be a secret.
+    #[error("{0} must be a text in quotes")]
+    NoText(&'static str),
+    /// The same where a table should be.
+    #[error("{0} must be a table, [{0}]")]
+    NoTable(&'static str),
     /// A value of the environment is not of its kind.
     #[error("{name} is {value:?}, but must be {kind}")]
     Value {
@@ -132,7 +151,7 @@ struct File {
 #[serde(deny_unknown_fields, default)]
 struct KafkaTable {
     bootstrap_servers: Option<String>,
-    properties: BTreeMap<String, String>,
+    properties: Table,
 }
 
 #[derive(Deserialize, Default)]
@@ -237,9 +256,10 @@ pub fn load_objects(file: Option<&Path>, environment: impl Fn(&str) -> Option<St
 
 fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
     let mut table = match file {
-        Some(path) => read(&path.display().to_string())?.parse::<Table>()?,
+        Some(path) => file::parse(&path.display().to_string())?,
         None => Table::new(),
     };
+    file::check_texts(&mut table)?;
     for (name, place, kind) in SETTINGS {
         let from_file = |name: &str| environment(&format!("{name}_FILE")).map(|path| read(&path)).transpose();
         let value = match environment(name).filter(|value| !value.is_empty()) {
@@ -250,7 +270,7 @@ fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> 
             put(&mut table, place, typed(name, value, *kind)?);
         }
     }
-    Ok(table.try_into()?)
+    table.try_into().map_err(|error: toml::de::Error| Error::Unknown(error.to_string().trim().replace('\n', " ")))
 }
 
 fn read(path: &str) -> Result<String, Error> {
@@ -295,30 +315,17 @@ fn at_least(name: &str, seconds: Option<u64>, least: u64, default: Duration) -> 
 }
 
 fn settings(file: File) -> Result<app::Settings, Error> {
-    let (policies, sweeps, leases, patience) =
-        (policy::Settings::default(), sweeper::Settings::default(), finish::Settings::default(), broker::Settings::default());
-    let seconds = |name, seconds, default| at_least(name, seconds, 1, Duration::from_secs(default)).map(|d| d.as_secs());
+    let (sweeps, leases, patience) = (sweeper::Settings::default(), finish::Settings::default(), broker::Settings::default());
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
         public_url: public_url(file.public_url.clone())?,
         cors_origins: listed(&file.cors.origins).map(origin).collect::<Result<_, _>>()?,
         http: http_settings(&file)?,
+        policy: policy_settings(&file)?,
         store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
         objects: file.s3,
         kafka: kafka_settings(file.kafka, file.delivery)?,
         auth: auth_settings(file.auth, file.jwt)?,
-        policy: policy::Settings {
-            default_enabled: file.topics.default_enabled,
-            single_put_max_bytes: file.single_put_max_bytes.unwrap_or(policies.single_put_max_bytes),
-            part_size_bytes: file.part_size_bytes.unwrap_or(policies.part_size_bytes),
-            session_seconds: seconds("LFS_BROKER_SESSION_SECONDS", file.session_seconds, policies.session_seconds)?,
-            session_max_seconds: seconds(
-                "LFS_BROKER_SESSION_MAX_SECONDS",
-                file.session_max_seconds,
-                policies.session_max_seconds,
-            )?,
-            url_seconds: seconds("LFS_BROKER_URL_SECONDS", file.url_seconds, policies.url_seconds)?,
-        },
         broker: broker::Settings {
             complete_wait: file.complete_wait_seconds.map_or(patience.complete_wait, Duration::from_secs),
             completes: least_one("LFS_BROKER_CONCURRENT_COMPLETES", file.concurrent_completes, patience.completes)?,
@@ -332,6 +339,35 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             every: at_least("LFS_BROKER_SWEEP_SECONDS", file.sweep_seconds, 1, sweeps.every)?,
             longest_put: file.longest_put_seconds.map_or(sweeps.longest_put, Duration::from_secs),
         },
+    })
+}
+
+fn policy_settings(file: &File) -> Result<policy::Settings, Error> {
+    let defaults = policy::Settings::default();
+    let within = |name, number: Option<u64>, default, bounds: RangeInclusive<u64>, kind| match number {
+        Some(number) if !bounds.contains(&number) => Err(wrong(name, &number.to_string(), kind)),
+        number => Ok(number.unwrap_or(default)),
+    };
+    let week = |name, seconds, default| within(name, seconds, default, 1..=policy::MAX_SECONDS, "1 to 604800, which is a week");
+    Ok(policy::Settings {
+        default_enabled: file.topics.default_enabled,
+        single_put_max_bytes: within(
+            "LFS_BROKER_SINGLE_PUT_MAX_BYTES",
+            file.single_put_max_bytes,
+            defaults.single_put_max_bytes,
+            0..=session::MAX_PUT_BYTES,
+            "at most 5368709120: S3 takes 5 GiB in a PUT",
+        )?,
+        part_size_bytes: within(
+            "LFS_BROKER_PART_SIZE_BYTES",
+            file.part_size_bytes,
+            defaults.part_size_bytes,
+            session::MIN_PART_BYTES..=session::MAX_PART_BYTES,
+            "5242880 to 5368709120: S3 takes parts of 5 MiB to 5 GiB",
+        )?,
+        session_seconds: week("LFS_BROKER_SESSION_SECONDS", file.session_seconds, defaults.session_seconds)?,
+        session_max_seconds: week("LFS_BROKER_SESSION_MAX_SECONDS", file.session_max_seconds, defaults.session_max_seconds)?,
+        url_seconds: week("LFS_BROKER_URL_SECONDS", file.url_seconds, defaults.url_seconds)?,
     })
 }
 
@@ -415,9 +451,11 @@ fn http_settings(file: &File) -> Result<http::Settings, Error> {
 }
 
 fn kafka_settings(table: KafkaTable, delivery: Option<DeliveryName>) -> Result<kafka::Settings, Error> {
+    let mut properties = BTreeMap::new();
+    file::flatten(table.properties, "", &mut properties)?;
     Ok(kafka::Settings {
         bootstrap_servers: table.bootstrap_servers.ok_or(Error::Missing("KAFKA_BOOTSTRAP_SERVERS"))?,
-        properties: table.properties,
+        properties,
         delivery: match delivery {
             None | Some(DeliveryName::ExactlyOnce) => Delivery::ExactlyOnce,
             Some(DeliveryName::AtLeastOnce) => Delivery::AtLeastOnce,

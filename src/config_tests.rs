@@ -131,3 +131,73 @@ fn a_secret_may_come_from_a_file() {
     let settings = with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_JWT_HS256_SECRET_FILE", &path)]).unwrap();
     assert_eq!(settings.auth.hs256_secret.as_deref(), Some("from a file"));
 }
+
+/// The settings of a file alone.
+fn from_file(text: &str) -> Result<app::Settings, Error> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    load(Some(file.path()), |name| NEEDED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+}
+
+#[test]
+fn a_malformed_line_is_told_by_its_number_and_never_shown() {
+    for (line, told_line) in [
+        ("[jwt]\nhs256_secret = hush", "line 2"),
+        ("[jwt]\n\nhs256_secret = \"hush", "line 3"),
+        ("[jwt]\nhs256_secret = 'hush' x", "line 2"),
+        ("[jwt]\nhs256_secret 'hush'", "line 2"),
+        ("[jwt]\nhs256_secret = \"\\hush\"", "line 2"),
+        ("[s3]\nsecret_access_key = 4812948129", "s3.secret_access_key"),
+        ("[jwt]\nhs256_secret = 4812948129", "jwt.hs256_secret"),
+        ("jwt = 'hush'", "[jwt]"),
+        ("[jwt]\nhs256_secret = ['hush']", "jwt.hs256_secret"),
+        ("[s3]\nsigning_secret_access_key = 2026-11-21", "s3.signing_secret_access_key"),
+    ] {
+        let told = from_file(line).err().unwrap_or_else(|| panic!("{line} is taken")).to_string();
+        assert!(told.contains(told_line), "{line:?}: {told}");
+        assert!(!["hush", "4812948129", "2026"].iter().any(|secret| told.contains(secret)), "{line:?}: {told}");
+    }
+}
+
+#[test]
+fn a_file_may_say_it_as_toml_does() {
+    let settings = from_file(
+        "trusted_proxies = ['10.0.0.0/8', '192.0.2.1']
+         [cors]
+         origins = ['https://a.example', 'https://b.example']
+         [kafka.properties]
+         security.protocol = 'SASL_SSL'
+         'linger.ms' = 1
+         socket.keepalive.enable = false
+         'ssl.cipher.suites' = ['a', 'b']",
+    )
+    .unwrap();
+    let properties: Vec<(&str, &str)> =
+        settings.kafka.properties.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let wanted = [
+        ("linger.ms", "1"),
+        ("security.protocol", "SASL_SSL"),
+        ("socket.keepalive.enable", "false"),
+        ("ssl.cipher.suites", "a,b"),
+    ];
+    assert_eq!(properties, wanted);
+    assert_eq!((settings.http.trusted_proxies.len(), settings.cors_origins.len()), (2, 2));
+}
+
+#[test]
+fn the_readmes_file_is_read_as_it_says() {
+    let readme = include_str!("../README.md");
+    let (_, rest) = readme.split_once("```toml\n").expect("the README has an example");
+    let (example, _) = rest.split_once("```").unwrap();
+    let settings = from_file(example).unwrap();
+    assert_eq!(settings.objects.bucket.as_deref(), Some("lfs"));
+    assert_eq!(settings.kafka.properties["security.protocol"], "SASL_SSL");
+    assert_eq!((settings.cors_origins.len(), settings.policy.part_size_bytes), (1, 32 << 20));
+    kafka::Kafka::connect(&settings.kafka).unwrap();
+    settings.objects.check().unwrap();
+    // Every table is there once, and every setting of the file alone.
+    let places: Vec<&str> = SETTINGS.iter().map(|(_, place, _)| *place).chain(["s3.endpoint", "kafka.properties"]).collect();
+    for table in places.iter().filter_map(|place| place.split_once('.')).map(|(table, _)| table) {
+        assert!(example.contains(&format!("[{table}")), "{table}");
+    }
+}
