@@ -118,14 +118,15 @@ impl Audit {
         self.store.check_schema().await?;
         let deployment = self.store.deployment().await?;
         let now = self.store.now().await?;
-        let run = Run { audit: self, deployment, now, places: self.places().await? };
+        let mut run = Run { audit: self, deployment, now, places: self.places().await? };
         let mut tally = Tally::default();
         // Kafka first: what it holds needs no other repair.
         run.records(&mut tally).await?;
         run.markers(&mut tally).await?;
         run.promises(&mut tally).await?;
         run.strays(&mut tally).await?;
-        run.walk(&mut tally).await?;
+        let buckets = run.walk(&mut tally).await?;
+        run.look_into(buckets).await?;
         run.lists(&mut tally).await?;
         run.quota(&mut tally).await?;
         Ok(tally.report())
@@ -162,6 +163,22 @@ impl Audit {
 }
 
 impl Run<'_> {
+    /// Adds the buckets of sessions that nothing else names: a policy or a setting of before has led there.
+    async fn look_into(&mut self, buckets: BTreeSet<String>) -> Result<(), Error> {
+        for bucket in buckets {
+            if self.places.contains_key(&bucket) {
+                continue;
+            }
+            match self.objects.list(&bucket, "", None).await {
+                // Nothing is in a bucket that was removed; what was promised there is told session by session.
+                Err(objects::Error::Refused { code, .. }) if code == "NoSuchBucket" => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) => drop(self.places.insert(bucket, BTreeSet::from([String::new()]))),
+            }
+        }
+        Ok(())
+    }
+
     /// Whether Kafka is ahead of the stamps. The relay is let go on only when no record is left in doubt.
     async fn markers(&self, tally: &mut Tally) -> Result<(), Error> {
         for ahead in ahead(&self.store, &self.kafka, self.deployment).await? {

@@ -1,6 +1,6 @@
 //! PostgreSQL against S3: promised objects by a HEAD each, and what lies in the buckets by lists.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use time::Duration;
@@ -17,18 +17,22 @@ use crate::store::{self, Owner};
 const LONGEST_SESSION: Duration = Duration::days(7);
 
 impl Run<'_> {
-    /// Every session: its row, the object that it promises, and multipart uploads that it left open.
-    pub(super) async fn walk(&self, tally: &mut Tally) -> Result<(), Error> {
+    /// Every session: its row, the object that it promises, and multipart uploads that it left open. Gives their buckets.
+    pub(super) async fn walk(&self, tally: &mut Tally) -> Result<BTreeSet<String>, Error> {
         let mut after = Uuid::nil();
+        let mut buckets = BTreeSet::new();
         loop {
             let page = self.store.walk(after, store::PAGE).await?;
-            let Some(last) = page.last() else { return Ok(()) };
+            let Some(last) = page.last() else { return Ok(buckets) };
             after = last.id;
             tally.sessions += page.len() as u64;
             let mut looks = Vec::with_capacity(page.len());
             for walked in page {
                 match walked.session {
-                    Ok(session) => looks.push(self.look(session, walked.cleanup_due)),
+                    Ok(session) => {
+                        buckets.insert(session.bucket.clone());
+                        looks.push(self.look(session, walked.cleanup_due));
+                    }
                     Err(error @ store::Error::Corrupt { .. }) => {
                         let bytes = walked.size_bytes.unsigned_abs();
                         tally.tell(Told { kind: Kind::Corrupt, bytes, fixed: false, example: error.to_string() });

@@ -420,3 +420,24 @@ async fn the_command_tells_by_its_exit_code() {
     assert_eq!((code, told.as_str()), (2, ""));
     assert!(talk.starts_with("error: could not check: kafka"), "{talk}");
 }
+
+#[tokio::test]
+async fn a_bucket_that_only_the_sessions_name_is_looked_into() {
+    let house = House::new().await;
+    let done = house.publish(b"hello", json!({})).await;
+    let key = format!("acme/{}/lfs/2020/01/01/{}", house.topic, Uuid::now_v7());
+    house.put_object(&key, b"nobody's", None).await;
+    let mut settings = house.settings.objects.clone();
+    settings.bucket = None;
+    let store = Store::connect(&house.settings.store).unwrap();
+    let kafka = Kafka::connect(&house.settings.kafka).unwrap();
+    let objects = Objects::connect(&settings).await.unwrap();
+    let audit = Audit { store, objects, kafka, fix: false };
+    assert_eq!(audit.run().await.unwrap().objects, 2, "no bucket is set, and no policy names one");
+
+    // One that is gone has nothing in it: what was promised there is told as missing.
+    let moved = "update upload_sessions set bucket = 'it-is-not-there' where id = $1";
+    assert_eq!(sql(&house, moved, id(&done)).await, 1);
+    let report = audit.run().await.unwrap();
+    assert_eq!((report.objects, figures(&report, Kind::ObjectMissing).0), (0, 1));
+}
