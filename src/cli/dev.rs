@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 
-use super::{Error, asked_to_end, log};
+use super::{Error, asked_to_end, log, talk};
 use crate::dev::{self, Dev};
 
 #[derive(clap::Args)]
@@ -28,13 +29,12 @@ pub(super) struct Arguments {
 pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=info,warn");
     let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
-    let started = tokio::select! {
-        started = dev::start(dev::Settings { listen, data_dir, ephemeral, kafka, cors_origins }) => started?,
-        () = asked_to_end() => return Ok(()),
-    };
+    let mut ending = pin!(asked_to_end());
+    let settings = dev::Settings { listen, data_dir, ephemeral, kafka, cors_origins };
+    let Some(started) = dev::start(settings, ending.as_mut()).await? else { return Ok(()) };
     tell(&started);
-    asked_to_end().await;
-    eprintln!("ending");
+    ending.await;
+    talk::note("ending");
     started.stop().await?;
     Ok(())
 }
@@ -44,7 +44,7 @@ fn tell(dev: &Dev) {
     let kafka =
         if dev.has_embedded_kafka() { "embedded, in memory, at least once; --kafka HOST:PORT takes a real one" } else { "yours" };
     let store = format!("{}/{}", places.s3_endpoint, places.bucket);
-    eprintln!(
+    talk::note(&format!(
         "\n\
         lfs-broker is ready. Ctrl-C ends everything.\n\n\
         \x20 API       {broker}  (contract: {broker}/docs)\n\
@@ -68,5 +68,5 @@ fn tell(dev: &Dev) {
         bootstrap = places.kafka_bootstrap,
         database = places.database_url,
         file = dev.data_dir().join("dev.json").display(),
-    );
+    ));
 }

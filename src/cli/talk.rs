@@ -1,6 +1,7 @@
 //! What the commands say to people: on stderr, so that stdout stays data.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
 use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,11 @@ const BAR: &str = "{msg} [{bar:25}] {percent:>3} % of {decimal_total_bytes}, {de
 /// Writes a line of data to stdout.
 pub(super) fn data(line: &str) -> Result<(), Error> {
     writeln!(io::stdout().lock(), "{line}").map_err(Error::Output)
+}
+
+/// Says something to people. What nobody hears must not end the command.
+pub(super) fn note(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 /// The contract's types as a line of JSON.
@@ -76,9 +82,7 @@ impl Meter {
                     return;
                 }
                 at.last = now;
-                // Talk that nobody reads must not end the transfer.
-                let line = progress(&self.what, done, total, parts, (done.saturating_sub(at.base), now - at.began));
-                let _ = writeln!(io::stderr().lock(), "{line}");
+                note(&progress(&self.what, done, total, parts, (done.saturating_sub(at.base), now - at.began)));
             }
             Style::Silent => {}
         }
@@ -90,15 +94,19 @@ impl Meter {
         self.say(text);
     }
 
-    /// Says something of the transfer.
+    /// Says something of the transfer, to people.
     pub(super) fn say(&self, text: &str) {
+        if !matches!(self.style, Style::Silent) {
+            self.say_anyway(text);
+        }
+    }
+
+    /// The same where a machine's owner needs it too.
+    pub(super) fn say_anyway(&self, text: &str) {
         let line = format!("{}: {text}", self.what);
         match &self.style {
-            Style::Bar { bar, .. } => bar.suspend(|| drop(writeln!(io::stderr().lock(), "{line}"))),
-            Style::Lines(_) => {
-                let _ = writeln!(io::stderr().lock(), "{line}");
-            }
-            Style::Silent => {}
+            Style::Bar { bar, .. } => bar.suspend(|| note(&line)),
+            Style::Lines(_) | Style::Silent => note(&line),
         }
     }
 
@@ -138,6 +146,12 @@ pub(super) fn size(bytes: u64) -> String {
         0..1_000_000 => format!("{bytes} bytes"),
         _ => format!("{} MB", megabytes(bytes)),
     }
+}
+
+/// A file's name as a command reads it back from a shell: one that begins like an option is no option.
+pub(super) fn file(path: &Path) -> String {
+    let name = path.display().to_string();
+    quoted(&if name.starts_with('-') && name != "-" { format!("./{name}") } else { name })
 }
 
 /// A name as a shell reads it back.

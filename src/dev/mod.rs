@@ -6,9 +6,12 @@ pub mod postgres;
 pub mod s3;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -24,6 +27,14 @@ const BUCKET: &str = "lfs-dev";
 const REGION: &str = "us-east-1";
 /// Partitions of a topic that was never seen before.
 const PARTITIONS: i32 = 4;
+
+/// A real Kafka that is started beside `dev` answers within seconds; one that does not is not there.
+const KAFKA_WITHIN: Duration = Duration::from_secs(15);
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// What a run makes in its data directory; PostgreSQL removes its own.
+const DATA: [&str; 4] = ["s3/buckets", "s3/content", "s3/uploads", "s3/new"];
+const FILES: [&str; 6] = ["s3/lock", "s3.json", "s3.new", "dev.json", "dev.new", "lock"];
 
 /// What `dev` can be told.
 #[derive(Debug, Clone)]
@@ -49,6 +60,14 @@ pub enum Error {
     /// Somebody else runs on the same data.
     #[error("another lfs-broker dev runs on {0}")]
     Taken(PathBuf),
+    /// The real Kafka does not answer.
+    #[error("no kafka at {place}, for {} s: {reason}", KAFKA_WITHIN.as_secs())]
+    NoKafka {
+        /// Where it should be.
+        place: String,
+        /// What it died of at the last try.
+        reason: crate::kafka::Error,
+    },
     /// PostgreSQL.
     #[error("{0}")]
     Postgres(#[from] postgres::Error),
@@ -98,30 +117,59 @@ struct Kept {
 /// Everything that runs.
 pub struct Dev {
     places: Places,
-    data_dir: PathBuf,
-    ephemeral: bool,
     broker: Running,
     kafka: Option<kafka::Server>,
-    s3: s3::Server,
+    ground: Ground,
+}
+
+/// What the rest stands on, and all that keeps files.
+struct Ground {
+    dir: PathBuf,
+    ephemeral: bool,
+    s3: S3,
     postgres: postgres::Server,
     _lock: std::fs::File,
 }
 
-/// Starts every part; the broker answers when this returns.
+/// Starts every part; the broker answers when this returns. `None` where `ending` came first.
 ///
 /// # Errors
-/// What could not be started, and why.
-pub async fn start(settings: Settings) -> Result<Dev, Error> {
-    let dir = settings.data_dir.clone();
-    std::fs::create_dir_all(&dir).map_err(|error| Error::File(dir.clone(), error))?;
-    let dir = dir.canonicalize().map_err(|error| Error::File(dir.clone(), error))?;
-    let lock = lock(&dir)?;
-    let postgres = postgres::Server::start(&postgres::Settings {
-        ephemeral: settings.ephemeral,
-        ..postgres::Settings::new(dir.join("postgres"))
-    })
-    .await?;
-    let s3 = start_s3(&dir).await?;
+/// What could not be started, and why. Nothing goes on running then, and what was ephemeral is gone.
+pub async fn start(settings: Settings, ending: impl Future<Output = ()>) -> Result<Option<Dev>, Error> {
+    let mut ending = pin!(ending);
+    let mut starting = pin!(Ground::start(&settings));
+    let (ground, is_ended) = tokio::select! {
+        // Signals are waited for before the first file is made.
+        biased;
+        // It is not dropped half-way: nobody else would end what it has started, and remove what it has made.
+        () = &mut ending => (starting.as_mut().await, true),
+        ground = &mut starting => (ground, false),
+    };
+    let ground = match ground {
+        Ok(ground) => ground,
+        // Ctrl-C in a terminal ends the programs that make the data as well.
+        Err(_) if is_ended => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let started = match is_ended {
+        true => Ok(None),
+        false => tokio::select! {
+            started = start_on(&settings, &ground) => started.map(Some),
+            () = ending => Ok(None),
+        },
+    };
+    match started {
+        Ok(Some((places, broker, kafka))) => Ok(Some(Dev { places, broker, kafka, ground })),
+        Ok(None) => ground.stop().await.map(|()| None),
+        Err(error) => {
+            ground.stop().await?;
+            Err(error)
+        }
+    }
+}
+
+async fn start_on(settings: &Settings, ground: &Ground) -> Result<(Places, Running, Option<kafka::Server>), Error> {
+    let Ground { dir, s3, postgres, .. } = ground;
     let store_settings = store::Settings::new(&postgres.url());
     let store = Store::connect(&store_settings)?;
     store.migrate().await?;
@@ -130,20 +178,76 @@ pub async fn start(settings: Settings) -> Result<Dev, Error> {
         None => Some(start_kafka(&store).await?),
     };
     let bootstrap = kafka.as_ref().map(kafka::Server::bootstrap_servers).or_else(|| settings.kafka.clone()).unwrap_or_default();
-    let app = app_settings(&settings, store_settings, &s3, bootstrap.clone(), kafka.is_some());
+    let app = app_settings(settings, store_settings, s3, bootstrap.clone(), kafka.is_some());
+    await_kafka(&app.kafka).await?;
     let broker = app::start_on(app, store).await?;
     let places = Places {
         broker_url: format!("http://{}", broker.address()),
         s3_endpoint: s3.server.endpoint(),
         s3_region: REGION.to_owned(),
-        s3_access_key_id: s3.kept.access_key_id,
-        s3_secret_access_key: s3.kept.secret_access_key,
+        s3_access_key_id: s3.kept.access_key_id.clone(),
+        s3_secret_access_key: s3.kept.secret_access_key.clone(),
         bucket: BUCKET.to_owned(),
         kafka_bootstrap: bootstrap,
         database_url: postgres.url(),
     };
     write_secret(&dir.join("dev.json"), &places)?;
-    Ok(Dev { places, data_dir: dir, ephemeral: settings.ephemeral, broker, kafka, s3: s3.server, postgres, _lock: lock })
+    Ok((places, broker, kafka))
+}
+
+/// Returns once Kafka answers: the broker itself starts without it, and `dev` that is ready has all its parts.
+async fn await_kafka(settings: &crate::kafka::Settings) -> Result<(), Error> {
+    let kafka = crate::kafka::Kafka::connect(settings).map_err(app::Error::from)?;
+    let deadline = Instant::now() + KAFKA_WITHIN;
+    loop {
+        match kafka.reachable().await {
+            Ok(()) => return Ok(()),
+            Err(reason) if Instant::now() > deadline => {
+                return Err(Error::NoKafka { place: settings.bootstrap_servers.clone(), reason });
+            }
+            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
+}
+
+impl Ground {
+    async fn start(settings: &Settings) -> Result<Self, Error> {
+        let dir = settings.data_dir.clone();
+        std::fs::create_dir_all(&dir).map_err(|error| Error::File(dir.clone(), error))?;
+        let dir = dir.canonicalize().map_err(|error| Error::File(dir.clone(), error))?;
+        let lock = lock(&dir)?;
+        // A killed run has left it; it says what runs.
+        remove(std::fs::remove_file, dir.join("dev.json"))?;
+        let ephemeral = settings.ephemeral;
+        // Data of before stays as long as nothing ran on it.
+        let is_fresh = !dir.join("s3.json").exists();
+        let postgres = postgres::Settings { ephemeral, ..postgres::Settings::new(dir.join("postgres")) };
+        let postgres = match postgres::Server::start(&postgres).await {
+            Ok(postgres) => postgres,
+            Err(error) => {
+                if ephemeral && is_fresh {
+                    remove_made(&dir)?;
+                }
+                return Err(error.into());
+            }
+        };
+        match start_s3(&dir).await {
+            Ok(s3) => Ok(Self { dir, ephemeral, s3, postgres, _lock: lock }),
+            Err(error) => {
+                postgres.stop().await?;
+                if ephemeral {
+                    remove_made(&dir)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn stop(self) -> Result<(), Error> {
+        self.s3.server.stop().await;
+        self.postgres.stop().await?;
+        if self.ephemeral { remove_made(&self.dir) } else { Ok(()) }
+    }
 }
 
 impl Dev {
@@ -154,7 +258,7 @@ impl Dev {
 
     /// Where `dev.json` and the data are.
     pub fn data_dir(&self) -> &Path {
-        &self.data_dir
+        &self.ground.dir
     }
 
     /// Whether Kafka is the embedded one.
@@ -167,18 +271,36 @@ impl Dev {
     /// # Errors
     /// When PostgreSQL does not end in time.
     pub async fn stop(self) -> Result<(), Error> {
-        let place = self.data_dir.join("dev.json");
-        std::fs::remove_file(&place).map_err(|error| Error::File(place, error))?;
+        remove(std::fs::remove_file, self.ground.dir.join("dev.json"))?;
         self.broker.stop().await;
         if let Some(kafka) = self.kafka {
             kafka.stop();
         }
-        self.s3.stop().await;
-        self.postgres.stop().await?;
-        if self.ephemeral {
-            std::fs::remove_dir_all(&self.data_dir).map_err(|error| Error::File(self.data_dir, error))?;
+        self.ground.stop().await
+    }
+}
+
+/// Removes what runs have made in a data directory, and the directory itself where that was all. Whoever names a
+/// directory that holds something else keeps it.
+fn remove_made(dir: &Path) -> Result<(), Error> {
+    for name in DATA {
+        remove(std::fs::remove_dir_all, dir.join(name))?;
+    }
+    for name in FILES {
+        remove(std::fs::remove_file, dir.join(name))?;
+    }
+    for emptied in [dir.join("s3"), dir.join("postgres"), dir.to_owned()] {
+        remove(std::fs::remove_dir, emptied)?;
+    }
+    Ok(())
+}
+
+fn remove(removal: impl Fn(PathBuf) -> std::io::Result<()>, path: PathBuf) -> Result<(), Error> {
+    match removal(path.clone()) {
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => {
+            Err(Error::File(path, error))
         }
-        Ok(())
+        _ => Ok(()),
     }
 }
 

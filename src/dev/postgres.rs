@@ -142,10 +142,19 @@ impl Server {
     /// Starts the server, after making its data directory and database when they are missing.
     pub async fn start(settings: &Settings) -> Result<Self, Error> {
         let place = Place::find(&settings.data_dir, settings.ephemeral)?;
+        let is_fresh = place.made_by().is_none();
+        let started = Self::start_at(&place, settings).await;
+        if started.is_err() && is_fresh {
+            place.clean_up();
+        }
+        started
+    }
+
+    async fn start_at(place: &Place, settings: &Settings) -> Result<Self, Error> {
         let programs = Programs::find(place.made_by().as_deref())?;
         let password = match place.password()? {
             Some(password) => password,
-            None => init(&programs, &place, settings.fsync).await?,
+            None => init(&programs, place, settings.fsync).await?,
         };
         if let Some(made_by) = place.made_by().filter(|made_by| *made_by != programs.version) {
             return Err(Error::Version { data: place.data(), made_by, found: programs.version });
@@ -153,7 +162,7 @@ impl Server {
         let deadline = Instant::now() + PREDECESSOR_ENDS_WITHIN;
         loop {
             let port = pick_port(settings.port, place.port())?;
-            let started = Self::start_on(&programs, &place, settings, port, &password).await;
+            let started = Self::start_on(&programs, place, settings, port, &password).await;
             // Another process took the port, or the predecessor has not let go of the data yet.
             match started {
                 Err(Error::Program { reason, .. }) if Instant::now() < deadline && is_passing(&reason) => {

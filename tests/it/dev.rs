@@ -136,3 +136,116 @@ async fn a_killed_dev_takes_its_postgresql_with_it() {
     let (mut child, _) = start(&data_dir, &[]).await;
     assert_eq!(signal(&mut child, "-INT").await, Some(0));
 }
+
+/// Files that were there before, in the data directory.
+fn strangers(data_dir: &Path) {
+    for name in ["photos", "s3", "postgres"] {
+        std::fs::create_dir_all(data_dir.join(name)).unwrap();
+        std::fs::write(data_dir.join(name).join("1.jpg"), name).unwrap();
+    }
+}
+
+/// What lies in a directory, and below.
+fn names_in(directory: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        names.push(path.display().to_string());
+        if path.is_dir() {
+            names.extend(names_in(&path));
+        }
+    }
+    names
+}
+
+fn names_of_strangers(data_dir: &Path) -> Vec<String> {
+    let name = |name: &str| data_dir.join(name).display().to_string();
+    let mut names = ["photos", "s3", "postgres"].map(|place| [name(place), name(&format!("{place}/1.jpg"))]).concat();
+    names.sort();
+    names
+}
+
+/// Runs `dev` until it ends by itself.
+async fn ended(mut command: Command) -> std::process::Output {
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let ending = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
+    tokio::time::timeout(Duration::from_secs(60), ending).await.expect("dev ends within a minute").unwrap()
+}
+
+#[tokio::test]
+async fn an_ephemeral_dev_removes_nothing_that_it_did_not_make() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    strangers(&data_dir);
+    let (mut child, places) = start(&data_dir, &["--ephemeral"]).await;
+    Client::new(&places.broker_url).unwrap().upload(UploadOptions::to("demo")).bytes(bytes(9, 1)).await.unwrap();
+    assert_eq!(signal(&mut child, "-INT").await, Some(0));
+    let mut left = names_in(&data_dir);
+    left.sort();
+    assert_eq!(left, names_of_strangers(&data_dir));
+}
+
+#[tokio::test]
+async fn an_ephemeral_dev_that_does_not_start_leaves_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let mut command = Command::new(PROGRAM);
+    command.args(["dev", "--ephemeral", "--listen", &address, "--data-dir"]).arg(&data_dir).stdin(Stdio::null());
+    let told = ended(command).await;
+    let words = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert_eq!(told.status.code(), Some(1), "{words}");
+    assert!(words.contains("cannot listen on"), "{words}");
+    assert!(!data_dir.exists(), "{:?}", names_in(home.path()));
+}
+
+#[tokio::test]
+async fn an_ephemeral_dev_that_is_ended_while_it_starts_leaves_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    // At the earliest, once PostgreSQL's data is begun, and once S3's is.
+    for begun in ["lock", "postgres/data", "s3.json"] {
+        let data_dir = home.path().join("data");
+        let mut child = Dev(dev(&data_dir, &["--ephemeral"]).spawn().unwrap());
+        for _ in 0..6000 {
+            if names_in(&data_dir).iter().any(|name| name.ends_with(begun)) || home_of_postgres(&data_dir, begun) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(signal(&mut child, "-INT").await, Some(0), "at {begun}");
+        assert!(!data_dir.exists(), "at {begun}: {:?}", names_in(home.path()));
+    }
+}
+
+/// Root's PostgreSQL has its files elsewhere, where its user can reach them.
+fn home_of_postgres(data_dir: &Path, begun: &str) -> bool {
+    begun == "postgres/data" && data_dir.join("postgres/files-are-in").exists()
+}
+
+#[tokio::test]
+async fn a_dev_that_does_not_start_leaves_no_dev_json_of_before() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let (mut child, places) = start(&data_dir, &[]).await;
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
+    postgres_ends(&places).await;
+    assert!(data_dir.join("dev.json").exists(), "a kill leaves it");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(["dev", "--listen", &taken.local_addr().unwrap().to_string(), "--data-dir"]).arg(&data_dir);
+    assert_eq!(ended(command).await.status.code(), Some(1));
+    assert!(!data_dir.join("dev.json").exists(), "dev.json says what runs");
+}
+
+#[tokio::test]
+async fn a_dev_without_its_kafka_is_not_called_ready() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let told = ended(dev(&data_dir, &["--ephemeral", "--kafka", "127.0.0.1:1"])).await;
+    let words = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert_eq!(told.status.code(), Some(5), "{words}");
+    assert!(words.contains("127.0.0.1:1") && words.contains("hint:") && !words.contains("is ready"), "{words}");
+    assert!(!data_dir.exists());
+}

@@ -133,7 +133,7 @@ impl Place {
     pub(super) fn clean_up(&self) {
         if self.ephemeral {
             drop(fs::remove_dir_all(self.data()));
-            for name in ["password", "port", "postgres.log", POINTER] {
+            for name in ["password", "password.new", "port", "postgres.log", POINTER] {
                 drop(fs::remove_file(self.home.join(name)));
                 drop(fs::remove_file(self.asked.join(name)));
             }
