@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use super::talk::{self, Meter};
 use super::{Config, Connection, Error, asked_to_end, log, sweep};
-use crate::kafka::{Follower, Incoming, Start};
+use crate::kafka::{self, Follower, Incoming, Start};
 use crate::objects::{self, Objects};
 
 /// How long a signed GET of a referenced object may be begun with; one that ran out is signed again.
@@ -26,7 +26,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIRECTORY")]
     dir: PathBuf,
     /// The consumer group that remembers where it was; without one nothing is remembered
-    #[arg(long)]
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     group: Option<String>,
     /// Where to begin where nothing is remembered
     #[arg(long, value_enum, default_value = "earliest")]
@@ -64,25 +64,25 @@ pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
         From::Latest => Start::Latest,
     };
     let follower = Follower::begin(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
-    let outcome = follow(&consumer, &arguments, &follower).await;
+    let outcome = follow(&consumer, &arguments, &follower, &settings.bootstrap_servers).await;
     follower.end().await;
     outcome
 }
 
 /// Saves record after record, until there were enough or the end is asked for.
-async fn follow(consumer: &Consumer, arguments: &Arguments, follower: &Follower) -> Result<(), Error> {
+async fn follow(consumer: &Consumer, arguments: &Arguments, follower: &Follower, servers: &str) -> Result<(), Error> {
     let ending = asked_to_end();
     tokio::pin!(ending);
-    let mut saved = 0;
+    let (mut saved, mut is_away) = (0, false);
     while arguments.max_records.is_none_or(|most| saved < most) {
         let record = tokio::select! {
-            record = follower.next() => record?,
+            record = hear(follower, &mut is_away) => record?,
             () = &mut ending => break,
         };
         let Some(record) = record else { continue };
         // Ctrl-C in the middle leaves the record for the next time: its file appears only when it is whole.
         let told = tokio::select! {
-            told = save(consumer, arguments, &record) => told?,
+            told = save(consumer, arguments, &record) => told.map_err(|error| held_up(error, arguments, servers, &record))?,
             () = &mut ending => break,
         };
         if let Some(told) = told {
@@ -90,11 +90,53 @@ async fn follow(consumer: &Consumer, arguments: &Arguments, follower: &Follower)
         }
         if let Err(error) = follower.done(&record).await {
             // Whoever has the partition now saves the same bytes under the same name.
-            eprintln!("note: the place after {} was not noted: {error}", place(&arguments.topic, &record));
+            talk::note(&format!("note: the place after {} was not noted: {error}", place(&arguments.topic, &record)));
         }
         saved += 1;
     }
     Ok(())
+}
+
+/// The next record, if one came within a moment. Kafka's absence is told once, and its return.
+async fn hear(follower: &Follower, is_away: &mut bool) -> Result<Option<Incoming>, Error> {
+    let heard = match follower.next().await {
+        Err(kafka::Error::Unreachable(reason)) => {
+            // One connection that ends is nothing yet: librdkafka makes another.
+            if !*is_away && !follower.is_reached().await {
+                *is_away = true;
+                talk::note(&format!("note: Kafka is away ({reason}); waiting for it"));
+            }
+            return Ok(None);
+        }
+        heard => heard?,
+    };
+    if *is_away && (heard.is_some() || follower.is_reached().await) {
+        *is_away = false;
+        talk::note("note: Kafka is back");
+    }
+    Ok(heard)
+}
+
+/// What was promised and is not there any more, or is something else, stays so; all else may pass by itself.
+fn held_up(error: Error, arguments: &Arguments, servers: &str, record: &Incoming) -> Error {
+    match (error, &arguments.group) {
+        (Error::OfFile { name: place, source }, Some(group))
+            if source.is_corrupt() || matches!(source, client::Error::Gone(_) | client::Error::Missing) =>
+        {
+            Error::OfRecord { place, source, past: past(servers, &arguments.topic, group, record) }
+        }
+        (error, _) => error,
+    }
+}
+
+/// How a group's place is moved behind a record that cannot be saved, by Kafka's own tool.
+fn past(servers: &str, topic: &str, group: &str, record: &Incoming) -> String {
+    let (servers, partition, next) = (talk::quoted(servers), record.partition, record.offset + 1);
+    let group = talk::quoted(group);
+    format!(
+        "kafka-consumer-groups.sh --bootstrap-server {servers} --group {group} --topic {topic}:{partition} \
+         --reset-offsets --to-offset {next} --execute"
+    )
 }
 
 /// Opens records, and follows references where a bucket is named for them.
@@ -132,12 +174,12 @@ async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> 
     let saved = content.on_progress(move |done| progress.tell(done, size)).save(&path).await;
     meter.wipe();
     let Some(saved) = saved.map_err(of_record)? else {
-        eprintln!("note: {place} is a tombstone");
+        talk::note(&format!("note: {place} is a tombstone"));
         return Ok(None);
     };
     let mut line = told(arguments, record, &path, &saved);
     if unverified {
-        eprintln!("note: nothing says what the bytes of {place} must be: they could not be verified");
+        talk::note(&format!("note: nothing says what the bytes of {place} must be: they could not be verified"));
         line["verified"] = false.into();
     }
     Ok(Some(line))

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use lfs_broker_client as client;
 
-use crate::{app, auth, config, http, objects, store};
+use crate::{app, auth, config, http, kafka, objects, store};
 
 #[derive(Parser)]
 #[command(
@@ -91,7 +91,7 @@ impl Config {
         Ok(config::load_auth(self.config.as_deref(), |name| std::env::var(name).ok())?)
     }
 
-    fn load_kafka(&self, bootstrap_servers: Option<&str>) -> Result<crate::kafka::Settings, Error> {
+    fn load_kafka(&self, bootstrap_servers: Option<&str>) -> Result<kafka::Settings, Error> {
         let named = |name: &str| match (name, bootstrap_servers) {
             ("KAFKA_BOOTSTRAP_SERVERS", Some(servers)) => Some(servers.to_owned()),
             _ => std::env::var(name).ok(),
@@ -139,6 +139,9 @@ pub(crate) enum Error {
     Config(#[from] config::Error),
     #[error("{0}")]
     App(#[from] app::Error),
+    /// What contradicts itself is seen before anything is started.
+    #[error("{0}")]
+    Settings(app::Error),
     #[error("{0}")]
     Dev(#[from] crate::dev::Error),
     #[error("{0}")]
@@ -146,7 +149,7 @@ pub(crate) enum Error {
     #[error("{0}")]
     Objects(#[from] objects::Error),
     #[error("{0}")]
-    Kafka(#[from] crate::kafka::Error),
+    Kafka(#[from] kafka::Error),
     #[error("{0}")]
     Client(#[from] client::Error),
     /// Also when all of it was repaired, as with fsck: whoever asks again hears that nothing is left.
@@ -164,6 +167,9 @@ pub(crate) enum Error {
     Output(std::io::Error),
     #[error("{name}: {source}")]
     OfFile { name: String, source: client::Error },
+    /// A group stands before it, and comes back to it.
+    #[error("{place}: {source}")]
+    OfRecord { place: String, source: client::Error, past: String },
     /// Each was told when it happened.
     #[error("{failed} of {of} files were not uploaded")]
     OfFiles { failed: usize, of: usize, first: Box<Error> },
@@ -178,16 +184,25 @@ impl Error {
         Self::OfFile { name: name.to_owned(), source }
     }
 
-    /// 1 failed, 2 usage, 3 refused by the broker, 4 integrity, 5 unreachable.
+    /// 1 failed, 2 usage or settings, 3 refused by the broker, 4 integrity, 5 unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Usage(_) | Self::Unchecked(_) => 2,
-            Self::Client(error) | Self::OfFile { source: error, .. } | Self::Upload { source: error, .. } => {
-                client_exit_code(error)
-            }
+            Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::Unchecked(_) | Self::Token(_) => 2,
+            Self::Store(store::Error::Url) | Self::Objects(objects::Error::Settings(_)) => 2,
+            Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
             Self::OfFiles { first, .. } => first.exit_code(),
-            Self::Kafka(crate::kafka::Error::Unreachable(_)) => 5,
-            _ => 1,
+            Self::Kafka(kafka::Error::Unreachable(_)) | Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
+            _ => self.of_client().map_or(1, client_exit_code),
+        }
+    }
+
+    /// The client's error, where it is the reason.
+    fn of_client(&self) -> Option<&client::Error> {
+        match self {
+            Self::Client(source) | Self::OfFile { source, .. } | Self::OfRecord { source, .. } | Self::Upload { source, .. } => {
+                Some(source)
+            }
+            _ => None,
         }
     }
 
@@ -202,31 +217,46 @@ impl Error {
 
     /// Says what is wrong and what to try.
     fn tell(&self) {
-        eprintln!("error: {self}");
+        talk::note(&format!("error: {self}"));
         if let Some(hint) = self.hint() {
-            eprintln!("hint: {hint}");
+            talk::note(&format!("hint: {hint}"));
         }
     }
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::App(app::Error::Store(store::Error::Schema { .. })) | Self::Store(store::Error::Schema { .. }) => {
-                "run `lfs-broker migrate` with the same DATABASE_URL"
-            }
-            Self::App(app::Error::OpenToTheWorld(_)) => "set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1",
-            Self::App(app::Error::Restored(_)) => "run `lfs-broker audit --fix` with the same settings, then serve",
-            Self::App(app::Error::Auth(_)) => "for a first look, `lfs-broker dev` needs no tokens",
+            Self::Store(store::Error::Schema { .. }) => MIGRATE,
+            Self::App(error) | Self::Settings(error) | Self::Dev(crate::dev::Error::App(error)) => hint_of_app(error)?,
+            Self::Dev(crate::dev::Error::NoKafka { .. }) => "is Kafka running there? without --kafka dev brings its own",
             Self::Config(config::Error::Missing(_)) => "the README has a table of all settings",
-            Self::Client(client::Error::Unreachable { .. }) => "is the broker running there? see --broker and LFS_BROKER_URL",
             Self::OfFile { source: client::Error::NoReferenceBucket(_), .. } => {
                 "name the bucket with --reference-bucket; it is read with the AWS settings of the environment"
             }
+            Self::OfRecord { past, .. } => return Some(format!("the group comes back to it; to go past it: {past}")),
             Self::Upload { resume, .. } | Self::Interrupted { resume: Some(resume), .. } => {
                 return Some(format!("go on with: {resume}"));
             }
-            _ => return None,
+            _ => match self.of_client()? {
+                client::Error::Unreachable { peer: "storage", .. } => {
+                    "bytes go to S3 without the broker: is LFS_BROKER_S3_PUBLIC_ENDPOINT, for which it signs, open from here?"
+                }
+                client::Error::Unreachable { .. } => "is the broker running there? see --broker and LFS_BROKER_URL",
+                _ => return None,
+            },
         };
         Some(hint.to_owned())
+    }
+}
+
+const MIGRATE: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
+
+fn hint_of_app(error: &app::Error) -> Option<&'static str> {
+    match error {
+        app::Error::Store(store::Error::Schema { .. }) => Some(MIGRATE),
+        app::Error::OpenToTheWorld(_) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
+        app::Error::Restored(_) => Some("run `lfs-broker audit --fix` with the same settings, then serve"),
+        app::Error::Auth(_) => Some("for a first look, `lfs-broker dev` needs no tokens"),
+        _ => None,
     }
 }
 
@@ -235,6 +265,7 @@ fn client_exit_code(error: &client::Error) -> u8 {
         error if error.is_corrupt() => 4,
         client::Error::Refused(_) | client::Error::Gone(_) | client::Error::Forbidden { .. } => 3,
         client::Error::Unreachable { .. } => 5,
+        client::Error::Invalid(_) => 2,
         _ => 1,
     }
 }
@@ -247,7 +278,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            talk::note(&format!("error: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -274,13 +305,12 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Token(arguments) => token::token(arguments),
         Command::Audit(arguments) => audit::audit(arguments).await,
         Command::Topics(arguments) => topics::topics(arguments).await,
-        Command::Openapi => {
-            println!("{}", http::openapi().to_pretty_json().expect("the document has only strings and numbers"));
-            Ok(())
-        }
+        Command::Openapi => talk::data(&http::openapi().to_pretty_json().expect("the document has only strings and numbers")),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "lfs-broker", &mut std::io::stdout());
-            Ok(())
+            // It takes no error of what it writes to.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "lfs-broker", &mut script);
+            talk::data(String::from_utf8_lossy(&script).trim_end())
         }
     }
 }

@@ -13,6 +13,8 @@ use super::{Error, Settings, blocking, drop_aside};
 
 /// One look for the next record.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long Kafka may take to show that it is there.
+const PULSE: Duration = Duration::from_secs(2);
 /// How long Kafka may take to say where a topic is, and to note a place.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -87,20 +89,23 @@ impl Follower {
     /// The next record, if one came within a moment.
     ///
     /// # Errors
-    /// What Kafka says that does not pass by itself.
+    /// [`Error::Unreachable`] while Kafka is away: asking again goes on where it was. Else what does not pass by itself.
     pub async fn next(&self) -> Result<Option<Incoming>, Error> {
         let consumer = self.consumer();
         blocking(move || match consumer.poll(LOOK) {
             None => Ok(None),
             Some(Ok(message)) => Ok(Some(incoming(&message))),
             Some(Err(KafkaError::PartitionEOF(_))) => Ok(None),
-            Some(Err(error)) => match Error::from_kafka(&error) {
-                // librdkafka goes on by itself.
-                Error::Unreachable(_) => Ok(None),
-                error => Err(error),
-            },
+            Some(Err(error)) => Err(Error::from_kafka(&error)),
         })
         .await
+    }
+
+    /// Whether Kafka answers.
+    pub async fn is_reached(&self) -> bool {
+        let (consumer, topic) = (self.consumer(), self.topic.clone());
+        let asked = blocking(move || consumer.fetch_metadata(Some(&topic), PULSE).map_err(|error| Error::from_kafka(&error)));
+        asked.await.is_ok()
     }
 
     /// Notes that everything up to this record is done. Without a group there is no place to note it.

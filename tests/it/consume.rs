@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use serde_json::{Value, json};
 
 use crate::audit::{produce, refer};
@@ -92,6 +93,9 @@ async fn a_record_that_cannot_be_saved_is_not_passed_over() {
     let words = String::from_utf8_lossy(&told.stderr).into_owned();
     assert_eq!((told.status.code(), told.stdout.len()), (Some(3), 0), "{words}");
     assert!(words.contains(&format!("{}-0-", house.topic)), "it says which: {words}");
+    let offset = gone.json["record"]["offset"].as_i64().unwrap();
+    let past = format!("--group {0} --topic {0}:0 --reset-offsets --to-offset {1} --execute", house.topic, offset + 1);
+    assert!(words.contains("hint: ") && words.contains(&past), "how the group gets past it: {words}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     // Other bytes in its place are a failure of another kind, whoever finds it.
     for (other, group) in [(b"evil".as_slice(), ["--group", &house.topic].as_slice()), (b"larger", &[])] {
@@ -178,4 +182,34 @@ async fn a_pointer_without_a_checksum_is_never_called_verified() {
     let line = &lines(&told)[0];
     assert_eq!((&line["verified"], &line["size"]), (&json!(false), &json!(5)));
     assert!(String::from_utf8_lossy(&told.stderr).contains("could not be verified"));
+}
+
+#[tokio::test]
+async fn a_kafka_that_went_away_is_told_once() {
+    let house = House::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let kafka = lfs_broker::dev::kafka::Server::start().unwrap();
+    kafka.create_topic(&house.topic, 1).await.unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
+    command.args(["consume", "--topic", &house.topic, "--kafka", &kafka.bootstrap_servers(), "--dir"]).arg(directory.path());
+    command.env_clear().env("LFS_BROKER_URL", house.url()).stdin(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let told = std::io::BufReader::new(child.stderr.take().unwrap());
+    let (send, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || std::io::BufRead::lines(told).map_while(Result::ok).for_each(|line| drop(send.send(line))));
+    // A record that it has saved says that it follows.
+    let producer: FutureProducer =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", kafka.bootstrap_servers()).create().unwrap();
+    let record = FutureRecord::<str, [u8]>::to(&house.topic).partition(0).payload(b"inline");
+    producer.send(record, Duration::from_secs(10)).await.unwrap();
+    drop(producer);
+    let saved = || std::fs::read_dir(directory.path()).unwrap().count();
+    house.eventually("it follows", async || saved() == 1).await;
+    drop(kafka);
+    let line = tokio::task::spawn_blocking(move || (lines.recv_timeout(PATIENCE), lines)).await.unwrap();
+    signal(child.id(), "INT");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let first = line.0.unwrap();
+    assert!(first.starts_with("note: ") && first.contains("Kafka"), "{first}");
+    assert_eq!(line.1.iter().collect::<Vec<_>>(), Vec::<String>::new(), "once");
 }
