@@ -1,15 +1,19 @@
 //! `serve`, `migrate` and `doctor`: the broker against real servers.
 
-use super::{Error, asked_to_end, log};
+use std::fmt::Display;
+
+use serde::Serialize;
+
+use super::{Error, asked_to_end, log, talk};
 use crate::app;
 use crate::kafka::Kafka;
-use crate::objects::Objects;
+use crate::objects::{Capabilities, Objects};
 use crate::store::{self, Store};
 
 pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(), Error> {
+    settings.check().map_err(Error::Settings)?;
     if check_only {
-        settings.check()?;
-        eprintln!("the settings are sound");
+        talk::note("the settings are sound");
         return Ok(());
     }
     log("lfs_broker=info,warn");
@@ -24,53 +28,91 @@ pub(super) async fn migrate(settings: store::Settings) -> Result<(), Error> {
     let store = Store::connect(&settings)?;
     store.migrate().await?;
     store.close().await;
-    eprintln!("the schema is up to date");
+    talk::note("the schema is up to date");
     Ok(())
 }
 
-pub(super) async fn doctor(settings: app::Settings, json: bool) -> Result<(), Error> {
-    let mut sound = true;
-    let mut tell = |name: &str, outcome: Result<String, String>| {
-        sound &= outcome.is_ok();
-        let (mark, text) = match outcome {
-            Ok(text) => ("ok  ", text),
-            Err(text) => ("FAIL", text),
+/// What was looked at, and what it came to.
+#[derive(Serialize)]
+struct Check {
+    name: &'static str,
+    ok: bool,
+    text: String,
+}
+
+/// All that `doctor` found; with `--json` it is printed whole, whatever is away.
+#[derive(Serialize)]
+struct Findings {
+    ok: bool,
+    checks: Vec<Check>,
+    /// What the store was seen to do, if it could be tried.
+    capabilities: Option<Capabilities>,
+}
+
+impl Findings {
+    /// Notes a check, and tells people at once: the next may take its time.
+    fn add<E: Display>(&mut self, json: bool, name: &'static str, outcome: Result<String, E>) -> Result<(), Error> {
+        let (ok, text) = match outcome {
+            Ok(text) => (true, text),
+            Err(error) => (false, error.to_string()),
         };
+        self.ok &= ok;
         if !json {
-            println!("{mark} {name}: {text}");
+            talk::data(&format!("{} {name}: {text}", if ok { "ok  " } else { "FAIL" }))?;
         }
-    };
-    let checked = settings.check().map(|()| "sound".to_owned()).map_err(|error| error.to_string());
-    tell("settings", checked);
-    let store = Store::connect(&settings.store)?;
-    let schema = store.check_schema().await.map(|()| "reachable, schema current".to_owned()).map_err(|error| error.to_string());
-    tell("database", schema);
-    let kafka = Kafka::connect(&settings.kafka).map_err(|error| Error::Failed(error.to_string()))?;
-    let reached = kafka.reachable().await.map(|()| "reachable".to_owned()).map_err(|error| error.to_string());
-    tell("kafka", reached);
-    let objects = Objects::connect(&settings.objects).await?;
-    let Some(bucket) = objects.default_bucket() else {
+        self.checks.push(Check { name, ok, text });
+        Ok(())
+    }
+}
+
+pub(super) async fn doctor(settings: app::Settings, json: bool) -> Result<(), Error> {
+    let mut found = Findings { ok: true, checks: Vec::new(), capabilities: None };
+    found.add(json, "settings", settings.check().map(|()| "sound".to_owned()))?;
+    found.add(json, "database", database(&settings).await.map(|()| "reachable, schema current".to_owned()))?;
+    found.add(json, "kafka", kafka(&settings).await.map(|()| "reachable".to_owned()))?;
+    match store(&settings).await {
+        Ok(capabilities) => {
+            for (ok, text) in told(&capabilities) {
+                found.add(json, "s3", if ok { Ok(text.to_owned()) } else { Err(format!("NOT: {text}")) })?;
+            }
+            found.capabilities = Some(capabilities);
+        }
+        Err(error) => found.add(json, "s3", Err(error))?,
+    }
+    if json {
+        talk::data(&talk::json(&found))?;
+    }
+    if found.ok { Ok(()) } else { Err(Error::Failed("something is not as the broker needs it".to_owned())) }
+}
+
+async fn database(settings: &app::Settings) -> Result<(), store::Error> {
+    Store::connect(&settings.store)?.check_schema().await
+}
+
+async fn kafka(settings: &app::Settings) -> Result<(), crate::kafka::Error> {
+    Kafka::connect(&settings.kafka)?.reachable().await
+}
+
+async fn store(settings: &app::Settings) -> Result<Capabilities, Error> {
+    let Some(bucket) = &settings.objects.bucket else {
         return Err(Error::Failed("LFS_BROKER_S3_BUCKET is not set, so the store cannot be tried".to_owned()));
     };
-    match objects.probe(bucket).await {
-        Ok(found) => {
-            let yes = |ok: bool, text: &str| if ok { Ok(text.to_owned()) } else { Err(format!("NOT: {text}")) };
-            tell("s3", yes(found.keeps_token, "keeps the write token"));
-            tell("s3", yes(found.refuses_wrong_bytes, "refuses wrong bytes"));
-            tell("s3", yes(found.refuses_other_size, "refuses another size"));
-            tell("s3", yes(found.refuses_overwrite, "refuses an overwrite"));
-            tell("s3", yes(found.refuses_copy_source(), "refuses an unsigned copy-source"));
-            let cors = match found.answers_cors {
-                Some(true) => "answers browsers (CORS)",
-                Some(false) => "does not answer browsers (no CORS rule): browsers cannot upload",
-                None => "its public endpoint cannot be reached from here, so CORS was not tried",
-            };
-            tell("s3", Ok(cors.to_owned()));
-            if json {
-                println!("{}", serde_json::to_string(&found).expect("capabilities are flags"));
-            }
-        }
-        Err(error) => tell("s3", Err(error.to_string())),
-    }
-    if sound { Ok(()) } else { Err(Error::Failed("something is not as the broker needs it".to_owned())) }
+    Ok(Objects::connect(&settings.objects).await?.probe(bucket).await?)
+}
+
+/// What the store must do, and whether it does; browsers are told of only.
+fn told(found: &Capabilities) -> [(bool, &'static str); 6] {
+    let cors = match found.answers_cors {
+        Some(true) => "answers browsers (CORS)",
+        Some(false) => "does not answer browsers (no CORS rule): browsers cannot upload",
+        None => "its public endpoint cannot be reached from here, so CORS was not tried",
+    };
+    [
+        (found.keeps_token, "keeps the write token"),
+        (found.refuses_wrong_bytes, "refuses wrong bytes"),
+        (found.refuses_other_size, "refuses another size"),
+        (found.refuses_overwrite, "refuses an overwrite"),
+        (found.refuses_copy_source(), "refuses an unsigned copy-source"),
+        (true, cors),
+    ]
 }
