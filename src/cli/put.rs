@@ -1,9 +1,11 @@
 //! `put`: bytes up, the pointer's record out.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use lfs_broker_client::api::{Completed, Headers, Mode, Policy, ReadUpload, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
@@ -32,6 +34,9 @@ pub(super) struct Arguments {
     /// Wait until Kafka has the pointer; the broker's promise is enough otherwise
     #[arg(long)]
     wait: bool,
+    /// How long to wait, in seconds
+    #[arg(long, value_name = "N", default_value_t = 3600, requires = "wait")]
+    wait_seconds: u64,
     /// Go on with an upload that was interrupted
     #[arg(long, value_name = "ID")]
     resume: Option<Uuid>,
@@ -57,6 +62,7 @@ impl Arguments {
             headers: Headers(self.headers.clone()),
             content_type: self.content_type.clone(),
             wait_published: self.wait,
+            wait_timeout: Duration::from_secs(self.wait_seconds),
             ..UploadOptions::to(&self.topic)
         }
     }
@@ -69,31 +75,27 @@ pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
     if arguments.files.iter().filter(|file| is_stdin(file)).count() > 1 {
         return Err(Error::Usage("standard input can be read only once".to_owned()));
     }
+    let mut names = BTreeSet::new();
+    if let Some((twice, _)) = arguments.headers.iter().find(|(name, _)| !names.insert(name)) {
+        return Err(Error::Usage(format!("--header names {twice} twice, and an upload has one of a name")));
+    }
     let client = arguments.connection.client()?;
     let min_bytes = min_bytes(&client, &arguments.topic).await?;
     let mut end = pin!(asked_to_end());
     let mut failed = Vec::new();
     for (number, file) in arguments.files.iter().enumerate() {
-        let completed = match put_one(&client, &arguments, file, end.as_mut()).await {
-            Ok(completed) => completed,
+        let done = put_one(&client, &arguments, file, end.as_mut()).await;
+        let told = done.and_then(|completed| tell(&arguments, file, min_bytes, &completed));
+        match told {
+            Ok(()) => {}
             Err(error) if arguments.files.len() > 1 && error.is_of_one_file() => {
                 error.tell();
                 failed.push(error);
-                continue;
             }
             Err(error) => {
                 tell_rest(&arguments.files[number + 1..]);
                 return Err(error);
             }
-        };
-        talk::data(&talk::json(&completed))?;
-        let size = completed.pointer.as_ref().map(|pointer| pointer.size);
-        if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
-            let (topic, name) = (&arguments.topic, name(file));
-            eprintln!(
-                "note: {name} has {size} bytes, and {topic} advises uploads from {min_bytes} on (min_bytes): \
-                 it could be a record's own value"
-            );
         }
     }
     let count = failed.len();
@@ -103,11 +105,31 @@ pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
     }
 }
 
+/// Says what became of a file's upload: the answer to machines, advice to people.
+fn tell(arguments: &Arguments, file: &Path, min_bytes: u64, completed: &Completed) -> Result<(), Error> {
+    talk::data(&talk::json(completed))?;
+    let (topic, name) = (&arguments.topic, name(file));
+    let size = completed.pointer.as_ref().map(|pointer| pointer.size);
+    if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
+        talk::note(&format!(
+            "note: {name} has {size} bytes, and {topic} advises uploads from {min_bytes} on (min_bytes): \
+             it could be a record's own value"
+        ));
+    }
+    match completed.state {
+        UploadState::Verified if arguments.wait => {
+            let (id, seconds) = (completed.id, arguments.wait_seconds);
+            Err(Error::Failed(format!("{name}: upload {id} is promised, and not yet in Kafka after {seconds} s")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Says which files wait until the reason is gone.
 fn tell_rest(files: &[PathBuf]) {
     if !files.is_empty() {
-        let names: Vec<String> = files.iter().map(|file| talk::quoted(&file.display().to_string())).collect();
-        eprintln!("note: not begun: {}", names.join(" "));
+        let names: Vec<String> = files.iter().map(|file| talk::file(file)).collect();
+        talk::note(&format!("note: not begun: {}", names.join(" ")));
     }
 }
 
@@ -140,7 +162,7 @@ async fn put_one(
             let first = found.set((upload.id, upload.mode)).is_ok();
             if first && upload.mode == Mode::Multipart {
                 // Whoever kills the program needs it to go on.
-                told.say(&format!("upload {}", upload.id));
+                told.say_anyway(&format!("upload {}", upload.id));
             }
         })
         .on_progress(move |at| progress.tell_parts(at.bytes_done, at.bytes_total, (at.parts_done, at.parts_total)));
@@ -210,7 +232,7 @@ fn is_signed_out(error: &client::Error) -> bool {
 }
 
 fn resume(arguments: &Arguments, file: &Path, id: Uuid) -> String {
-    let (file, topic) = (talk::quoted(&file.display().to_string()), talk::quoted(&arguments.topic));
+    let (file, topic) = (talk::file(file), talk::quoted(&arguments.topic));
     let broker = talk::quoted(&arguments.connection.broker);
     let wait = if arguments.wait { " --wait" } else { "" };
     format!("lfs-broker put {file} --topic {topic} --resume {id}{wait} --broker {broker}")
