@@ -74,7 +74,8 @@ async fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Pr
     if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
         return app.admit(caller);
     }
-    Err(Problem::new("insufficient-scope", format!("this route needs {scopes:?}").to_lowercase()))
+    let names: Vec<&str> = scopes.iter().map(|scope| scope.name()).collect();
+    Err(Problem::new("insufficient-scope", format!("this route needs {}", names.join(" or "))))
 }
 
 macro_rules! caller {
