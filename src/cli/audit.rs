@@ -1,6 +1,6 @@
 //! `audit`: whether PostgreSQL, S3 and Kafka tell the same story, for people and for machines.
 
-use super::{Config, Error, log};
+use super::{Config, Error, log, talk};
 use crate::app;
 use crate::audit::{self, Audit, Report};
 use crate::kafka::Kafka;
@@ -23,8 +23,8 @@ pub(super) async fn audit(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=warn,error");
     let report = run(arguments.config.load()?, arguments.fix).await.map_err(Error::Unchecked)?;
     match arguments.json {
-        true => println!("{}", serde_json::to_string(&report).expect("a report has only strings and numbers")),
-        false => print!("{}", words(&report)),
+        true => talk::data(&talk::json(&report))?,
+        false => talk::data(words(&report).trim_end())?,
     }
     match report.findings.iter().map(|finding| finding.count).sum() {
         0 => Ok(()),

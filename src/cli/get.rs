@@ -110,7 +110,13 @@ async fn pointer_from_stdin() -> Result<Vec<u8>, Error> {
     let read = tokio::io::stdin().take(POINTER_BYTES).read_to_end(&mut value).await;
     read.map_err(|error| Error::Failed(format!("cannot read standard input: {error}")))?;
     let value = value.trim_ascii();
-    let completed: Option<serde_json::Value> = serde_json::from_slice(value).ok();
+    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<serde_json::Value>();
+    let (completed, next) = (values.next().and_then(Result::ok), values.next());
+    if completed.is_some() && matches!(next, Some(Ok(_))) {
+        return Err(Error::Usage("standard input has more than one pointer: give one, for instance by `head -n 1`".to_owned()));
+    }
+    // Data that only begins like JSON is no pointer.
+    let completed = completed.filter(|_| next.is_none());
     match completed.as_ref().and_then(|completed| completed.get("pointer")) {
         // Read as a pointer first: a map would give it back in another order.
         Some(pointer) if completed.as_ref().is_some_and(|completed| completed.get("kfs_lfs").is_none()) => {

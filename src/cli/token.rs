@@ -50,7 +50,7 @@ fn ttl(text: &str) -> Result<Duration, String> {
 pub(super) fn token(arguments: Arguments) -> Result<(), Error> {
     let settings = arguments.config.load_auth()?;
     if arguments.topics.is_empty() && arguments.scopes.iter().any(|scope| *scope != Scope::Admin) {
-        eprintln!("note: without --topic this token opens, reads and resolves nothing");
+        talk::note("note: without --topic this token opens, reads and resolves nothing");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let grant = Grant {

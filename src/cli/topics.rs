@@ -4,7 +4,7 @@ use clap::Subcommand;
 use lfs_broker_client::Client;
 use lfs_broker_client::api::{ListTopics, Policy};
 
-use super::Error;
+use super::{Error, talk};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -14,6 +14,9 @@ pub(super) struct Arguments {
     /// A bearer token
     #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true, global = true)]
     token: Option<String>,
+    /// Print JSON for machines, which is what it prints anyway
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -53,7 +56,7 @@ pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
             loop {
                 let page = client.topics(&ListTopics { limit: None, cursor }).await?;
                 for item in page.items {
-                    println!("{}", json(&item));
+                    talk::data(&talk::json(&item))?;
                 }
                 cursor = page.next_cursor;
                 if cursor.is_none() {
@@ -61,18 +64,14 @@ pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
                 }
             }
         }
-        Verb::Get { topic } => println!("{}", json(&client.topic(&topic).await?)),
+        Verb::Get { topic } => talk::data(&talk::json(&client.topic(&topic).await?))?,
         Verb::Set { topic, policy } => {
             let policy: serde_json::Value =
-                serde_json::from_str(&policy).map_err(|error| Error::Failed(format!("the policy is not JSON: {error}")))?;
+                serde_json::from_str(&policy).map_err(|error| Error::Usage(format!("the policy is not JSON: {error}")))?;
             let stored: Policy = client.put_topic(&topic, &policy).await?;
-            println!("{}", json(&stored));
+            talk::data(&talk::json(&stored))?;
         }
         Verb::Delete { topic } => client.delete_topic(&topic).await?,
     }
     Ok(())
-}
-
-fn json<T: serde::Serialize>(value: &T) -> String {
-    serde_json::to_string(value).expect("the contract's types have only strings and numbers")
 }

@@ -1,5 +1,8 @@
 //! The command line: exit codes, hints, and what is printed where.
 
+mod told;
+mod usage;
+
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -58,7 +61,7 @@ fn a_missing_setting_is_named_and_is_a_usage_error() {
 
 #[test]
 fn a_broker_without_tokens_is_refused_on_any_address_but_loopback() {
-    for (listen, code) in [("0.0.0.0:8080", 1), ("[::]:8080", 1), ("127.0.0.1:8080", 0), ("[::1]:8080", 0)] {
+    for (listen, code) in [("0.0.0.0:8080", 2), ("[::]:8080", 2), ("127.0.0.1:8080", 0), ("[::1]:8080", 0)] {
         let environment = [SERVERS[0], SERVERS[1], ("LFS_BROKER_AUTH_MODE", "none"), ("LFS_BROKER_LISTEN", listen)];
         let told = run(&["serve", "--check-config"], &environment);
         assert_eq!(told.status.code(), Some(code), "{listen}: {}", text(&told.stderr));
@@ -194,13 +197,19 @@ async fn of_many_files_each_is_put_and_one_that_cannot_be_stops_no_other() {
 
 /// Puts a file into storage that stands still, and asks to end once the upload is open. Gives its id and what was said.
 async fn interrupted(house: &House, file: &Path) -> (String, Output) {
+    let (id, child) = held_up(house, &[file.to_str().unwrap(), "--wait"], Path::new(".")).await;
+    (id, interrupt(child).await)
+}
+
+/// A put that has opened its upload, and stands still. Gives the upload's id.
+async fn held_up(house: &House, arguments: &[&str], directory: &Path) -> (String, Child) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
-    command.arg("put").arg(file).args(["--topic", &house.topic, "--wait"]).env_clear().env("LFS_BROKER_URL", house.url());
+    command.args(["put", "--topic", &house.topic]).args(arguments).current_dir(directory);
+    command.env_clear().env("LFS_BROKER_URL", house.url());
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let open = async || house.get("/lfs/uploads?state=open").await.json["items"].clone();
     house.eventually("the upload is open", async || open().await[0].is_object()).await;
-    let id = open().await[0]["id"].as_str().unwrap().to_owned();
-    (id, interrupt(child).await)
+    (open().await[0]["id"].as_str().unwrap().to_owned(), child)
 }
 
 /// Asks a command to end, as Ctrl-C does. Gives what it said; it calls that a failure.
@@ -313,6 +322,11 @@ async fn a_token_opens_what_it_names_and_nothing_else() {
     }
     let nobody = run_aside_with(&["put", "-", "--topic", &house.topic], &[("LFS_BROKER_URL", url.as_str())], b"x").await;
     assert_eq!(nobody.status.code(), Some(3), "{}", text(&nobody.stderr));
+    let reader = run(&["token", "--tenant", "acme", "--scope", "lfs:read", "--topic", &house.topic], &keys);
+    let reader = text(&reader.stdout);
+    let environment = [("LFS_BROKER_URL", url.as_str()), ("LFS_BROKER_TOKEN", reader.trim())];
+    let refused = run_aside_with(&["put", "-", "--topic", &house.topic], &environment, b"x").await;
+    assert!(text(&refused.stderr).contains("needs lfs:write"), "{}", text(&refused.stderr));
     let tenant: String = sqlx::query_scalar("select distinct tenant from upload_sessions").fetch_one(&house.db).await.unwrap();
     assert_eq!(tenant, "acme");
 }

@@ -1,0 +1,101 @@
+//! Wrong usage and wrong settings: exit code 2, before anything is tried.
+
+use std::io::Write as _;
+
+use super::{SERVERS, run, run_with_input, text};
+
+type Arguments = &'static [&'static str];
+type Environment = &'static [(&'static str, &'static str)];
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+const TOKENS: [(&str, &str); 3] =
+    [("LFS_BROKER_JWT_HS256_SECRET", SECRET), ("LFS_BROKER_JWT_ISSUER", "i"), ("LFS_BROKER_JWT_AUDIENCE", "a")];
+
+/// Checks settings of `serve`, sound ones but for these.
+fn check(more: &[(&str, &str)]) -> (Option<i32>, String) {
+    let environment: Vec<(&str, &str)> = SERVERS.iter().chain(&TOKENS).chain(more).copied().collect();
+    let told = run(&["serve", "--check-config"], &environment);
+    (told.status.code(), text(&told.stderr))
+}
+
+#[test]
+fn a_command_that_cannot_be_meant_so_is_exit_code_2() {
+    let cases: [(Arguments, Environment); 9] = [
+        (&["topics", "list", "--broker", "nonsense"], &[]),
+        (&["topics", "list"], &[("LFS_BROKER_URL", "")]),
+        (&["topics", "list", "--token", "a\nb"], &[]),
+        (&["topics", "set", "t", "x"], &[]),
+        (&["token", "--tenant", "Bad Tenant", "--scope", "lfs:read"], &TOKENS),
+        (&["consume", "--topic", "t", "--dir", "d", "--group", ""], &SERVERS),
+        (&["put", "a", "--topic", "t", "--header", "a=1", "--header", "a=2"], &[]),
+        (&["migrate"], &[("DATABASE_URL", "nonsense")]),
+        (&["consume", "--topic", "t", "--dir", "d", "--reference-bucket", "b"], &[("AWS_ENDPOINT_URL_S3", "nonsense")]),
+    ];
+    for (arguments, environment) in cases {
+        let told = run(arguments, environment);
+        assert_eq!(told.status.code(), Some(2), "{arguments:?}: {}", text(&told.stderr));
+    }
+}
+
+#[test]
+fn settings_that_cannot_be_meant_so_are_exit_code_2() {
+    let file = |text: &str| {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    };
+    let property = file("[kafka.properties]\n'no.such.property' = 'x'\n");
+    assert_eq!(check(&[]).0, Some(0));
+    for (name, value) in [
+        ("LFS_BROKER_LISTEN", "x"),
+        ("DATABASE_URL", "nonsense"),
+        ("LFS_BROKER_JWT_HS256_SECRET", "short"),
+        ("LFS_BROKER_CONFIG", property.path().to_str().unwrap()),
+        ("LFS_BROKER_JWT_JWKS_URL", "nonsense"),
+    ] {
+        let (code, told) = check(&[(name, value)]);
+        assert_eq!(code, Some(2), "{name}={value}: {told}");
+    }
+    let (code, told) = check(&[("LFS_BROKER_TLS_CERTIFICATE_FILE", "/no/c"), ("LFS_BROKER_TLS_KEY_FILE", "/no/k")]);
+    assert_eq!(code, Some(2), "{told}");
+}
+
+#[test]
+fn settings_that_s3_would_refuse_are_not_called_sound() {
+    for (name, value) in [
+        ("LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "AKID"),
+        ("LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY", "hush"),
+        ("LFS_BROKER_S3_PUBLIC_ENDPOINT", "nonsense"),
+        ("AWS_ENDPOINT_URL_S3", "nonsense"),
+        ("LFS_BROKER_SINGLE_PUT_MAX_BYTES", "5368709121"),
+        ("LFS_BROKER_PART_SIZE_BYTES", "5368709121"),
+        ("LFS_BROKER_PART_SIZE_BYTES", "1"),
+        ("LFS_BROKER_URL_SECONDS", "604801"),
+        ("LFS_BROKER_SESSION_SECONDS", "604801"),
+        ("LFS_BROKER_SESSION_MAX_SECONDS", "604801"),
+    ] {
+        let (code, told) = check(&[(name, value)]);
+        assert_eq!(code, Some(2), "{name}={value}: {told}");
+        assert!(told.contains(name.rsplit("S3_").next().unwrap()) || told.contains("AWS_ENDPOINT_URL_S3"), "{name}: {told}");
+        assert!(!told.contains("hush"), "{told}");
+    }
+    for sound in [
+        ("LFS_BROKER_S3_PUBLIC_ENDPOINT", "https://s3.example.net/base"),
+        ("AWS_ENDPOINT_URL_S3", "http://[::1]:9000"),
+        ("LFS_BROKER_PART_SIZE_BYTES", "5242880"),
+        ("LFS_BROKER_SINGLE_PUT_MAX_BYTES", "5368709120"),
+        ("LFS_BROKER_URL_SECONDS", "604800"),
+    ] {
+        assert_eq!(check(&[sound]).0, Some(0), "{sound:?}: {}", check(&[sound]).1);
+    }
+}
+
+#[test]
+fn two_pointers_on_standard_input_are_told_as_two() {
+    let line = r#"{"kfs_lfs":1,"bucket":"b","key":"k","size":1,"sha256":"x"}"#;
+    for input in [format!("{line}\n{line}\n"), format!("{{\"pointer\":{line}}}\n{{\"pointer\":{line}}}\n")] {
+        let told = run_with_input(&["get"], &[], input.as_bytes());
+        assert_eq!(told.status.code(), Some(2), "{}", text(&told.stderr));
+        assert!(text(&told.stderr).contains("more than one"), "{}", text(&told.stderr));
+    }
+}
