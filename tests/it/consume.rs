@@ -185,7 +185,7 @@ async fn a_pointer_without_a_checksum_is_never_called_verified() {
 }
 
 #[tokio::test]
-async fn a_kafka_that_went_away_is_told_once() {
+async fn a_kafka_that_goes_away_and_comes_back_is_told_once() {
     let house = House::new().await;
     let directory = tempfile::tempdir().unwrap();
     let kafka = lfs_broker::dev::kafka::Server::start().unwrap();
@@ -205,11 +205,16 @@ async fn a_kafka_that_went_away_is_told_once() {
     drop(producer);
     let saved = || std::fs::read_dir(directory.path()).unwrap().count();
     house.eventually("it follows", async || saved() == 1).await;
-    drop(kafka);
-    let line = tokio::task::spawn_blocking(move || (lines.recv_timeout(PATIENCE), lines)).await.unwrap();
+    let hear =
+        |lines: std::sync::mpsc::Receiver<String>| tokio::task::spawn_blocking(move || (lines.recv_timeout(PATIENCE), lines));
+    kafka.down().await.unwrap();
+    let (away, lines) = hear(lines).await.unwrap();
+    kafka.up().await.unwrap();
+    let (back, lines) = hear(lines).await.unwrap();
     signal(child.id(), "INT");
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    let first = line.0.unwrap();
-    assert!(first.starts_with("note: ") && first.contains("Kafka"), "{first}");
-    assert_eq!(line.1.iter().collect::<Vec<_>>(), Vec::<String>::new(), "once");
+    let away = away.unwrap();
+    assert!(away.starts_with("note: Kafka is away") && away.ends_with("waiting for it"), "{away}");
+    assert_eq!(back.unwrap(), "note: Kafka is back");
+    assert_eq!(lines.iter().collect::<Vec<_>>(), Vec::<String>::new(), "once");
 }
