@@ -145,7 +145,6 @@ impl Settings {
 /// # Errors
 /// When the settings are not safe, the schema is not current, or the address is taken.
 pub async fn start(settings: Settings) -> Result<Running, Error> {
-    settings.check()?;
     let store = Store::connect(&settings.store)?;
     start_on(settings, store).await
 }
@@ -155,6 +154,7 @@ pub async fn start(settings: Settings) -> Result<Running, Error> {
 /// # Errors
 /// As [`start`].
 pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error> {
+    settings.check()?;
     store.check_schema().await?;
     let objects = Objects::connect(&settings.objects).await?;
     let kafka = Kafka::connect(&settings.kafka)?;

@@ -188,6 +188,7 @@ impl Error {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::Unchecked(_) | Self::Token(_) => 2,
+            Self::Dev(crate::dev::Error::App(app::Error::OpenToTheWorld(_))) => 2,
             Self::Store(store::Error::Url) | Self::Objects(objects::Error::Settings(_)) => 2,
             Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
             Self::OfFiles { first, .. } => first.exit_code(),
@@ -253,7 +254,7 @@ const MIGRATE: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
 fn hint_of_app(error: &app::Error) -> Option<&'static str> {
     match error {
         app::Error::Store(store::Error::Schema { .. }) => Some(MIGRATE),
-        app::Error::OpenToTheWorld(_) => Some("set LFS_BROKER_AUTH_MODE=jwt, or listen on 127.0.0.1"),
+        app::Error::OpenToTheWorld(_) => Some("listen on 127.0.0.1; `serve` with LFS_BROKER_AUTH_MODE=jwt may listen anywhere"),
         app::Error::Restored(_) => Some("run `lfs-broker audit --fix` with the same settings, then serve"),
         app::Error::Auth(_) => Some("for a first look, `lfs-broker dev` needs no tokens"),
         _ => None,

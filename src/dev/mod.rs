@@ -136,6 +136,10 @@ struct Ground {
 /// # Errors
 /// What could not be started, and why. Nothing goes on running then, and what was ephemeral is gone.
 pub async fn start(settings: Settings, ending: impl Future<Output = ()>) -> Result<Option<Dev>, Error> {
+    // Before anything is made that would have to be removed again.
+    if !settings.listen.ip().is_loopback() {
+        return Err(app::Error::OpenToTheWorld(settings.listen).into());
+    }
     let mut ending = pin!(ending);
     let mut starting = pin!(Ground::start(&settings));
     let (ground, is_ended) = tokio::select! {

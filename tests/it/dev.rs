@@ -57,6 +57,19 @@ async fn signal(child: &mut Dev, name: &str) -> Option<i32> {
     panic!("dev did not end within 30 s of {name}");
 }
 
+#[test]
+fn a_dev_without_tokens_is_refused_on_any_address_but_loopback() {
+    let scratch = tempfile::tempdir().unwrap();
+    let data_dir = scratch.path().join("data");
+    let mut command = Command::new(PROGRAM);
+    command.args(["dev", "--listen", "0.0.0.0:0", "--data-dir"]).arg(&data_dir).stdin(Stdio::null());
+    let told = command.output().unwrap();
+    let words = String::from_utf8_lossy(&told.stderr);
+    assert_eq!(told.status.code(), Some(2), "{words}");
+    assert!(words.contains("auth mode none is refused on 0.0.0.0:0") && words.contains("hint:"), "{words}");
+    assert!(!data_dir.exists(), "nothing was made");
+}
+
 /// PostgreSQL's port answers as long as it runs.
 async fn postgres_ends(places: &Places) {
     let address = places.database_url.rsplit_once('@').unwrap().1.split('/').next().unwrap();
