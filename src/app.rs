@@ -28,6 +28,8 @@ use crate::wakes::Wakes;
 
 /// How often the relay and the verifier look by themselves; they are woken sooner.
 const LOOK: Duration = Duration::from_millis(500);
+/// How often the sessions that somebody waits for are looked at, for another replica may have moved them.
+const LOOK_OUT: Duration = Duration::from_millis(100);
 /// How long after a failure a worker tries again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long requests and workers may take to end once the end was asked for.
@@ -209,6 +211,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_sweeper(sweeper, stopped.clone())),
+        tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
     ];
     work.push(tokio::spawn(until(stopped.clone(), trying)));
     let scheme = if tls.is_some() { "https" } else { "http" };
@@ -356,6 +359,18 @@ async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
     let wakes = Arc::clone(&sweeper.wakes);
     let every = sweeper.settings.every;
     keep_going("sweeper", || sweeper.tick(), every, &wakes.sweeper, stopped).await;
+}
+
+/// Looks for what other replicas did to the sessions that somebody waits for: one question for all of them.
+async fn run_lookout(store: Store, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
+    let tick = || async {
+        let awaited = wakes.all_awaited();
+        if !awaited.is_empty() {
+            wakes.are_now(&store.versions(&awaited).await?);
+        }
+        Ok::<usize, store::Error>(0)
+    };
+    keep_going("lookout", tick, LOOK_OUT, &Notify::new(), stopped).await;
 }
 
 /// Runs a worker until the end is asked for: at once again while there is work, else when woken or after `every`.

@@ -34,7 +34,7 @@ impl Broker {
     ) -> Result<Completed, Error> {
         let deadline = Instant::now() + self.settings.complete_wait;
         let patience = Instant::now() + self.settings.complete_wait.max(FINISH_WAIT);
-        let mut changes = self.wakes.listen();
+        let mut changes = self.wakes.listen(id);
         let mut joined = false;
         loop {
             let (session, now) = self.current(caller, id).await?;
@@ -63,7 +63,7 @@ impl Broker {
                 State::Expired => return Err(refused(Refusal::Expired(session.expires_at), &session)),
                 State::Rejected(trouble) => return Err(stored(&session, Some(trouble.clone()))),
             }
-            changes.wait(id).await;
+            changes.wait(session.version, if over { patience } else { deadline }).await;
         }
     }
 

@@ -34,11 +34,11 @@ impl Broker {
             return Err(policy::Refusal::Invalid(vec![wrong("/wait", detail)]).into());
         }
         let deadline = Instant::now() + Duration::from_secs(wait);
-        let mut changes = self.wakes.listen();
+        let mut changes = self.wakes.listen(id);
         let (mut session, mut now) = self.current(caller, id).await?;
         let known = options.version.unwrap_or(session.version);
         while session.version == known && !session.state.name().is_final() && Instant::now() < deadline {
-            changes.wait(id).await;
+            changes.wait(session.version, deadline).await;
             (session, now) = self.current(caller, id).await?;
         }
         self.whole(&session, now).await

@@ -125,6 +125,12 @@ impl Store {
         row.map(Session::try_from).transpose()
     }
 
+    /// The versions of these sessions.
+    pub(crate) async fn versions(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, i64)>, Error> {
+        let rows = query!("select id, version from upload_sessions where id = any($1)", ids).fetch_all(&self.pool).await?;
+        Ok(rows.into_iter().map(|row| (row.id, row.version)).collect())
+    }
+
     /// The session whose object this is.
     pub(crate) async fn session_of_object(&self, bucket: &str, object_key: &str) -> Result<Option<Session>, Error> {
         let row = sqlx::query_as!(Row, "select * from upload_sessions where object_key = $1 and bucket = $2", object_key, bucket)

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::harness::{Answer, House, bytes, time};
@@ -261,4 +262,24 @@ async fn waiting_sees_the_end_of_an_upload_whose_time_is_over() {
     let ((read, took), ()) = tokio::join!(waiting(&house, &id, "wait=25"), push);
     assert_eq!(read.state(), "expired");
     assert!(took < AT_ONCE, "{took:?}");
+}
+
+/// Fifty who wait for five seconds: each looking for itself four times a second was 2,000 transactions.
+#[tokio::test]
+async fn many_who_wait_ask_the_database_together() {
+    let house = House::new().await;
+    let opened = house.open(b"hello", json!({})).await.expect(201);
+    let transactions = async || -> i64 {
+        let counted = sqlx::query_scalar("select xact_commit from pg_stat_database where datname = current_database()");
+        counted.fetch_one(&house.db).await.unwrap()
+    };
+    let before = transactions().await;
+    let path = format!("/lfs/uploads/{}?wait=5", opened.id());
+    let begun = Instant::now();
+    for answer in join_all((0..50).map(|_| house.get(&path))).await {
+        answer.expect(200);
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(5));
+    let needed = transactions().await - before;
+    assert!(needed < 1000, "{needed} transactions");
 }
