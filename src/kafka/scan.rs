@@ -63,8 +63,6 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Scan {
     batches: mpsc::Receiver<Result<Batch, Error>>,
-    /// The first offset there was at the start.
-    pub start: i64,
     /// The offset after the last at the start.
     pub end: i64,
 }
@@ -97,7 +95,7 @@ impl Kafka {
                 }
             });
         }
-        Ok(Scan { batches, start, end })
+        Ok(Scan { batches, end })
     }
 
     /// The first offset of a partition and the one after its last, open transactions counted in.

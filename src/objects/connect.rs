@@ -13,7 +13,6 @@ use aws_sdk_s3::config::{
     Builder, Config, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedCredentialsProvider,
     StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::SdkError;
 use serde::Deserialize;
 
 use super::sign::Signer;
@@ -177,19 +176,6 @@ impl Objects {
         match self.0.calls.head_bucket().bucket(bucket).customize().config_override(patient(PULSE)).send().await {
             Ok(_) => Ok(()),
             Err(error) => Err(failed("HeadBucket", &error)),
-        }
-    }
-
-    /// Makes a bucket where there is none: for `dev` and tests, not for a store that others run.
-    ///
-    /// # Errors
-    /// Where S3 does not let us.
-    pub async fn ensure_bucket(&self, bucket: &str) -> Result<(), Error> {
-        match self.0.calls.create_bucket().bucket(bucket).customize().config_override(patient(REMOVING)).send().await {
-            Ok(_) => Ok(()),
-            Err(SdkError::ServiceError(answer)) if answer.err().is_bucket_already_owned_by_you() => Ok(()),
-            Err(error) if code(&error) == "BucketAlreadyExists" => Ok(()),
-            Err(error) => Err(failed("CreateBucket", &error)),
         }
     }
 }

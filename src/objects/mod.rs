@@ -170,10 +170,7 @@ impl Objects {
             .send()
             .await;
         match answer {
-            Ok(output) => {
-                let size_bytes = output.content_length().and_then(|bytes| u64::try_from(bytes).ok());
-                Ok(Reading { size_bytes, body: output.body, longest_pause: STALLED })
-            }
+            Ok(output) => Ok(Reading { body: output.body, longest_pause: STALLED }),
             Err(error) if matches!(status(&error), Some(404 | 412)) => {
                 Err(Error::Changed(format!("GetObject: {}", words(&error))))
             }
@@ -184,23 +181,17 @@ impl Objects {
 
 /// The bytes of an object as they arrive.
 pub struct Reading {
-    size_bytes: Option<u64>,
     body: ByteStream,
     longest_pause: Duration,
 }
 
 impl fmt::Debug for Reading {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reading").field("size_bytes", &self.size_bytes).finish_non_exhaustive()
+        f.debug_struct("Reading").finish_non_exhaustive()
     }
 }
 
 impl Reading {
-    /// How many bytes S3 announced.
-    pub fn size_bytes(&self) -> Option<u64> {
-        self.size_bytes
-    }
-
     /// The next piece; none at the end.
     ///
     /// # Errors
@@ -360,7 +351,7 @@ mod tests {
         let first = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(b"hello"))]);
         let body = reqwest::Body::wrap_stream(first.chain(stream::pending()));
         let body = ByteStream::new(aws_sdk_s3::primitives::SdkBody::from_body_1_x(body));
-        let mut reading = Reading { size_bytes: Some(9), body, longest_pause: Duration::from_millis(20) };
+        let mut reading = Reading { body, longest_pause: Duration::from_millis(20) };
         assert_eq!(reading.next().await, Ok(Some(Bytes::from_static(b"hello"))));
         assert!(matches!(reading.next().await, Err(Error::Unavailable(_))));
     }

@@ -239,11 +239,12 @@ impl Trial<'_> {
 
     /// Removes what may be there, and goes on past a failure to the rest; gives the first one back.
     async fn clean(&self) -> Result<(), Error> {
-        self.objects.abort_uploads(&self.place("copy-part"), None).await?;
+        let mut outcome = self.objects.abort_uploads(&self.place("copy-part"), None).await.map(drop);
         for key in KEYS {
-            self.objects.delete_versions(&self.place(key)).await?;
+            let removed = self.objects.delete_versions(&self.place(key)).await.map(drop);
+            outcome = outcome.and(removed);
         }
-        Ok(())
+        outcome
     }
 
     fn place(&self, key: &str) -> Place {
