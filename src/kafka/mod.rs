@@ -43,7 +43,7 @@ const GIVEN_UP_AFTER: Duration = Duration::from_secs(2);
 const QUESTIONS: usize = 16;
 
 /// Where Kafka is and how pointers are delivered to it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Settings {
     /// `host:port` of one or more brokers, separated by commas.
     pub bootstrap_servers: String,
