@@ -5,9 +5,9 @@
 //! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
 //! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -16,14 +16,16 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::failpoint;
-use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Shard};
-use crate::store::{self, Deployment, Ownership, Placed, Store, Waiting};
+use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Refusal, Shard};
+use crate::store::{self, Deployment, Ownership, Parked, Placed, Store, Waiting};
 use crate::wakes::Wakes;
 
 /// Most pointers a transaction: 500 cost 7 ms at the median, more only adds to the loss when one aborts.
 const BATCH: i64 = 500;
 /// A refused record is tried again after 1, 2, 4, ... seconds, and at most this many.
 const LONGEST_PARK_SECONDS: i64 = 60;
+/// As long as a topic's records are refused for the same reason, it is told again no sooner.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long a crashed owner's shards stay its own. Kafka's fence is what makes a takeover safe, so this may be short:
 /// a broker that comes back publishes within five seconds.
@@ -42,6 +44,8 @@ pub(crate) struct Relay {
     held: HashMap<i32, Held>,
     renewed_at: Option<Instant>,
     has_markers: bool,
+    /// For which topic and reason refused records were told of, and when.
+    told: Mutex<HashMap<(String, String), Instant>>,
 }
 
 /// A shard that is fenced and settled under one epoch.
@@ -83,6 +87,7 @@ impl Relay {
             held: HashMap::new(),
             renewed_at: None,
             has_markers: false,
+            told: Mutex::default(),
         }
     }
 
@@ -181,13 +186,18 @@ impl Relay {
         };
         let limit = if held.singly > 0 { 1 } else { BATCH };
         let now = self.store.now().await?;
-        let Some((batch, rows)) = self.store.stamp(owned, limit, now).await? else {
+        let Some((batch, mut rows)) = self.store.stamp(owned, limit, now).await? else {
             held.singly = 0;
             return Ok(settled);
         };
         held.singly = held.singly.saturating_sub(1);
-        let records: Vec<Record> = rows.iter().map(record).collect();
-        let outcome = held.shard.publish(batch, &records).await;
+        let outcome = match self.kafka.place(rows.iter().map(record).collect()).await {
+            Ok(placing) => {
+                self.park(batch, &placing.refused, &mut rows).await?;
+                if placing.records.is_empty() { Ok(Vec::new()) } else { held.shard.publish(batch, &placing.records).await }
+            }
+            Err(failed) => Err(failed),
+        };
         Ok(settled + self.settle(owned, slot, batch, rows, outcome).await?)
     }
 
@@ -226,27 +236,30 @@ impl Relay {
         owned: Ownership,
         slot: &mut Option<Held>,
         batch: i64,
-        rows: Vec<Waiting>,
+        mut rows: Vec<Waiting>,
         outcome: Result<Vec<Delivered>, PublishError>,
     ) -> Result<usize, Error> {
         let Some(held) = slot.as_mut() else { return Ok(0) };
         match outcome {
             Ok(delivered) => {
                 held.failures = 0;
-                self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), self.store.now().await?).await
+                let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), self.store.now().await?).await?;
+                // The others were not sent, because an earlier one of their key has no place.
+                if marked < rows.len() {
+                    self.unstamp(owned, &[batch]).await?;
+                }
+                Ok(marked)
             }
             Err(PublishError::Refused { refused, delivered }) => {
                 let now = self.store.now().await?;
                 let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
-                for refusal in refused.iter().filter(|refusal| refusal.permanent || rows.len() == 1) {
-                    if let Some(row) = rows.iter().find(|row| row.session_id == refusal.upload_id) {
-                        self.park(row, &refusal.reason).await?;
-                    }
-                }
+                let (sent, only) = (rows.len(), rows.len() == 1);
+                let parked: Vec<Refusal> = refused.into_iter().filter(|refusal| refusal.permanent || only).collect();
+                self.park(batch, &parked, &mut rows).await?;
                 self.unstamp(owned, &[batch]).await?;
                 // Nobody in particular is to blame: singly, the culprit shows.
-                if rows.len() > 1 && refused.iter().all(|refusal| !refusal.permanent) {
-                    held.singly = rows.len() - marked;
+                if parked.is_empty() {
+                    held.singly = sent - marked;
                 }
                 self.wakes.relay.notify_one();
                 Ok(marked)
@@ -259,7 +272,10 @@ impl Relay {
                 if held.failures >= PATIENCE && answers {
                     held.failures = 0;
                     match rows.as_slice() {
-                        [row] => self.park(row, &why).await?,
+                        [row] => {
+                            let refusal = Refusal { upload_id: row.session_id, permanent: true, reason: why };
+                            self.park(batch, &[refusal], &mut rows).await?;
+                        }
                         rows => held.singly = rows.len(),
                     }
                 }
@@ -285,15 +301,46 @@ impl Relay {
         }
     }
 
-    /// Lets a row wait, and with it what comes after it in its topic and key.
-    async fn park(&self, row: &Waiting, reason: &str) -> Result<(), Error> {
-        let wait = time::Duration::seconds((1i64 << (row.attempts.clamp(1, 7) - 1)).min(LONGEST_PARK_SECONDS));
-        let id = row.session_id;
-        warn!(session.id = %id, topic = row.topic, reason, "Kafka refused the pointer of {id}");
+    /// Lets the refused ones of a batch's rows wait, each with what comes after it in its topic and key, and takes them
+    /// out of `rows`.
+    async fn park(&self, batch: i64, refused: &[Refusal], rows: &mut Vec<Waiting>) -> Result<(), Error> {
+        if refused.is_empty() {
+            return Ok(());
+        }
         let now = self.store.now().await?;
-        self.store.park(row, reason, now + wait, now).await?;
-        self.wakes.changed(id);
+        let reasons: HashMap<Uuid, &str> = refused.iter().map(|refusal| (refusal.upload_id, refusal.reason.as_str())).collect();
+        let mut parked = Vec::with_capacity(refused.len());
+        let mut told: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        for row in rows.iter() {
+            let Some(reason) = reasons.get(&row.session_id) else { continue };
+            let wait = time::Duration::seconds((1i64 << (row.attempts.clamp(1, 7) - 1)).min(LONGEST_PARK_SECONDS));
+            parked.push(Parked { number: row.number, error: (*reason).to_owned(), next_try_at: now + wait });
+            *told.entry((&row.topic, reason)).or_default() += 1;
+        }
+        self.store.park(batch, &parked, now).await?;
+        for ((topic, reason), count) in told {
+            if self.is_news(topic, reason) {
+                warn!(topic, reason, count, "Kafka refused {count} pointers for topic {topic}: {reason}");
+            }
+        }
+        rows.retain(|row| !reasons.contains_key(&row.session_id));
+        reasons.into_keys().for_each(|id| self.wakes.changed(id));
+        // What is behind them has room now.
+        self.wakes.relay.notify_one();
         Ok(())
+    }
+
+    /// Whether to tell of refused records: once a topic and reason, and from time to time again.
+    fn is_news(&self, topic: &str, reason: &str) -> bool {
+        // It is whole after every statement, so a panic elsewhere does not spoil it.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| at.elapsed() < TOLD_AGAIN);
+        let key = (topic.to_owned(), reason.to_owned());
+        let is_news = !told.contains_key(&key);
+        if is_news {
+            told.insert(key, Instant::now());
+        }
+        is_news
     }
 
     async fn unstamp(&self, owned: Ownership, batches: &[i64]) -> Result<(), Error> {

@@ -15,6 +15,7 @@ use uuid::Uuid;
 mod client;
 mod follow;
 mod marker;
+mod place;
 #[cfg(test)]
 mod real;
 mod scan;
@@ -26,6 +27,7 @@ mod topics;
 use client::Context;
 pub use follow::{Follower, Incoming, Start};
 pub use marker::{Marker, transactional_id};
+pub use place::Placing;
 pub use scan::{Batch, Scan, Seen};
 pub use shard::{PublishError, Refusal, Shard};
 use topics::Topics;
@@ -217,7 +219,7 @@ impl Kafka {
     /// Whether Kafka answers now, within 1.5 seconds.
     pub async fn reachable(&self) -> Result<(), Error> {
         // One topic's metadata costs the same on a cluster of any size; whether the topic exists does not matter here.
-        match self.ask_partitions(MARKER_TOPIC).await {
+        match self.ask_layout(MARKER_TOPIC).await {
             Ok(_) | Err(Error::Refused(_)) => Ok(()),
             Err(error) => Err(error),
         }

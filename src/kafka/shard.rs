@@ -1,6 +1,6 @@
 //! One shard's producer: takes the shard over, publishes batches, and says what is known about each of them.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -105,48 +105,21 @@ impl Shard {
 
     /// Publishes `records` and, with exactly-once delivery, the marker of `batch`: all in one transaction.
     ///
-    /// The deliveries are in the order of `records`. One batch at a time. Whoever stops awaiting this cannot know how
+    /// The records are those that [`Kafka::place`] found a place for, and the deliveries are in their order. One batch at
+    /// a time. Whoever stops awaiting this cannot know how
     /// it ended, and gets [`PublishError::Lost`] for every later batch.
     pub async fn publish(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
         if self.unsettled.swap(true, Ordering::AcqRel) {
             return Err(PublishError::Lost("an earlier batch of this shard has not been settled".into()));
         }
-        let published = match self.refuse_unplaceable(records).await {
-            Err(error) => Err(error),
-            Ok(()) => match self.kafka.delivery() {
-                Delivery::ExactlyOnce => self.publish_once(batch, records).await,
-                Delivery::AtLeastOnce => self.publish_some(records).await,
-            },
+        let published = match self.kafka.delivery() {
+            Delivery::ExactlyOnce => self.publish_once(batch, records).await,
+            Delivery::AtLeastOnce => self.publish_some(records).await,
         };
         if !matches!(published, Err(PublishError::Lost(_) | PublishError::Fenced(_))) {
             self.unsettled.store(false, Ordering::Release);
         }
         published
-    }
-
-    /// Finds records for a topic or partition that Kafka lacks, before anything is sent. librdkafka would find out
-    /// too, but later, and could not tell one that is gone from one that it has not heard of yet.
-    async fn refuse_unplaceable(&self, records: &[Record]) -> Result<(), PublishError> {
-        let mut refused = Vec::new();
-        for topic in records.iter().map(|record| record.topic.as_str()).collect::<BTreeSet<_>>() {
-            let found = match self.kafka.partitions(topic).await {
-                Err(Error::Unreachable(reason)) => return Err(PublishError::Retry(reason)),
-                found => found,
-            };
-            let reason = |record: &Record| match &found {
-                Ok(None) => Some(format!("kafka has no topic {topic}")),
-                Ok(Some(count)) => {
-                    let missing = record.partition.filter(|partition| !(0..*count).contains(partition))?;
-                    Some(format!("topic {topic} has {count} partitions, none with number {missing}"))
-                }
-                Err(error) => Some(error.to_string()),
-            };
-            let of_topic = records.iter().filter(|record| record.topic == topic);
-            refused.extend(of_topic.filter_map(|record| {
-                reason(record).map(|reason| Refusal { upload_id: record.upload_id, permanent: true, reason })
-            }));
-        }
-        if refused.is_empty() { Ok(()) } else { Err(PublishError::Refused { refused, delivered: Vec::new() }) }
     }
 
     async fn publish_once(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
@@ -292,7 +265,7 @@ impl Shard {
 
     fn refusal(&self, record: &Record, batch: &[Record], error: &KafkaError) -> Refusal {
         if blame(error) == Some(Blame::Place) {
-            // It was there a moment ago: `partitions` finds out whether it is gone.
+            // It was there a moment ago: `place` finds out whether it is gone.
             self.kafka.doubt(&record.topic);
         }
         // A broker judges the records of a partition together, so only a record that was alone is surely at fault.

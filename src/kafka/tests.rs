@@ -139,33 +139,31 @@ async fn in_dev_a_topic_is_made_on_first_use() {
 }
 
 #[tokio::test]
-async fn a_topic_or_partition_that_is_missing_is_refused_for_good() {
-    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
-        let (server, kafka) = house(delivery, "videos", 2).await;
-        server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
-        let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
-        let sent = [
-            record("videos", None),
-            record("images", None),
-            Record { partition: Some(2), ..record("videos", None) },
-            Record { partition: Some(-1), ..record("videos", None) },
-        ];
-        let Err(PublishError::Refused { mut refused, delivered }) = shard.publish(1, &sent).await else {
-            panic!("not refused");
-        };
-        refused.sort_by_key(|refusal| refusal.upload_id);
-        assert_eq!(delivered, []);
-        let found: Vec<_> = refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
-        assert_eq!(
-            found,
-            [
-                (sent[1].upload_id, true, "kafka has no topic images"),
-                (sent[2].upload_id, true, "topic videos has 2 partitions, none with number 2"),
-                (sent[3].upload_id, true, "topic videos has 2 partitions, none with number -1"),
-            ]
-        );
-        assert_eq!(shard.publish(2, &sent[..1]).await.unwrap().len(), 1, "the shard stays usable");
-    }
+async fn a_record_for_a_topic_or_partition_that_is_missing_is_refused_for_good_and_holds_up_its_key_only() {
+    let (_server, kafka) = house(Delivery::AtLeastOnce, "videos", 2).await;
+    let of = |partition, key| Record { partition: Some(partition), ..record("videos", key) };
+    let sent = [
+        record("videos", None),
+        record("images", None),
+        of(2, None),
+        of(-1, Some("k")),
+        record("videos", Some("k")),
+        record("videos", Some("l")),
+        record("images", Some("k")),
+        record("images", Some("k")),
+    ];
+    let placing = kafka.place(sent.to_vec()).await.unwrap();
+    let found: Vec<_> = placing.refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
+    assert_eq!(
+        found,
+        [
+            (sent[1].upload_id, true, "kafka has no topic images"),
+            (sent[2].upload_id, true, "topic videos has 2 partitions, none with number 2"),
+            (sent[3].upload_id, true, "topic videos has 2 partitions, none with number -1"),
+            (sent[6].upload_id, true, "kafka has no topic images"),
+        ]
+    );
+    assert_eq!(placing.records, [sent[0].clone(), sent[5].clone()]);
 }
 
 #[tokio::test]

@@ -32,16 +32,22 @@ const SILENT_FOR: Duration = Duration::from_secs(1);
 /// Topic names come from requests, so what is remembered of them is bounded.
 const MOST_TOPICS: usize = 10_000;
 
-/// What is remembered of a topic.
-#[derive(Clone, Copy)]
+/// What Kafka says of a topic.
+#[derive(Debug, Clone)]
+pub(super) struct Layout {
+    pub(super) partitions: i32,
+}
+
+/// What is remembered of a topic; no layout when Kafka lacks it.
+#[derive(Clone)]
 struct Known {
-    partitions: Option<i32>,
+    layout: Option<Layout>,
     at: Instant,
 }
 
 impl Known {
-    fn is_fresh(self) -> bool {
-        self.at.elapsed() < if self.partitions.is_some() { KNOWN_FOR } else { MISSING_FOR }
+    fn is_fresh(&self) -> bool {
+        self.at.elapsed() < if self.layout.is_some() { KNOWN_FOR } else { MISSING_FOR }
     }
 }
 
@@ -58,26 +64,30 @@ impl Kafka {
     /// A topic that was seen within ten minutes stays known while Kafka does not answer: uploads go on, and their
     /// pointers wait.
     pub async fn partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
+        Ok(self.layout(topic).await?.map(|layout| layout.partitions))
+    }
+
+    /// The same with what the relay looks at.
+    pub(super) async fn layout(&self, topic: &str) -> Result<Option<Layout>, Error> {
         let (known, silent) = {
             let topics = self.topics();
             let silent = topics.silent_since.is_some_and(|since| since.elapsed() < SILENT_FOR);
-            (topics.known.get(topic).copied(), silent)
+            (topics.known.get(topic).cloned(), silent)
         };
-        let remembered = known.and_then(|known| known.partitions.filter(|_| known.at.elapsed() < REMEMBERED_FOR));
-        match (known, remembered) {
-            (Some(known), _) if known.is_fresh() => return Ok(known.partitions),
-            (_, Some(partitions)) if silent => return Ok(Some(partitions)),
-            _ => {}
+        let is_fresh = known.as_ref().is_some_and(Known::is_fresh);
+        let remembered = known.and_then(|known| known.layout.filter(|_| known.at.elapsed() < REMEMBERED_FOR));
+        if is_fresh || (silent && remembered.is_some()) {
+            return Ok(remembered);
         }
-        match self.ask_partitions(topic).await {
+        match self.ask_layout(topic).await {
             Ok(None) if self.0.settings.create_topics => {
-                let partitions = self.create(topic).await?;
-                self.remember(topic, Some(partitions));
-                Ok(Some(partitions))
+                let layout = self.create(topic).await?;
+                self.remember(topic, Some(layout.clone()));
+                Ok(Some(layout))
             }
-            Ok(partitions) => {
-                self.remember(topic, partitions);
-                Ok(partitions)
+            Ok(layout) => {
+                self.remember(topic, layout.clone());
+                Ok(layout)
             }
             Err(Error::Unreachable(reason)) => {
                 self.topics().silent_since = Some(Instant::now());
@@ -89,7 +99,7 @@ impl Kafka {
 
     /// Makes the marker topic with a partition for each shard, unless it is there.
     pub async fn ensure_marker_topic(&self, shards: i32) -> Result<(), Error> {
-        if self.ask_partitions(MARKER_TOPIC).await?.is_none() {
+        if self.ask_layout(MARKER_TOPIC).await?.is_none() {
             let replicas = self.brokers().await?.clamp(1, 3);
             // With three copies a marker survives the loss of a broker; losing one would mean a second publish.
             let in_sync = if replicas == 3 { "2" } else { "1" };
@@ -104,7 +114,7 @@ impl Kafka {
                 Err(code) => return Err(Error::from_code(code, format!("cannot make topic {MARKER_TOPIC}: {code}"))),
             }
         }
-        match self.appearing(MARKER_TOPIC, APPEARS_WITHIN).await? {
+        match self.appearing(MARKER_TOPIC, APPEARS_WITHIN).await?.partitions {
             found if found < shards => Err(Error::MarkerPartitions { found, wanted: shards }),
             _ => Ok(()),
         }
@@ -115,14 +125,14 @@ impl Kafka {
         self.0.topics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn remember(&self, topic: &str, partitions: Option<i32>) {
+    fn remember(&self, topic: &str, layout: Option<Layout>) {
         let mut topics = self.topics();
         topics.silent_since = None;
         if topics.known.len() >= MOST_TOPICS {
             topics.known.retain(|_, known| known.is_fresh());
         }
         if topics.known.len() < MOST_TOPICS {
-            topics.known.insert(topic.to_owned(), Known { partitions, at: Instant::now() });
+            topics.known.insert(topic.to_owned(), Known { layout, at: Instant::now() });
         }
     }
 
@@ -133,9 +143,9 @@ impl Kafka {
         }
     }
 
-    pub(super) async fn ask_partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
+    pub(super) async fn ask_layout(&self, topic: &str) -> Result<Option<Layout>, Error> {
         let topic = topic.to_owned();
-        self.observe(|observer| self.ask(move |time_left| ask_partitions(&observer, &topic, time_left))).await
+        self.observe(|observer| self.ask(move |time_left| ask_layout(&observer, &topic, time_left))).await
     }
 
     async fn brokers(&self) -> Result<i32, Error> {
@@ -147,16 +157,16 @@ impl Kafka {
     }
 
     /// Makes a topic on first use, for `dev`.
-    async fn create(&self, topic: &str) -> Result<i32, Error> {
+    async fn create(&self, topic: &str) -> Result<Layout, Error> {
         // librdkafka's mock cluster and most real ones make a topic when a client that allows it asks for it; the
         // mock cluster knows no other way.
         let (settings, name) = (self.0.settings.clone(), topic.to_owned());
-        let asked = self.ask(move |time_left| ask_partitions(&client::observer(&settings, true)?, &name, time_left));
-        if let Ok(Some(partitions)) = asked.await {
-            return Ok(partitions);
+        let asked = self.ask(move |time_left| ask_layout(&client::observer(&settings, true)?, &name, time_left));
+        if let Ok(Some(layout)) = asked.await {
+            return Ok(layout);
         }
-        if let Ok(partitions) = self.appearing(topic, APPEARS_WITHIN / 4).await {
-            return Ok(partitions);
+        if let Ok(layout) = self.appearing(topic, APPEARS_WITHIN / 4).await {
+            return Ok(layout);
         }
         match self.create_topic(NewTopic::new(topic, NEW_TOPIC_PARTITIONS, TopicReplication::Fixed(-1))).await {
             Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => self.appearing(topic, APPEARS_WITHIN).await,
@@ -180,11 +190,11 @@ impl Kafka {
     }
 
     /// Waits until a topic that was just made can be seen: brokers learn of it, and of its leader, one after the other.
-    async fn appearing(&self, topic: &str, within: Duration) -> Result<i32, Error> {
+    async fn appearing(&self, topic: &str, within: Duration) -> Result<Layout, Error> {
         let deadline = Instant::now() + within;
         loop {
-            match self.ask_partitions(topic).await {
-                Ok(Some(partitions)) => return Ok(partitions),
+            match self.ask_layout(topic).await {
+                Ok(Some(layout)) => return Ok(layout),
                 Err(Error::Refused(reason)) => return Err(Error::Refused(reason)),
                 Ok(None) if Instant::now() > deadline => {
                     return Err(Error::Unreachable(format!("topic {topic} was made but does not appear")));
@@ -196,7 +206,7 @@ impl Kafka {
     }
 }
 
-fn ask_partitions(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration) -> Result<Option<i32>, Error> {
+fn ask_layout(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration) -> Result<Option<Layout>, Error> {
     use RDKafkaRespErr as Code;
     let metadata = observer.fetch_metadata(Some(topic), time_left).map_err(|error| Error::from_kafka(&error))?;
     let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
@@ -208,6 +218,6 @@ fn ask_partitions(observer: &BaseConsumer<Context>, topic: &str, time_left: Dura
         Some(code) if found.partitions().is_empty() => {
             Err(Error::from_kafka(&KafkaError::MetadataFetch(RDKafkaErrorCode::from(code))))
         }
-        _ => Ok(i32::try_from(found.partitions().len()).ok()),
+        _ => Ok(i32::try_from(found.partitions().len()).ok().map(|partitions| Layout { partitions })),
     }
 }

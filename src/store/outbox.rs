@@ -32,6 +32,14 @@ pub(crate) struct Placed {
     pub(crate) at: OffsetDateTime,
 }
 
+/// A pointer that Kafka refused, and what is to be written down of it.
+#[derive(Debug)]
+pub(crate) struct Parked {
+    pub(crate) number: i64,
+    pub(crate) error: String,
+    pub(crate) next_try_at: OffsetDateTime,
+}
+
 /// The right to relay one shard: good while nobody took it over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ownership {
@@ -92,8 +100,7 @@ impl Store {
 
     /// Stamps the next batch of a shard with a fresh number, under the shard's row lock.
     ///
-    /// `None` when nothing is due, or when the shard is not ours any more. A row waits while an earlier one of
-    /// its topic and key is parked.
+    /// `None` when nothing is due, or when the shard is not ours any more.
     pub(crate) async fn stamp(
         &self,
         owned: Ownership,
@@ -131,26 +138,28 @@ impl Store {
         Ok(unstamped.fetch_one(&self.pool).await?.ours)
     }
 
-    /// Parks a row, and with it the later ones of its topic and key: Kafka refused it. Nothing is done when the row
-    /// is not stamped as we know it, because another owner has settled it.
-    pub(crate) async fn park(
-        &self,
-        row: &Waiting,
-        error: &str,
-        next_try_at: OffsetDateTime,
-        now: OffsetDateTime,
-    ) -> Result<(), Error> {
+    /// Parks rows of a batch, and with each the later ones of its topic and key: Kafka refused them. Nothing is done
+    /// to a row that is not stamped as we know it, because another owner has settled it.
+    pub(crate) async fn park(&self, batch: i64, parked: &[Parked], now: OffsetDateTime) -> Result<(), Error> {
+        let numbers: Vec<i64> = parked.iter().map(|parked| parked.number).collect();
+        let errors: Vec<String> = parked.iter().map(|parked| parked.error.clone()).collect();
+        let times: Vec<OffsetDateTime> = parked.iter().map(|parked| parked.next_try_at).collect();
         query!(
-            "with parked as (
-                 update outbox set batch = null, error = $2, next_try_at = $3
-                 where number = $1 and batch is not distinct from $4 returning session_id)
-             update upload_sessions
-             set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $5
-             where id = (select session_id from parked) and state = 'verified' and error_detail is distinct from $2",
-            row.number,
-            error,
-            next_try_at,
-            row.batch,
+            "with refused as (
+                 select * from unnest($1::bigint[], $2::text[], $3::timestamptz[]) as r(number, error, next_try_at)),
+             parked as (
+                 update outbox set batch = null, error = refused.error, next_try_at = refused.next_try_at
+                 from refused where outbox.number = refused.number and outbox.batch = $4
+                 returning outbox.session_id, outbox.error)
+             update upload_sessions session
+             set error_code = 'dependency-unavailable', error_detail = parked.error, version = version + 1, updated_at = $5
+             from parked
+             where session.id = parked.session_id and session.state = 'verified'
+               and session.error_detail is distinct from parked.error",
+            &numbers,
+            &errors,
+            &times,
+            batch,
             now
         )
         .execute(&self.pool)
@@ -231,8 +240,12 @@ impl Store {
     }
 }
 
-/// Stamps what is due. A row that was never refused is due at once, whatever its clock said when it was written:
-/// a later row of its key must not pass it.
+/// Stamps what is due: first what was never refused, then, where there is room, what was and may be tried again, so
+/// that many refused rows hold up nobody else.
+///
+/// Neither passes a row of its topic and key. One that was never refused is due at once, whatever its clock said when it
+/// was written, and goes before all that were. And every row waits while an earlier one of its key is refused, also
+/// when that one is due: it might find no room.
 async fn stamp(
     tx: &mut PgConnection,
     owned: Ownership,
@@ -253,13 +266,23 @@ async fn stamp(
         Row,
         r#"update outbox set batch = $3, attempts = attempts + 1
            where number in (
-               select due.number from outbox due
-               where due.shard = $1 and due.batch is null and (due.error is null or due.next_try_at <= $4)
-                 and not exists (
-                     select from outbox parked
-                     where parked.shard = $1 and parked.error is not null and parked.next_try_at > $4
-                       and parked.ordering = due.ordering and parked.number < due.number)
-               order by due.number limit $2)
+               select number from (
+                   (select due.number, false as refused from outbox due
+                    where due.shard = $1 and due.batch is null and due.error is null
+                      and not exists (
+                          select from outbox parked
+                          where parked.shard = $1 and parked.error is not null
+                            and parked.ordering = due.ordering and parked.number < due.number)
+                    order by due.number limit $2)
+                   union all
+                   (select due.number, true from outbox due
+                    where due.shard = $1 and due.batch is null and due.error is not null and due.next_try_at <= $4
+                      and not exists (
+                          select from outbox parked
+                          where parked.shard = $1 and parked.error is not null
+                            and parked.ordering = due.ordering and parked.number < due.number)
+                    order by due.number limit $2)) due
+               order by refused, number limit $2)
            returning number, session_id, topic, partition, key, value,
                      headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
         owned.shard,

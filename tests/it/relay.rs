@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use lfs_broker::kafka::Delivery;
 use serde_json::json;
 
-use crate::harness::House;
 use crate::harness::faults::upload_of;
 use crate::harness::servers::{self, servers};
+use crate::harness::{House, sha256};
 
 /// What nobody serves.
 const CLOSED: &str = "127.0.0.1:9";
@@ -125,6 +125,47 @@ async fn a_topic_that_was_deleted_is_waited_for() {
     house.eventually("what can be sent is sent", || async { house.upload(&keyed).await.state() == "published" }).await;
     assert_eq!(house.records(&gone).await.len(), 1);
     assert_eq!(house.upload(&placed).await.state(), "verified");
+}
+
+#[tokio::test]
+async fn thousands_of_pointers_for_a_topic_that_is_gone_hold_up_no_other_key_and_are_told_of_once() {
+    let mut house = House::new().await;
+    house.log_the_outbox().await;
+    house.publish(b"hello", json!({"key": "k"})).await;
+    house.stop().await;
+    // In the shard of the key, keyless and before it.
+    let gone = "with made as (
+             insert into upload_sessions
+             select (jsonb_populate_record(seed, jsonb_build_object('id', gen_random_uuid(), 'object_key', object_key || '-' || n,
+                 'topic', topic || '-gone', 'record_key', null, 'state', 'verified',
+                 'published_partition', null, 'published_offset', null, 'published_at', null))).*
+             from upload_sessions seed, generate_series(1, 10000) n returning *)
+         insert into outbox (session_id, shard, topic, value, headers, created_at, next_try_at)
+             select id, (select shard from outbox_log limit 1), topic, pointer,
+                    jsonb_build_array(jsonb_build_array('lfs-upload-id', id)), verified_at, verified_at from made";
+    sqlx::raw_sql(gone).execute(&house.db).await.unwrap();
+    let serving = house.serving(&[]).await;
+    let begun = Instant::now();
+    // As long as it takes for the first ones to be tried again, and again.
+    let mut longest = Duration::ZERO;
+    for _ in 0..20 {
+        let asked = Instant::now();
+        let body = json!({"topic": house.topic, "size": 5, "sha256": sha256(b"hello"), "key": "k"});
+        let opened = house.send(house.http.post(format!("{}/lfs/uploads", serving.url())).json(&body)).await.expect(201);
+        house.put(&opened.json["upload"], b"hello").await.expect(200);
+        house.send(house.http.post(format!("{}/lfs/uploads/{}/complete", serving.url(), opened.id()))).await.expect(200);
+        longest = longest.max(asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    eprintln!("20 beside 10,000 that are refused: {:?}, the longest {longest:?}", begun.elapsed());
+    assert!(longest < Duration::from_secs(6), "a healthy key waited {longest:?}");
+    let log = serving.log();
+    assert_eq!(log.lines().filter(|line| line.contains("Kafka refused")).count(), 1, "{log}");
+    let told: (i64,) = sqlx::query_as("select count(*) from upload_sessions where error_detail like 'kafka has no topic%-gone'")
+        .fetch_one(&house.db)
+        .await
+        .unwrap();
+    assert_eq!((told.0, house.outbox().await), (10_000, 10_000));
 }
 
 #[tokio::test]
@@ -252,8 +293,8 @@ async fn a_shard_is_left_to_its_owner_for_as_long_as_its_lease_lasts() {
     assert_eq!(house.records(&house.topic).await.len(), 2);
 }
 
-#[tokio::test]
-async fn a_thousand_pointers_that_waited_for_kafka_are_published_in_order() {
+/// A house whose Kafka is away while a thousand pointers of a few keys wait for it, and where its Kafka is.
+async fn a_thousand_waiting() -> (House, String) {
     let mut house = House::with(|settings| settings.broker.complete_wait = Duration::ZERO).await;
     house.log_the_outbox().await;
     let id = house.put_up(b"hello", json!({"key": "seed"})).await.id();
@@ -270,6 +311,11 @@ async fn a_thousand_pointers_that_waited_for_kafka_are_published_in_order() {
              from (select *, row_number() over () n from made) numbered";
     sqlx::raw_sql(multiply).execute(&house.db).await.unwrap();
     assert_eq!(house.outbox().await, 1000);
+    (house, kafka)
+}
+
+/// Publishes them, and asserts that it was in order.
+async fn are_published_in_order(mut house: House, kafka: String) {
     house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
     let begun = Instant::now();
     house.eventually("the backlog is gone", || async { house.outbox().await == 0 }).await;
@@ -277,4 +323,22 @@ async fn a_thousand_pointers_that_waited_for_kafka_are_published_in_order() {
     let records = house.distinct_records().await;
     assert_eq!(records.len(), 1000);
     House::assert_in_order(&records, &house.promises().await);
+}
+
+#[tokio::test]
+async fn a_thousand_pointers_that_waited_for_kafka_are_published_in_order() {
+    let (house, kafka) = a_thousand_waiting().await;
+    are_published_in_order(house, kafka).await;
+}
+
+#[tokio::test]
+async fn a_pointer_that_was_refused_is_not_passed_by_its_key_when_a_batch_is_too_small_for_all() {
+    let (mut house, kafka) = a_thousand_waiting().await;
+    house.stop().await;
+    // All in one shard. Of each key the first and the third have been refused, and are due again.
+    let refused = "with nth as (select number, row_number() over (partition by ordering order by number) n from outbox)
+         update outbox set shard = 0, error = case when n in (1, 3) then 'refused' end from nth where nth.number = outbox.number";
+    sqlx::raw_sql(refused).execute(&house.db).await.unwrap();
+    house.start(|_| {}).await;
+    are_published_in_order(house, kafka).await;
 }
