@@ -170,6 +170,12 @@ impl Server {
         self.run(|cluster| cluster.broker_up(-1)).await
     }
 
+    /// Takes a partition's leader away, as when the only broker that holds it is gone, or gives it one back.
+    pub async fn lead(&self, topic: &str, partition: i32, led: bool) -> Result<(), Error> {
+        let topic = topic.to_owned();
+        self.run(move |cluster| cluster.partition_leader(&topic, partition, led.then_some(1))).await
+    }
+
     /// Stops it; everything in it is gone.
     pub fn stop(self) {
         drop(self);

@@ -253,6 +253,9 @@ impl Shard {
         if !refused.is_empty() {
             return Some(PublishError::Refused { refused, delivered: Vec::new() });
         }
+        // Perhaps a leader is gone: `place` finds out.
+        let failed = records.iter().zip(sent).filter(|(_, sent)| sent.is_err());
+        failed.for_each(|(record, _)| self.kafka.doubt(&record.topic));
         // A transaction that fails as a whole purges its records; why, only the transaction knows.
         let cause = self.transaction_error().await.unwrap_or_else(|| first.clone());
         Some(match records {

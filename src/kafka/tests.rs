@@ -104,6 +104,14 @@ async fn a_key_has_the_partition_that_java_gives_it() {
     for (key, hash) in known {
         let delivered = shard.publish(1, &[record("videos", Some(key))]).await.unwrap();
         assert_eq!(delivered[0].partition, (hash & 0x7fff_ffff) % PARTITIONS, "{key}");
+        assert_eq!(super::place::partition_of(key.as_bytes(), PARTITIONS), delivered[0].partition, "{key}");
+    }
+    // Also where librdkafka is not asked, of any length and of any bytes.
+    for length in 0..20 {
+        let key: Vec<u8> = (0..length).map(|at| 255 - at * 7).collect();
+        let sent = Record { key: Some(key.clone()), ..record("videos", None) };
+        let delivered = shard.publish(1, &[sent]).await.unwrap();
+        assert_eq!(super::place::partition_of(&key, PARTITIONS), delivered[0].partition, "{key:?}");
     }
 }
 
@@ -135,7 +143,8 @@ async fn in_dev_a_topic_is_made_on_first_use() {
     let kafka = Kafka::connect(&settings).unwrap();
     assert_eq!(kafka.partitions("images").await.unwrap(), Some(4));
     let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
-    shard.publish(1, &[record("images", None), record("audio", None)]).await.unwrap();
+    let placing = kafka.place(vec![record("images", None), record("audio", None)]).await.unwrap();
+    assert_eq!(shard.publish(1, &placing.records).await.unwrap().len(), 2);
 }
 
 #[tokio::test]
@@ -167,6 +176,63 @@ async fn a_record_for_a_topic_or_partition_that_is_missing_is_refused_for_good_a
 }
 
 #[tokio::test]
+async fn a_record_for_a_partition_without_a_leader_is_refused_and_what_may_go_elsewhere_goes() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 3).await;
+    server.create_topic("images", 1).await.unwrap();
+    server.lead("videos", 1, false).await.unwrap();
+    server.lead("images", 0, false).await.unwrap();
+    let keyed = |partition| {
+        let key = (0..).map(|n| n.to_string()).find(|key| super::place::partition_of(key.as_bytes(), 3) == partition);
+        record("videos", key.as_deref())
+    };
+    let mut sent = vec![record("images", None), keyed(1), Record { partition: Some(1), ..record("videos", None) }];
+    let refused = sent.clone();
+    sent.extend([keyed(0), keyed(2), Record { partition: Some(2), ..record("videos", None) }]);
+    sent.extend((0..20).map(|_| record("videos", None)));
+    let placing = kafka.place(sent).await.unwrap();
+    let found: Vec<_> = placing.refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
+    assert_eq!(
+        found,
+        [
+            (refused[0].upload_id, true, "no partition of topic images has a leader"),
+            (refused[1].upload_id, true, "partition 1 of topic videos has no leader"),
+            (refused[2].upload_id, true, "partition 1 of topic videos has no leader"),
+        ]
+    );
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    let delivered = shard.publish(1, &placing.records).await.unwrap();
+    assert_eq!(delivered.iter().take(3).map(|d| d.partition).collect::<Vec<_>>(), [0, 2, 2]);
+    assert_eq!((delivered.len(), delivered.iter().any(|d| d.partition == 1)), (23, false));
+
+    server.lead("videos", 1, true).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !kafka.place(vec![keyed(1)]).await.unwrap().refused.is_empty() {
+        assert!(Instant::now() < deadline, "a leader that is back is not seen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_leader_that_went_is_found_out_by_the_first_record_that_does_not_arrive() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    let sent = vec![record("videos", Some("k"))];
+    shard.publish(1, &kafka.place(sent.clone()).await.unwrap().records).await.unwrap();
+    // The mock cluster does not survive a record for a partition without a leader.
+    server.down().await.unwrap();
+    let placing = kafka.place(sent.clone()).await.unwrap();
+    assert_eq!(placing.records, sent, "what Kafka said a moment ago");
+    assert!(matches!(shard.publish(2, &placing.records).await, Err(PublishError::Retry(_))));
+    server.lead("videos", 0, false).await.unwrap();
+    server.up().await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(4);
+    while kafka.place(sent.clone()).await.unwrap().refused.is_empty() {
+        assert!(Instant::now() < deadline, "what Kafka said is still believed");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_record_that_is_too_large_is_refused_and_named() {
     for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
         let (server, kafka) = house(delivery, "videos", 1).await;
@@ -192,7 +258,8 @@ async fn a_record_that_is_too_large_is_refused_and_named() {
 async fn a_stopped_kafka_is_noticed_in_time_and_publishing_goes_on_when_it_is_back() {
     let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
     let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
-    shard.publish(1, &[record("videos", None)]).await.unwrap();
+    let placing = kafka.place(vec![record("videos", None)]).await.unwrap();
+    shard.publish(1, &placing.records).await.unwrap();
     kafka.reachable().await.unwrap();
 
     server.down().await.unwrap();
@@ -213,7 +280,10 @@ async fn a_stopped_kafka_is_noticed_in_time_and_publishing_goes_on_when_it_is_ba
         }
     };
     assert!(sent[0].offset >= 1);
-    kafka.reachable().await.unwrap();
+    // The client that asks has to come back too.
+    while let Err(error) = kafka.reachable().await {
+        assert!(back.elapsed() < Duration::from_secs(10), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::metadata::MetadataPartition;
 use rdkafka::types::RDKafkaRespErr;
 
 use super::client::{self, Context};
@@ -21,7 +22,8 @@ const CREATE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a topic that was just made may stay out of sight.
 const APPEARS_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long a topic counts as known, counts as missing, and stays known while Kafka does not answer.
+/// How long a topic counts as known, counts as missing or in part without a leader, and stays known while Kafka does
+/// not answer.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
 const MISSING_FOR: Duration = Duration::from_secs(1);
 const REMEMBERED_FOR: Duration = Duration::from_secs(600);
@@ -36,6 +38,8 @@ const MOST_TOPICS: usize = 10_000;
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
     pub(super) partitions: i32,
+    /// Those to which nothing can be written now: the brokers that hold them are away.
+    pub(super) leaderless: Vec<i32>,
 }
 
 /// What is remembered of a topic; no layout when Kafka lacks it.
@@ -47,7 +51,8 @@ struct Known {
 
 impl Known {
     fn is_fresh(&self) -> bool {
-        self.at.elapsed() < if self.layout.is_some() { KNOWN_FOR } else { MISSING_FOR }
+        let is_whole = self.layout.as_ref().is_some_and(|layout| layout.leaderless.is_empty());
+        self.at.elapsed() < if is_whole { KNOWN_FOR } else { MISSING_FOR }
     }
 }
 
@@ -218,6 +223,10 @@ fn ask_layout(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration
         Some(code) if found.partitions().is_empty() => {
             Err(Error::from_kafka(&KafkaError::MetadataFetch(RDKafkaErrorCode::from(code))))
         }
-        _ => Ok(i32::try_from(found.partitions().len()).ok().map(|partitions| Layout { partitions })),
+        _ => {
+            let leaderless = found.partitions().iter().filter(|partition| partition.leader() < 0);
+            let leaderless = leaderless.map(MetadataPartition::id).collect();
+            Ok(i32::try_from(found.partitions().len()).ok().map(|partitions| Layout { partitions, leaderless }))
+        }
     }
 }
