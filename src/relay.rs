@@ -5,13 +5,13 @@
 //! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
 //! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
 use time::OffsetDateTime;
+use tokio::task::{JoinError, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -32,18 +32,33 @@ const TOLD_AGAIN: Duration = Duration::from_secs(60);
 const LEASE: Duration = Duration::from_secs(3);
 /// So many batches of a shard may come to nothing without anyone to blame before its rows are tried singly.
 const PATIENCE: u32 = 2;
+/// How long a tick waits for the shards that it has begun. A batch takes some ten milliseconds; one that takes longer, for
+/// Kafka keeps it waiting, must cost neither the other shards their next batch nor this replica its leases.
+const PATIENT_FOR: Duration = Duration::from_millis(100);
 
-/// Carries pointers for the shards it owns.
+/// Keeps the shards it owns going, each by itself.
 pub(crate) struct Relay {
+    carrier: Arc<Carrier>,
+    owner: Uuid,
+    owned: Vec<Ownership>,
+    /// What is at rest.
+    held: HashMap<i32, Held>,
+    under_way: HashSet<i32>,
+    /// A batch of each shard that is under way; dropped, it drops them.
+    work: JoinSet<Ended>,
+    renewed_at: Option<Instant>,
+    has_markers: bool,
+}
+
+/// How a shard's batch ended, and the shard, if it may be used again.
+type Ended = (Ownership, Option<Held>, Result<usize, Error>);
+
+/// Carries a shard's pointers.
+struct Carrier {
     store: Store,
     kafka: Kafka,
     wakes: Arc<Wakes>,
     deployment: Deployment,
-    owner: Uuid,
-    owned: Vec<Ownership>,
-    held: HashMap<i32, Held>,
-    renewed_at: Option<Instant>,
-    has_markers: bool,
     /// For which topic and reason refused records were told of, and when.
     told: Mutex<HashMap<(String, String), Instant>>,
 }
@@ -78,52 +93,41 @@ pub(crate) enum Error {
 impl Relay {
     pub(crate) fn new(store: Store, kafka: Kafka, wakes: Arc<Wakes>, deployment: Deployment, owner: Uuid) -> Self {
         Self {
-            store,
-            kafka,
-            wakes,
-            deployment,
+            carrier: Arc::new(Carrier { store, kafka, wakes, deployment, told: Mutex::default() }),
             owner,
             owned: Vec::new(),
             held: HashMap::new(),
+            under_way: HashSet::new(),
+            work: JoinSet::new(),
             renewed_at: None,
             has_markers: false,
-            told: Mutex::default(),
         }
     }
 
-    /// One batch of every owned shard, side by side; says how many pointers reached Kafka.
+    /// One batch of every owned shard that is at rest, side by side; says how many pointers reached Kafka. A shard that
+    /// takes long holds up no other: it goes on by itself, and the first tick after its end tells of it.
     pub(crate) async fn tick(&mut self) -> Result<usize, Error> {
         self.own().await?;
-        let mut shards: Vec<(Ownership, Option<Held>)> =
-            self.owned.iter().map(|owned| (*owned, self.held.remove(&owned.shard))).collect();
-        let work = join_all(shards.iter_mut().map(|(owned, held)| self.relay(*owned, held)));
-        let outcomes = tokio::select! {
-            outcomes = work => outcomes,
-            never = self.keep() => match never {},
-        };
+        let mut begun = Vec::with_capacity(self.owned.len());
+        for owned in &self.owned {
+            if self.under_way.insert(owned.shard) {
+                begun.push(owned.shard);
+                self.work.spawn(Arc::clone(&self.carrier).carry(*owned, self.held.remove(&owned.shard)));
+            }
+        }
+        let patience = tokio::time::Instant::now() + PATIENT_FOR;
         let mut sent = 0;
         let mut failed = None;
-        for ((owned, held), outcome) in shards.into_iter().zip(outcomes) {
-            match outcome {
-                Ok(count) => {
-                    sent += count;
-                    self.held.extend(held.map(|held| (owned.shard, held)));
-                }
-                // Before anything else, find out what is still ours: taking it back would fence its new owner.
-                Err(Error::Taken) => {
-                    info!(shard = owned.shard, "shard {} has another owner", owned.shard);
-                    self.renewed_at = None;
-                }
-                // Waiting does not help, only an operator does.
-                Err(error @ Error::Ahead { .. }) => {
-                    error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
-                    failed = Some(error);
-                }
-                // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
-                Err(error) => {
-                    warn!(shard = owned.shard, %error, "shard {} waits", owned.shard);
-                    failed = Some(error);
-                }
+        loop {
+            let ended = if begun.iter().any(|shard| self.under_way.contains(shard)) {
+                tokio::time::timeout_at(patience, self.work.join_next()).await.ok().flatten()
+            } else {
+                self.work.try_join_next()
+            };
+            match ended.map(|ended| self.ended(ended)) {
+                Some(Ok(count)) => sent += count,
+                Some(Err(error)) => failed = Some(error),
+                None => break,
             }
         }
         match failed {
@@ -132,44 +136,104 @@ impl Relay {
         }
     }
 
+    /// Takes note of how a shard's batch ended.
+    fn ended(&mut self, ended: Result<Ended, JoinError>) -> Result<usize, Error> {
+        let (owned, held, outcome) = match ended {
+            Ok(ended) => ended,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Nobody aborts a batch but who drops the relay.
+            Err(_) => return Ok(0),
+        };
+        self.under_way.remove(&owned.shard);
+        match outcome {
+            Ok(count) => {
+                // It may have been taken from us meanwhile, and be ours again: that is another epoch.
+                let held = held.filter(|_| self.owned.contains(&owned));
+                self.held.extend(held.map(|held| (owned.shard, held)));
+                Ok(count)
+            }
+            // Before anything else, find out what is still ours: taking it back would fence its new owner.
+            Err(Error::Taken) => {
+                info!(shard = owned.shard, "shard {} has another owner", owned.shard);
+                self.renewed_at = None;
+                Ok(0)
+            }
+            // Waiting does not help, only an operator does.
+            Err(error @ Error::Ahead { .. }) => {
+                error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
+                Err(error)
+            }
+            // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
+            Err(error) => {
+                warn!(shard = owned.shard, %error, "shard {} waits", owned.shard);
+                Err(error)
+            }
+        }
+    }
+
     /// Takes free shards and renews the leases of ours, every third of a lease.
     async fn own(&mut self) -> Result<(), Error> {
         if self.renewed_at.is_some_and(|at| at.elapsed() < LEASE / 3) {
             return Ok(());
         }
-        if !self.has_markers && self.kafka.delivery() == Delivery::ExactlyOnce {
-            self.kafka.ensure_marker_topic(self.deployment.shards).await?;
+        let Carrier { kafka, deployment, .. } = &*self.carrier;
+        if !self.has_markers && kafka.delivery() == Delivery::ExactlyOnce {
+            kafka.ensure_marker_topic(deployment.shards).await?;
             self.has_markers = true;
         }
-        self.owned = self.renew().await?;
+        self.owned = self.carrier.renew(self.owner).await?;
         self.renewed_at = Some(Instant::now());
         let owned = &self.owned;
         self.held.retain(|shard, held| owned.iter().any(|owned| owned.shard == *shard && owned.epoch == held.epoch));
         Ok(())
     }
 
-    async fn renew(&self) -> Result<Vec<Ownership>, store::Error> {
+    /// Ends what is under way, and gives the shards back, so that another replica takes them at once.
+    pub(crate) async fn stop(&mut self) {
+        let (carrier, owner) = (Arc::clone(&self.carrier), self.owner);
+        let ended = async {
+            while let Some(ended) = self.work.join_next().await {
+                // Who comes next is told by what it left behind.
+                let _ = self.ended(ended);
+            }
+        };
+        tokio::select! {
+            () = ended => {}
+            never = carrier.keep(owner) => match never {},
+        }
+        self.held.clear();
+        self.owned.clear();
+        if let Err(error) = carrier.store.disown_shards(owner).await {
+            info!(%error, "could not give the shards back; their leases will run out");
+        }
+    }
+}
+
+impl Carrier {
+    async fn renew(&self, owner: Uuid) -> Result<Vec<Ownership>, store::Error> {
         let now = self.store.now().await?;
-        self.store.own_shards(self.owner, now, now + LEASE).await
+        self.store.own_shards(owner, now, now + LEASE).await
     }
 
-    /// Renews the leases while batches are under way: one that Kafka keeps waiting must not cost us the others.
-    async fn keep(&self) -> Infallible {
+    /// Renews the leases while the last batches are under way: a shard must not be taken in the middle of one.
+    async fn keep(&self, owner: Uuid) -> Infallible {
         loop {
             tokio::time::sleep(LEASE / 3).await;
-            if let Err(error) = self.renew().await {
+            if let Err(error) = self.renew(owner).await {
                 warn!(%error, "could not renew the leases of the shards");
             }
         }
     }
 
-    /// Gives the shards back, so that another replica takes them at once.
-    pub(crate) async fn stop(&mut self) {
-        self.held.clear();
-        self.owned.clear();
-        if let Err(error) = self.store.disown_shards(self.owner).await {
-            info!(%error, "could not give the shards back; their leases will run out");
+    /// One batch of a shard.
+    async fn carry(self: Arc<Self>, owned: Ownership, mut held: Option<Held>) -> Ended {
+        let begun = Instant::now();
+        let outcome = self.relay(owned, &mut held).await;
+        // Then no tick waits for it, or soon none.
+        if begun.elapsed() > PATIENT_FOR / 2 {
+            self.wakes.relay.notify_one();
         }
+        (owned, held, outcome)
     }
 
     async fn relay(&self, owned: Ownership, slot: &mut Option<Held>) -> Result<usize, Error> {

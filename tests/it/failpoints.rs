@@ -365,3 +365,48 @@ async fn a_relay_that_slept_in_the_middle_of_a_batch_wakes_up_fenced() {
     assert_eq!(house.records(&house.topic).await.len(), 1);
     is_clean(&house).await;
 }
+
+#[tokio::test]
+async fn a_shard_that_hangs_holds_up_no_other_shard() {
+    let mut house = House::new().await;
+    house.log_the_outbox().await;
+    house.stop().await;
+    let serving = house.serving(&[("FAILPOINTS", "relay.stamped=1*return(20000)")]).await;
+    let mut opened = Vec::new();
+    for number in 0..12 {
+        let body = json!({"topic": house.topic, "size": 5, "sha256": sha256(b"hello"), "key": format!("k{number}")});
+        let answer = house.send(house.http.post(format!("{}/lfs/uploads", serving.url())).json(&body)).await.expect(201);
+        house.put(&answer.json["upload"], b"hello").await.expect(200);
+        opened.push(answer.id());
+    }
+    let complete = |id: &str| house.send(house.http.post(format!("{}/lfs/uploads/{id}/complete", serving.url())));
+    let first = complete(&opened[0]);
+    let ((), first) = tokio::join!(
+        async {
+            serving.says("reached failpoint relay.stamped").await;
+            let begun = std::time::Instant::now();
+            join_all(opened[1..].iter().map(|id| complete(id))).await;
+            let shard: (i32,) =
+                sqlx::query_as("select shard from outbox where batch is not null").fetch_one(&house.db).await.unwrap();
+            let others = "select count(*), count(*) filter (where state = 'published') from outbox_log
+                 join upload_sessions on id = session_id where outbox_log.shard <> $1";
+            house
+                .eventually("all of the other shards is published", || async {
+                    let (all, published): (i64, i64) = sqlx::query_as(others).bind(shard.0).fetch_one(&house.db).await.unwrap();
+                    assert!(all > 0);
+                    all == published
+                })
+                .await;
+            let took = begun.elapsed();
+            assert!(took < Duration::from_secs(10), "the other shards waited {took:?}");
+        },
+        first
+    );
+    first.expect(202);
+    // Nor were the leases lost meanwhile, and taken again under the next epoch.
+    let epochs: (i64,) = sqlx::query_as("select max(epoch) from relay_shards").fetch_one(&house.db).await.unwrap();
+    for id in &opened {
+        while complete(id).await.status == 202 {}
+    }
+    assert_eq!((epochs.0, house.distinct_records().await.len()), (2, 12));
+}
