@@ -10,8 +10,8 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use row::Row;
 pub(super) use row::record_headers;
+use row::{Row, rows};
 
 use super::{Error, Store};
 use crate::failpoint;
@@ -121,7 +121,7 @@ impl Store {
 
     /// A session.
     pub(crate) async fn session(&self, id: Uuid) -> Result<Option<Session>, Error> {
-        let row = sqlx::query_as!(Row, "select * from upload_sessions where id = $1", id).fetch_optional(&self.pool).await?;
+        let row = rows!("select ", " from upload_sessions where id = $1", id).fetch_optional(&self.pool).await?;
         row.map(Session::try_from).transpose()
     }
 
@@ -133,7 +133,7 @@ impl Store {
 
     /// The session whose object this is.
     pub(crate) async fn session_of_object(&self, bucket: &str, object_key: &str) -> Result<Option<Session>, Error> {
-        let row = sqlx::query_as!(Row, "select * from upload_sessions where object_key = $1 and bucket = $2", object_key, bucket)
+        let row = rows!("select ", " from upload_sessions where object_key = $1 and bucket = $2", object_key, bucket)
             .fetch_optional(&self.pool)
             .await?;
         row.map(Session::try_from).transpose()
@@ -278,9 +278,9 @@ impl Store {
     pub(crate) async fn list(&self, filter: &Filter, page: Page, limit: i64) -> Result<Vec<Session>, Error> {
         let (page_at, page_id) = page.unzip();
         let (names, prefixes) = filter.topics.clone().unzip();
-        let rows = sqlx::query_as!(
-            Row,
-            "select * from upload_sessions
+        let rows = rows!(
+            "select ",
+            " from upload_sessions
              where ($1::text is null or tenant = $1)
                and ($2::text is null or topic = $2)
                and (cardinality($3::text[]) = 0 or state = any($3))
@@ -309,9 +309,9 @@ impl Store {
 
     /// Open sessions whose time is over.
     pub(crate) async fn overdue(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
-        let rows = sqlx::query_as!(
-            Row,
-            "select * from upload_sessions where state = 'open' and expires_at <= $1 order by expires_at limit $2",
+        let rows = rows!(
+            "select ",
+            " from upload_sessions where state = 'open' and expires_at <= $1 order by expires_at limit $2",
             now,
             limit
         );
@@ -320,9 +320,9 @@ impl Store {
 
     /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read.
     pub(crate) async fn unattended(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
-        let rows = sqlx::query_as!(
-            Row,
-            "select * from upload_sessions where state = 'completing' and lease_until <= $1 order by lease_until limit $2",
+        let rows = rows!(
+            "select ",
+            " from upload_sessions where state = 'completing' and lease_until <= $1 order by lease_until limit $2",
             now,
             limit
         );
@@ -331,12 +331,8 @@ impl Store {
 
     /// Failed sessions whose traces in S3 are due to be removed.
     pub(crate) async fn cleanup_due(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
-        let rows = sqlx::query_as!(
-            Row,
-            "select * from upload_sessions where cleanup_due_at <= $1 order by cleanup_due_at limit $2",
-            now,
-            limit
-        );
+        let rows =
+            rows!("select ", " from upload_sessions where cleanup_due_at <= $1 order by cleanup_due_at limit $2", now, limit);
         rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect()
     }
 

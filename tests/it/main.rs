@@ -16,6 +16,7 @@ mod client;
 mod conformance;
 mod consume;
 mod copies;
+mod database;
 mod dependencies;
 mod dev;
 mod edge;

@@ -9,7 +9,30 @@ use uuid::Uuid;
 use crate::session::{Hashes, Layout, Lease, Place, Promise, Proof, Session, State, Trouble};
 use crate::store::Error;
 
-/// `select *` of `upload_sessions`.
+/// A statement that gives whole sessions: what stands before their columns, what stands after, and the arguments.
+///
+/// It names the columns one by one. A prepared `select *` fails once a migration adds a column ("cached plan must not
+/// change result type"), and replicas of the version before still run then.
+macro_rules! rows {
+    ($before:tt, $after:tt $($arguments:tt)*) => {
+        sqlx::query_as!(
+            Row,
+            $before
+                + "id, tenant, subject, state, version, topic, record_key, record_partition, record_headers, \
+             traceparent, content_type, filename, size_bytes, checksum_alg, checksum, min_integrity, bucket, \
+             object_key, kms_key_id, mode, part_size_bytes, part_count, part_hashes, s3_upload_id, url_seconds, \
+             session_seconds, created_at, updated_at, expires_at, expires_latest_at, lease_owner, lease_until, \
+             lease_attempt, must_read, verified_at, integrity, object_etag, object_version_id, pointer, \
+             published_partition, published_offset, published_at, error_code, error_detail, error_items, \
+             cleanup_due_at"
+                + $after
+            $($arguments)*
+        )
+    };
+}
+pub(super) use rows;
+
+/// A session's columns, all that [`rows`] names.
 pub(super) struct Row {
     pub(super) id: Uuid,
     pub(super) tenant: String,

@@ -4,7 +4,7 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::row::Row;
+use super::row::{Row, rows};
 use super::write::promise_pointer;
 use crate::session::{Session, State, ordering};
 use crate::store::pool::{WORK_WITHIN, within};
@@ -23,7 +23,7 @@ pub(crate) struct Walked {
 impl Store {
     /// Sessions after this one, in the order of their ids, which is about that of their opening.
     pub(crate) async fn walk(&self, after: Uuid, limit: i64) -> Result<Vec<Walked>, Error> {
-        let rows = sqlx::query_as!(Row, "select * from upload_sessions where id > $1 order by id limit $2", after, limit);
+        let rows = rows!("select ", " from upload_sessions where id > $1 order by id limit $2", after, limit);
         let rows = within(WORK_WITHIN, async { Ok(rows.fetch_all(self.pool.unbounded()).await?) }).await?;
         Ok(rows
             .into_iter()
@@ -46,7 +46,7 @@ impl Store {
             if let Some(ordering) = ordering(&session.promise.topic, session.promise.key.as_deref()) {
                 query!("select pg_advisory_xact_lock($1)", ordering).execute(&mut *tx).await?;
             }
-            let row = sqlx::query_as!(Row, "select * from upload_sessions where id = $1 and state = 'verified' for update", id);
+            let row = rows!("select ", " from upload_sessions where id = $1 and state = 'verified' for update", id);
             let session = row.fetch_optional(&mut *tx).await?.map(Session::try_from).transpose()?;
             let waits = query_scalar!(r#"select exists (select from outbox where session_id = $1) as "waits!""#, id);
             let waits = waits.fetch_one(&mut *tx).await?;

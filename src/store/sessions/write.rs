@@ -7,7 +7,7 @@ use sqlx::{PgConnection, query};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::row::{self, Columns, Row, record_headers};
+use super::row::{self, Columns, Row, record_headers, rows};
 use super::{Created, Move, Quota};
 use crate::session::{Session, State, ordering, shard};
 use crate::store::Error;
@@ -163,13 +163,13 @@ pub(super) async fn save(tx: &mut PgConnection, step: &Move<'_>, shards: i32) ->
 async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, Error> {
     let session = step.to;
     let c = Columns::of(session, step.now);
-    let row = sqlx::query_as!(
-        Row,
+    let row = rows!(
         "update upload_sessions set version = version + 1, updated_at = $4, state = $3,
              checksum = $5, traceparent = $6, lease_owner = $7, lease_until = $8, lease_attempt = $9, must_read = $10,
              verified_at = $11, integrity = $12, object_etag = $13, object_version_id = $14, pointer = $15,
              error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19
-         where id = $1 and version = $2 and state = $20 returning *",
+         where id = $1 and version = $2 and state = $20 returning ",
+        "",
         session.id,
         session.version,
         session.state.name().name(),
