@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{query, query_scalar};
+use sqlx::{Connection as _, PgConnection, query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -146,7 +146,16 @@ impl Store {
     /// # Errors
     /// When the database is not there or a migration fails.
     pub async fn migrate(&self) -> Result<(), Error> {
-        Ok(MIGRATIONS.run(self.pool.unbounded()).await?)
+        // A connection of its own, without the bounds of requests: another that migrates is waited for, and the index of
+        // a large table takes its time.
+        let options = PgConnectOptions::clone(&self.pool.unbounded().connect_options());
+        let options = options.options([("statement_timeout", "0"), ("lock_timeout", "0")]);
+        let connected = self.pool.in_time(async { Ok(PgConnection::connect_with(&options).await?) });
+        let mut connection = connected.await?;
+        MIGRATIONS.run(&mut connection).await?;
+        // It has ended well, whether or not the goodbye arrives.
+        let _ = self.pool.in_time(async { Ok(connection.close().await?) }).await;
+        Ok(())
     }
 
     /// Checks that the schema is the one this program was built for.

@@ -1,5 +1,8 @@
 //! The database of a broker that runs: its schema moves ahead, its rows grow many or break, it is only read.
 
+use std::time::Duration;
+
+use lfs_broker::store::Store;
 use serde_json::json;
 
 use crate::harness::uploads::PART;
@@ -30,7 +33,24 @@ async fn a_column_that_a_later_migration_adds_breaks_no_replica_that_runs() {
     house.complete(&waiting.id()).await;
     house.until(&waiting.id(), "published").await;
     let left = house.open(b"x", json!({})).await.expect(201);
-    house.push_clock(std::time::Duration::from_secs(3601));
+    house.push_clock(Duration::from_secs(3601));
     house.eventually("it has expired", || async { house.quota().await == (0, 0) }).await;
     house.until(&left.id(), "expired").await;
+}
+
+#[tokio::test]
+async fn a_migration_waits_for_another_longer_than_a_request_would() {
+    let house = House::new().await;
+    let mut other = house.db.begin().await.unwrap();
+    sqlx::raw_sql("lock table _sqlx_migrations in access exclusive mode").execute(&mut *other).await.unwrap();
+    let store = Store::connect(&house.settings.store).unwrap();
+    let migrating = store.migrate();
+    let ended = async {
+        // Past lock_timeout and statement_timeout of a request.
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        other.rollback().await.unwrap();
+    };
+    let (migrated, ()) = tokio::join!(migrating, ended);
+    migrated.unwrap();
+    store.check_schema().await.unwrap();
 }
