@@ -358,7 +358,12 @@ async fn run_verifier(verifier: Verifier, wakes: Arc<Wakes>, stopped: watch::Rec
 async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
     let wakes = Arc::clone(&sweeper.wakes);
     let every = sweeper.settings.every;
-    keep_going("sweeper", || sweeper.tick(), every, &wakes.sweeper, stopped).await;
+    // Keys are a matter of days: nobody wakes who forgets them, and they hold nothing else up.
+    let never = Notify::new();
+    tokio::join!(
+        keep_going("sweeper", || sweeper.tick(), every, &wakes.sweeper, stopped.clone()),
+        keep_going("sweeper of keys", || sweeper.forget_keys(), every, &never, stopped),
+    );
 }
 
 /// Looks for what other replicas did to the sessions that somebody waits for: one question for all of them.

@@ -18,6 +18,8 @@ use crate::wakes::Wakes;
 
 /// Sessions a pass; the next pass takes the next ones.
 const BATCH: i64 = 100;
+/// Idempotency keys a pass: a second's work.
+const KEYS: i64 = 1000;
 /// How long an idempotency key outlives its session's last change.
 const KEEP_KEYS: time::Duration = time::Duration::hours(24);
 /// How long S3 may still work on a request whose sender has given up.
@@ -69,8 +71,20 @@ impl Sweeper {
                 }
             }
         }
-        self.store.forget_keys(now - KEEP_KEYS, 1000).await?;
         Ok(done)
+    }
+
+    /// Forgets idempotency keys whose day is over; says how many. A failure waits for the next time: a key that is kept
+    /// longer harms nobody.
+    pub(crate) async fn forget_keys(&self) -> Result<usize, store::Error> {
+        let before = self.store.now().await? - KEEP_KEYS;
+        Ok(match self.store.forget_keys(before, KEYS).await {
+            Ok(gone) => usize::try_from(gone).expect("a batch"),
+            Err(error) => {
+                warn!(%error, "could not forget idempotency keys: {error}");
+                0
+            }
+        })
     }
 
     async fn remove(&self, session: &Session) -> Result<(), objects::Error> {

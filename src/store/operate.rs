@@ -56,7 +56,11 @@ impl Store {
         );
         // First, because it is quick: a database that does not answer is noticed by it.
         let outbox = outbox.fetch_one(&self.pool).await?;
-        let sessions = query!(r#"select state, count(*) as "count!" from upload_sessions group by state"#);
+        // In two, because there is an index for each: the whole rows are never read.
+        let sessions = query!(
+            r#"select 'published' as "state!", count(*) as "count!" from upload_sessions where state = 'published' having count(*) > 0
+               union all select state, count(*) from upload_sessions where state <> 'published' group by state"#
+        );
         let sessions = within(WORK_WITHIN, async { Ok(sessions.fetch_all(self.pool.unbounded()).await?) }).await?;
         Ok(Depths {
             sessions: sessions.into_iter().map(|row| (row.state, row.count)).collect(),

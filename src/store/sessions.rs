@@ -13,6 +13,7 @@ use uuid::Uuid;
 pub(super) use row::record_headers;
 use row::{Row, rows};
 
+use super::pool::{WORK_WITHIN, within};
 use super::{Error, Store};
 use crate::failpoint;
 use crate::session::Session;
@@ -275,13 +276,15 @@ impl Store {
     }
 
     /// Sessions, newest first.
+    ///
+    /// `version > 0` holds always. It lets a list over all tenants use the index that is meant for it, and no other do so.
     pub(crate) async fn list(&self, filter: &Filter, page: Page, limit: i64) -> Result<Vec<Session>, Error> {
         let (page_at, page_id) = page.unzip();
         let (names, prefixes) = filter.topics.clone().unzip();
         let rows = rows!(
             "select ",
             " from upload_sessions
-             where ($1::text is null or tenant = $1)
+             where ($1::text is null or tenant = $1) and ($1 is not null or version > 0)
                and ($2::text is null or topic = $2)
                and (cardinality($3::text[]) = 0 or state = any($3))
                and ($4::bytea is null or substring(record_key from 1 for octet_length($4)) = $4)
@@ -348,18 +351,18 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets idempotency keys of sessions that have been final since before `before`.
+    /// Forgets idempotency keys of sessions that have been final since before `before`, the oldest first.
     pub(crate) async fn forget_keys(&self, before: OffsetDateTime, limit: i64) -> Result<u64, Error> {
+        // A key is as old as its session, so that only old ones are looked at. What another replica forgets is passed over.
         let gone = query!(
-            "delete from idempotency_keys where (tenant, subject, key) in (
-                 select k.tenant, k.subject, k.key from idempotency_keys k join upload_sessions s on s.id = k.session_id
-                 where s.state in ('published', 'aborted', 'expired', 'rejected') and s.updated_at < $1 limit $2)",
+            "delete from idempotency_keys where ctid = any(array(
+                 select k.ctid from idempotency_keys k join upload_sessions s on s.id = k.session_id
+                 where k.created_at < $1 and s.state in ('published', 'aborted', 'expired', 'rejected') and s.updated_at < $1
+                 order by k.created_at limit $2 for update of k skip locked))",
             before,
             limit
-        )
-        .execute(&self.pool)
-        .await?;
-        Ok(gone.rows_affected())
+        );
+        within(WORK_WITHIN, async { Ok(gone.execute(self.pool.unbounded()).await?.rows_affected()) }).await
     }
 }
 

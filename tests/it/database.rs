@@ -54,3 +54,68 @@ async fn a_migration_waits_for_another_longer_than_a_request_would() {
     migrated.unwrap();
     store.check_schema().await.unwrap();
 }
+
+/// Fills a house's database, where one upload is published, with sessions of five tenants and a key for each: most are
+/// of the last half a day.
+async fn fill(house: &House) {
+    let sessions =
+        "insert into upload_sessions (id, tenant, subject, state, created_at, updated_at, expires_at, expires_latest_at,
+            topic, content_type, size_bytes, checksum_alg, min_integrity, bucket, object_key, mode, part_hashes, url_seconds,
+            session_seconds, verified_at, integrity, pointer, published_partition, published_offset, published_at, error_code)
+        select gen_random_uuid(), 'tenant-' || n % 5, 's', case when sent then 'published' else 'rejected' end, at, at, at, at,
+            'topic', 'text/plain', 1, 'none', 'size', 'bucket', 'object-' || n, 'single', 'none', 900,
+            3600, case when sent then at end, case when sent then 'size' end, case when sent then (select pointer from upload_sessions) end,
+            case when sent then 0 end, case when sent then n end, case when sent then at end,
+            case when not sent then 'size-mismatch' end
+        from generate_series(1, 15000) n, lateral (select n % 500 > 0 as sent,
+            now() - case when n > 14900 then interval '30 hours' else n * interval '3 seconds' end as at) told";
+    let keys = "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
+        select tenant, subject, object_key, '\\x00', id, created_at from upload_sessions";
+    for statement in [sessions, keys, "vacuum analyze upload_sessions", "vacuum analyze idempotency_keys"] {
+        sqlx::query(statement).execute(&house.db).await.unwrap();
+    }
+}
+
+/// How often an index was used.
+async fn uses(house: &House, index: &str) -> i64 {
+    let uses = sqlx::query_scalar("select idx_scan from pg_stat_user_indexes where indexrelname = $1");
+    uses.bind(index).fetch_one(&house.db).await.unwrap()
+}
+
+/// How often whole tables of uploads were read.
+async fn scans(house: &House) -> i64 {
+    let scans = "select sum(seq_scan)::bigint from pg_stat_user_tables where relname in ('upload_sessions', 'idempotency_keys')";
+    sqlx::query_scalar(scans).fetch_one(&house.db).await.unwrap()
+}
+
+#[tokio::test]
+async fn lists_counts_and_the_forgetting_of_keys_read_no_table_whole() {
+    let mut house = House::new().await;
+    house.publish(b"hello", json!({})).await;
+    house.stop().await;
+    fill(&house).await;
+    // What the filling did is told a second later at most.
+    let told = "select n_live_tup >= 15000 from pg_stat_user_tables where relname = 'idempotency_keys'";
+    house.eventually("it is filled", || async { sqlx::query_scalar(told).fetch_one(&house.db).await.unwrap() }).await;
+    sqlx::query("select pg_stat_force_next_flush()").execute(&house.db).await.unwrap();
+    house.start(|settings| settings.sweeper.every = Duration::from_secs(2)).await;
+    let before = scans(&house).await;
+    let lists =
+        ["", "?state=rejected", "?tenant=tenant-1&state=rejected", "?tenant=tenant-1", "?created_before=2026-01-01T00:00:00Z"];
+    for _ in 0..8 {
+        for list in lists {
+            house.get(&format!("/lfs/uploads{list}")).await.expect(200);
+        }
+        house.get("/lfs/stats").await.expect(200);
+    }
+    let forgotten = "select n_tup_del = 100 from pg_stat_user_tables where relname = 'idempotency_keys'";
+    house
+        .eventually("old keys are forgotten", || async { sqlx::query_scalar(forgotten).fetch_one(&house.db).await.unwrap() })
+        .await;
+    for index in
+        ["upload_sessions_newest_of_all", "upload_sessions_unpublished", "upload_sessions_newest", "idempotency_keys_oldest"]
+    {
+        house.eventually(&format!("{index} was used"), || async { uses(&house, index).await > 0 }).await;
+    }
+    assert_eq!(scans(&house).await, before, "a table was read whole");
+}
