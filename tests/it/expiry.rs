@@ -174,3 +174,24 @@ async fn what_a_trial_of_the_store_left_is_removed_though_its_broker_died() {
     objects.clean_after_trials(&house.bucket, Duration::from_millis(100)).await.unwrap();
     house.until_nothing_is_left(&part).await;
 }
+
+#[tokio::test]
+async fn an_upload_whose_end_slides_while_the_sweeper_looks_does_not_expire() {
+    let house = House::new().await;
+    let opened = house.open_parts(&bytes(PART + 9, 7), json!({})).await.expect(201);
+    // As a call for parts does it that took the time just before the end; its COMMIT is still to come.
+    let mut sliding = house.db.begin().await.unwrap();
+    let slide = "update upload_sessions set expires_at = expires_latest_at";
+    sqlx::raw_sql(slide).execute(&mut *sliding).await.unwrap();
+    house.push_clock(EXPIRED);
+    let waits = "select count(*) from pg_stat_activity
+                 where datname = current_database() and wait_event_type = 'Lock' and query like 'update upload_sessions%'";
+    let waiting = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&house.db).await.unwrap();
+    house.eventually("the sweeper has read the end before, and waits for the row", || async { waiting().await == 1 }).await;
+    sliding.commit().await.unwrap();
+    house.eventually("the sweeper has gone on", || async { waiting().await == 0 }).await;
+    // Another upload's end shows that it was there.
+    let other = house.open(b"other", json!({})).await.expect(201);
+    house.end(&other.json, End::Aborted).await;
+    assert_eq!(house.upload(&opened.id()).await.expect(200).state(), "open");
+}

@@ -160,6 +160,7 @@ pub(super) async fn save(tx: &mut PgConnection, step: &Move<'_>, shards: i32) ->
     Ok(Some(row))
 }
 
+/// Signing parts slides a session's end and leaves its version alone: whoever ends it asks for the end that holds now.
 async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, Error> {
     let session = step.to;
     let c = Columns::of(session, step.now);
@@ -168,7 +169,7 @@ async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, E
              checksum = $5, traceparent = $6, lease_owner = $7, lease_until = $8, lease_attempt = $9, must_read = $10,
              verified_at = $11, integrity = $12, object_etag = $13, object_version_id = $14, pointer = $15,
              error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19
-         where id = $1 and version = $2 and state = $20 returning ",
+         where id = $1 and version = $2 and state = $20 and ($3 <> 'expired' or expires_at <= $4) returning ",
         "",
         session.id,
         session.version,
