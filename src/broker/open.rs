@@ -165,7 +165,8 @@ impl Broker {
         if hashes == Hashes::None {
             return Ok(wanted);
         }
-        let standing: BTreeMap<u32, Sha256> = self.store.part_hashes(session.id).await?.into_iter().collect();
+        let numbers: Vec<u32> = wanted.iter().map(|(number, _)| *number).collect();
+        let standing: BTreeMap<u32, Sha256> = self.store.part_hashes_of(session.id, &numbers).await?.into_iter().collect();
         // Before anything is promised: a call that is refused promises nothing.
         let signed = agreed(session, &wanted, &standing)?;
         if hashes == Hashes::Given {

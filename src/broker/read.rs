@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::complete::pointer;
 use super::{Broker, Error};
 use crate::auth::Caller;
-use crate::finish::{place, present};
+use crate::finish::{missing, place, present};
 use crate::policy::{self, wrong};
 use crate::session::{Layout, Place, Session, State};
 use crate::store::Filter;
@@ -56,7 +56,7 @@ impl Broker {
             },
             Layout::Multipart { parts, .. } => {
                 let uploaded = self.uploaded(session).await?;
-                let missing = ranges((1..=parts).filter(|number| !uploaded.iter().any(|part| part.part_number == *number)));
+                let missing = ranges(missing(parts, uploaded.iter().map(|part| part.part_number)));
                 let next = if missing.is_empty() { Next::Complete } else { Next::Parts };
                 upload.uploaded_parts = Some(uploaded);
                 upload.missing_parts = Some(missing);

@@ -247,22 +247,29 @@ impl Store {
             })
             .await?;
         let numbers: Vec<u32> = parts.iter().map(|(number, _)| *number).collect();
-        let standing = self.part_hashes(id).await?;
-        Ok(standing.into_iter().filter(|(number, _)| numbers.contains(number)).collect())
+        self.part_hashes_of(id, &numbers).await
     }
 
     /// The promised hashes of a session's parts, in order.
     pub(crate) async fn part_hashes(&self, id: Uuid) -> Result<Vec<(u32, Sha256)>, Error> {
-        let rows = query!("select part_number, sha256 from upload_parts where session_id = $1 order by part_number", id)
-            .fetch_all(&self.pool)
-            .await?;
-        rows.into_iter()
-            .map(|row| {
-                let sha256 =
-                    row.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
-                Ok((row.part_number.unsigned_abs(), Sha256(sha256)))
-            })
-            .collect()
+        let rows = sqlx::query_as!(
+            PartHash,
+            "select part_number, sha256 from upload_parts where session_id = $1 order by part_number",
+            id
+        );
+        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.read(id)).collect()
+    }
+
+    /// The same of these numbers only, where they are promised: a session may have 10,000.
+    pub(crate) async fn part_hashes_of(&self, id: Uuid, numbers: &[u32]) -> Result<Vec<(u32, Sha256)>, Error> {
+        let numbers: Vec<i32> = numbers.iter().filter_map(|number| i32::try_from(*number).ok()).collect();
+        let rows = sqlx::query_as!(
+            PartHash,
+            "select part_number, sha256 from upload_parts where session_id = $1 and part_number = any($2) order by part_number",
+            id,
+            &numbers
+        );
+        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.read(id)).collect()
     }
 
     /// Every transition of a session, oldest first.
@@ -363,6 +370,18 @@ impl Store {
             limit
         );
         within(WORK_WITHIN, async { Ok(gone.execute(self.pool.unbounded()).await?.rows_affected()) }).await
+    }
+}
+
+struct PartHash {
+    part_number: i32,
+    sha256: Vec<u8>,
+}
+
+impl PartHash {
+    fn read(self, id: Uuid) -> Result<(u32, Sha256), Error> {
+        let sha256 = self.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
+        Ok((self.part_number.unsigned_abs(), Sha256(sha256)))
     }
 }
 
