@@ -329,14 +329,14 @@ impl Store {
     }
 
     /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read.
-    pub(crate) async fn unattended(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
+    pub(crate) async fn unattended(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Result<Session, Error>>, Error> {
         let rows = rows!(
             "select ",
             " from upload_sessions where state = 'completing' and lease_until <= $1 order by lease_until limit $2",
             now,
             limit
         );
-        rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect()
+        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
     /// Failed sessions whose traces in S3 are due to be removed.
