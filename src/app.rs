@@ -358,10 +358,11 @@ async fn run_verifier(verifier: Verifier, wakes: Arc<Wakes>, stopped: watch::Rec
 async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
     let wakes = Arc::clone(&sweeper.wakes);
     let every = sweeper.settings.every;
-    // Keys are a matter of days: nobody wakes who forgets them, and they hold nothing else up.
+    // Each for itself: an S3 that is slow keeps no quota from being freed. Time alone wakes the ones that nobody wakes.
     let never = Notify::new();
     tokio::join!(
-        keep_going("sweeper", || sweeper.tick(), every, &wakes.sweeper, stopped.clone()),
+        keep_going("sweeper of overdue uploads", || sweeper.end_overdue(), every, &never, stopped.clone()),
+        keep_going("sweeper", || sweeper.clean_up(), every, &wakes.sweeper, stopped.clone()),
         keep_going("sweeper of keys", || sweeper.forget_keys(), every, &never, stopped),
     );
 }

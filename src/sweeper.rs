@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt as _};
 use time::OffsetDateTime;
 use tracing::{info, warn};
 
@@ -18,6 +19,8 @@ use crate::wakes::Wakes;
 
 /// Sessions a pass; the next pass takes the next ones.
 const BATCH: i64 = 100;
+/// Sessions at a time: each costs a few calls of S3, one after another.
+const AT_ONCE: usize = 16;
 /// Idempotency keys a pass: a second's work.
 const KEYS: i64 = 1000;
 /// How long an idempotency key outlives its session's last change.
@@ -52,26 +55,35 @@ pub(crate) struct Sweeper {
 }
 
 impl Sweeper {
-    /// One pass over what is due; says how much it did.
-    pub(crate) async fn tick(&self) -> Result<usize, store::Error> {
+    /// Ends open uploads whose time is over; says how many.
+    pub(crate) async fn end_overdue(&self) -> Result<usize, store::Error> {
         let now = self.store.now().await?;
-        let mut done = 0;
-        for session in self.store.overdue(now, BATCH).await? {
-            done += usize::from(expire(&self.store, session, now, self.shards).await?);
+        let overdue = sound(self.store.overdue(now, BATCH).await?);
+        let ending = stream::iter(overdue).map(|session| expire(&self.store, session, now, self.shards));
+        let ended: Vec<_> = ending.buffer_unordered(AT_ONCE).collect().await;
+        if ended.iter().any(|ended| matches!(ended, Ok(true))) {
+            self.wakes.sweeper.notify_one();
         }
-        for session in self.store.cleanup_due(now, BATCH).await? {
-            match self.remove(&session).await {
-                Ok(()) => {
-                    self.store.set_cleanup(session.id, self.next_pass(&session, now)).await?;
-                    done += 1;
-                }
-                Err(error) => {
-                    warn!(session.id = %session.id, %error, "could not clean up after {}", session.id);
-                    self.store.set_cleanup(session.id, Some(now + self.settings.every)).await?;
-                }
-            }
+        count(ended)
+    }
+
+    /// Removes what failed uploads have left in S3, as far as it is due; says of how many.
+    pub(crate) async fn clean_up(&self) -> Result<usize, store::Error> {
+        let now = self.store.now().await?;
+        // Taken before S3 is asked: replicas share the work, and what fails, or whose sweeper dies, is due in the next period.
+        let due = sound(self.store.take_cleanups(now, now + self.settings.every, BATCH).await?);
+        let cleaning = stream::iter(due).map(|session| self.clean_up_after(session, now));
+        let cleaned: Vec<_> = cleaning.buffer_unordered(AT_ONCE).collect().await;
+        count(cleaned)
+    }
+
+    async fn clean_up_after(&self, session: Session, now: OffsetDateTime) -> Result<bool, store::Error> {
+        if let Err(error) = self.remove(&session).await {
+            warn!(session.id = %session.id, %error, "could not clean up after {}", session.id);
+            return Ok(false);
         }
-        Ok(done)
+        self.store.set_cleanup(session.id, self.next_pass(&session, now)).await?;
+        Ok(true)
     }
 
     /// Forgets idempotency keys whose day is over; says how many. A failure waits for the next time: a key that is kept
@@ -103,4 +115,15 @@ impl Sweeper {
         let last = last_put.max(last_completion);
         (now < last).then_some(last)
     }
+}
+
+/// The sessions among these rows. One that breaks its rules is told of, and holds no other up.
+fn sound(found: Vec<Result<Session, store::Error>>) -> Vec<Session> {
+    let tell = |found: Result<Session, store::Error>| found.inspect_err(|error| warn!(%error, "passed over: {error}")).ok();
+    found.into_iter().filter_map(tell).collect()
+}
+
+/// How many were done; or why one was not, where the database failed.
+fn count(done: Vec<Result<bool, store::Error>>) -> Result<usize, store::Error> {
+    done.into_iter().try_fold(0, |sum, done| Ok(sum + usize::from(done?)))
 }

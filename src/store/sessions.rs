@@ -317,15 +317,15 @@ impl Store {
         rows.into_iter().map(Session::try_from).collect()
     }
 
-    /// Open sessions whose time is over.
-    pub(crate) async fn overdue(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
+    /// Open sessions whose time is over. A row that cannot be one holds the others up nowhere: it comes as an error beside them.
+    pub(crate) async fn overdue(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Result<Session, Error>>, Error> {
         let rows = rows!(
             "select ",
             " from upload_sessions where state = 'open' and expires_at <= $1 order by expires_at limit $2",
             now,
             limit
         );
-        rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect()
+        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
     /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read.
@@ -339,11 +339,25 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
-    /// Failed sessions whose traces in S3 are due to be removed.
-    pub(crate) async fn cleanup_due(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Session>, Error> {
-        let rows =
-            rows!("select ", " from upload_sessions where cleanup_due_at <= $1 order by cleanup_due_at limit $2", now, limit);
-        rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect()
+    /// Failed sessions whose traces in S3 are due to be removed, taken until `until`: no other replica takes them before.
+    pub(crate) async fn take_cleanups(
+        &self,
+        now: OffsetDateTime,
+        until: OffsetDateTime,
+        limit: i64,
+    ) -> Result<Vec<Result<Session, Error>>, Error> {
+        let rows = rows!(
+            "update upload_sessions set cleanup_due_at = $2
+             where id in (
+                 select due.id from upload_sessions due where due.cleanup_due_at <= $1
+                 order by due.cleanup_due_at limit $3 for update skip locked)
+             returning ",
+            "",
+            now,
+            until,
+            limit
+        );
+        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
     /// Says when a failed session's traces are due again; `None`: they are gone for good.

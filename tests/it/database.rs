@@ -143,3 +143,39 @@ async fn a_database_that_is_only_read_does_not_make_the_verifier_spin() {
     house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
     house.until(&id, "published").await;
 }
+
+#[tokio::test]
+async fn a_row_that_breaks_its_rules_holds_no_other_up() {
+    let house = House::new().await;
+    let state = async |id: &str| -> String {
+        let state = sqlx::query_scalar("select state from upload_sessions where id = $1::uuid");
+        state.bind(id).fetch_one(&house.db).await.unwrap()
+    };
+    let (mut open, mut completing, mut aborted) = (Vec::new(), Vec::new(), Vec::new());
+    // More that cannot be read than the verifier has seats, and each kind's oldest.
+    for _ in 0..7 {
+        open.push(house.open(b"hello", json!({})).await.expect(201).id());
+        aborted.push(house.open(b"hello", json!({})).await.expect(201).id());
+        completing.push(house.put_up(b"hello", json!({})).await.id());
+    }
+    let changes = "update upload_sessions set record_headers = '{\"a\": 1}' where id <> all($1::uuid[])";
+    let whole: Vec<&String> = [&open, &aborted, &completing].iter().map(|ids| ids.last().unwrap()).collect();
+    sqlx::query(changes).bind(&whole).execute(&house.db).await.unwrap();
+    let ended = "update upload_sessions set state = 'aborted', cleanup_due_at = created_at where id = any($1::uuid[])";
+    sqlx::query(ended).bind(&aborted).execute(&house.db).await.unwrap();
+    let taken = "update upload_sessions set state = 'completing', lease_owner = gen_random_uuid(), lease_attempt = 1,
+                     lease_until = created_at, version = version + 1 where id = any($1::uuid[])";
+    sqlx::query(taken).bind(&completing).execute(&house.db).await.unwrap();
+    house.until(&completing[6], "published").await;
+    let swept = "select cleanup_due_at > clock_timestamp() + interval '1 hour' from upload_sessions where id = $1::uuid";
+    house
+        .eventually("the sound one is swept", || async {
+            sqlx::query_scalar::<_, bool>(swept).bind(&aborted[6]).fetch_one(&house.db).await.unwrap()
+        })
+        .await;
+    house.push_clock(Duration::from_secs(3601));
+    house.eventually("the sound one has expired", || async { state(&open[6]).await == "expired" }).await;
+    for id in [&open[0], &aborted[0], &completing[0]] {
+        house.upload(id).await.expect_problem(500, "internal");
+    }
+}

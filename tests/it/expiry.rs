@@ -6,6 +6,8 @@ use lfs_broker::objects::Objects;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
+use crate::faults::{faulty, house_on};
+use crate::harness::proxy::Call;
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
@@ -194,4 +196,47 @@ async fn an_upload_whose_end_slides_while_the_sweeper_looks_does_not_expire() {
     let other = house.open(b"other", json!({})).await.expect(201);
     house.end(&other.json, End::Aborted).await;
     assert_eq!(house.upload(&opened.id()).await.expect(200).state(), "open");
+}
+
+#[tokio::test]
+async fn a_slow_s3_is_asked_for_many_failed_uploads_at_a_time_and_by_one_replica_for_each() {
+    const MANY: usize = 16;
+    let s3 = faulty().await;
+    let mut house = house_on(&s3).await;
+    let mut ids = Vec::new();
+    for _ in 0..MANY {
+        ids.push(house.open(b"hello", json!({})).await.expect(201).id());
+    }
+    house.restart(|settings| settings.sweeper.every = Duration::from_secs(4)).await;
+    let _other = house.replica().await;
+    s3.slow_down(Duration::from_millis(200));
+    let ended = "update upload_sessions set state = 'aborted', cleanup_due_at = clock_timestamp()";
+    sqlx::raw_sql(ended).execute(&house.db).await.unwrap();
+    let passed = "select count(*) from upload_sessions where cleanup_due_at > clock_timestamp() + interval '1 hour'";
+    house
+        .eventually("the first pass is over", || async {
+            sqlx::query_scalar::<_, i64>(passed).fetch_one(&house.db).await.unwrap() == MANY as i64
+        })
+        .await;
+    // Two replicas, one after another each, would make two.
+    assert!(s3.most_at_once() > 4, "{} calls at once", s3.most_at_once());
+    for id in ids {
+        assert_eq!(s3.count_of(Call::ListUploads, &id), 1, "S3 was asked about {id} by both replicas");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_s3_holds_up_no_quota() {
+    let s3 = faulty().await;
+    let house = house_on(&s3).await;
+    let aborted = house.open(b"hello", json!({})).await.expect(201).id();
+    let overdue = house.open(b"hello", json!({})).await.expect(201).id();
+    s3.slow_down(Duration::from_secs(3));
+    house.delete(&format!("/lfs/uploads/{aborted}")).await.expect(204);
+    house.eventually("S3 is asked", || async { s3.count_of(Call::ListUploads, &aborted) > 0 }).await;
+    house.push_clock(EXPIRED);
+    house.eventually("the quota is free", || async { house.quota().await == (0, 0) }).await;
+    let soon = OffsetDateTime::now_utc() + EXPIRED;
+    assert!(house.cleanup_due(&aborted).await.unwrap() < soon, "only after S3 had answered about another upload");
+    assert_eq!(house.upload(&overdue).await.state(), "expired");
 }

@@ -9,7 +9,7 @@ use crate::harness::servers::servers;
 use crate::harness::uploads::PART;
 use crate::harness::{House, bytes};
 
-async fn house_on(s3: &FaultyS3) -> House {
+pub(crate) async fn house_on(s3: &FaultyS3) -> House {
     let endpoint = s3.endpoint();
     House::with(|settings: &mut Settings| {
         settings.objects.public_endpoint = settings.objects.endpoint.replace(endpoint);
@@ -17,7 +17,7 @@ async fn house_on(s3: &FaultyS3) -> House {
     .await
 }
 
-async fn faulty() -> FaultyS3 {
+pub(crate) async fn faulty() -> FaultyS3 {
     FaultyS3::before(&servers().s3.endpoint).await
 }
 

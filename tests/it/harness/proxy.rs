@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
@@ -57,7 +58,7 @@ impl Wire {
             if TcpStream::connect(self.address).await.is_err() {
                 return;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         panic!("the proxy goes on listening");
     }
@@ -70,7 +71,7 @@ impl Wire {
     /// Returns once somebody who connected hears nothing.
     pub(crate) async fn is_met(&self) {
         let mut met = self.met.clone();
-        let waiting = tokio::time::timeout(std::time::Duration::from_secs(20), met.wait_for(|met| *met > 0));
+        let waiting = tokio::time::timeout(Duration::from_secs(20), met.wait_for(|met| *met > 0));
         waiting.await.expect("somebody connects").expect("the proxy listens");
     }
 
@@ -81,7 +82,7 @@ impl Wire {
             if TcpStream::connect(self.address).await.is_ok() {
                 return;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         panic!("the proxy does not listen again");
     }
@@ -202,9 +203,13 @@ struct Told {
     target: String,
     http: reqwest::Client,
     script: Mutex<Vec<(Call, Fault)>>,
-    seen: Mutex<Vec<Call>>,
     /// Whether a copy-source never arrives: a PUT that names one is a PUT like any other.
     is_lax: AtomicBool,
+    seen: Mutex<Vec<(Call, Uri)>>,
+    /// How long each call is held back.
+    pause: Mutex<Duration>,
+    /// How many calls are under way, and were at most.
+    under_way: Mutex<(usize, usize)>,
 }
 
 impl FaultyS3 {
@@ -217,6 +222,8 @@ impl FaultyS3 {
             script: Mutex::default(),
             seen: Mutex::default(),
             is_lax: AtomicBool::default(),
+            pause: Mutex::default(),
+            under_way: Mutex::default(),
         });
         let router = axum::Router::new().fallback(answer).with_state(Arc::clone(&told));
         let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -239,7 +246,24 @@ impl FaultyS3 {
 
     /// How often the call came.
     pub(crate) fn count(&self, call: Call) -> usize {
-        self.told.seen.lock().unwrap().iter().filter(|seen| **seen == call).count()
+        self.told.seen.lock().unwrap().iter().filter(|(seen, _)| *seen == call).count()
+    }
+
+    /// How often the call came with this word in its address.
+    pub(crate) fn count_of(&self, call: Call, word: &str) -> usize {
+        let seen = self.told.seen.lock().unwrap();
+        seen.iter().filter(|(seen, uri)| *seen == call && uri.to_string().contains(word)).count()
+    }
+
+    /// Every call takes this much longer from now on.
+    pub(crate) fn slow_down(&self, pause: Duration) {
+        *self.told.pause.lock().unwrap() = pause;
+        self.told.under_way.lock().unwrap().1 = 0;
+    }
+
+    /// How many calls were under way at most, since it was slowed down.
+    pub(crate) fn most_at_once(&self) -> usize {
+        self.told.under_way.lock().unwrap().1
     }
 
     /// Whether everything that was asked for went wrong.
@@ -263,7 +287,18 @@ fn error(status: u16, code: &str) -> Response {
 
 async fn answer(State(told): State<Arc<Told>>, request: Request) -> Response {
     let call = Call::of(request.method(), request.uri());
-    told.seen.lock().unwrap().push(call);
+    told.seen.lock().unwrap().push((call, request.uri().clone()));
+    let pause = *told.pause.lock().unwrap();
+    if !pause.is_zero() {
+        let at_once = |change: fn(usize) -> usize| {
+            let mut under_way = told.under_way.lock().unwrap();
+            under_way.0 = change(under_way.0);
+            under_way.1 = under_way.0.max(under_way.1);
+        };
+        at_once(|now| now + 1);
+        tokio::time::sleep(pause).await;
+        at_once(|now| now - 1);
+    }
     let fault = {
         let mut script = told.script.lock().unwrap();
         let next = script.iter().position(|(expected, _)| *expected == call);
