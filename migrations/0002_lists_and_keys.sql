@@ -8,3 +8,7 @@ create index upload_sessions_unpublished on upload_sessions (tenant, state, crea
 comment on index upload_sessions_unpublished is 'Lists of the states that few are in, and their counts: most sessions are published.';
 create index idempotency_keys_oldest on idempotency_keys (created_at);
 comment on index idempotency_keys_oldest is 'The sweeper''s search for keys to forget, oldest first.';
+
+-- Two comments that said what is not so.
+comment on column upload_sessions.version is 'Grows by one with every change of state, of a lease''s outcome or of the error; a move names the version it read. A lease renewed, an end slid or a cleanup put off leaves it alone.';
+comment on column upload_history.by is 'client:<sub>, broker, verifier, relay, sweeper or audit.';

@@ -1,7 +1,9 @@
 //! The store: the one room that speaks SQL.
 //!
-//! It hides PostgreSQL behind verbs on sessions, the outbox and topics. Every write of a session names the
-//! version it read, so that nothing is ever overwritten unseen. No S3 or Kafka call happens inside a transaction.
+//! It hides PostgreSQL behind verbs on sessions, the outbox and topics. No S3 or Kafka call happens inside a transaction.
+//!
+//! Nothing of a session is overwritten unseen. Whoever moves it by what they read (`save`) names the version they read.
+//! Every other write says in its `where` all that it rests on: the state, the lease, the multipart upload, the promise.
 
 mod audit;
 mod operate;
