@@ -5,13 +5,14 @@
 //! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
 //! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -43,7 +44,8 @@ pub(crate) struct Relay {
     owned: Vec<Ownership>,
     /// What is at rest.
     held: HashMap<i32, Held>,
-    under_way: HashSet<i32>,
+    /// The shards whose batch is under way, and its task.
+    under_way: HashMap<i32, Id>,
     /// A batch of each shard that is under way; dropped, it drops them.
     work: JoinSet<Ended>,
     renewed_at: Option<Instant>,
@@ -97,7 +99,7 @@ impl Relay {
             owner,
             owned: Vec::new(),
             held: HashMap::new(),
-            under_way: HashSet::new(),
+            under_way: HashMap::new(),
             work: JoinSet::new(),
             renewed_at: None,
             has_markers: false,
@@ -110,16 +112,17 @@ impl Relay {
         self.own().await?;
         let mut begun = Vec::with_capacity(self.owned.len());
         for owned in &self.owned {
-            if self.under_way.insert(owned.shard) {
+            if let Entry::Vacant(free) = self.under_way.entry(owned.shard) {
                 begun.push(owned.shard);
-                self.work.spawn(Arc::clone(&self.carrier).carry(*owned, self.held.remove(&owned.shard)));
+                let held = self.held.remove(&owned.shard);
+                free.insert(self.work.spawn(Arc::clone(&self.carrier).carry(*owned, held)).id());
             }
         }
         let patience = tokio::time::Instant::now() + PATIENT_FOR;
         let mut sent = 0;
         let mut failed = None;
         loop {
-            let ended = if begun.iter().any(|shard| self.under_way.contains(shard)) {
+            let ended = if begun.iter().any(|shard| self.under_way.contains_key(shard)) {
                 tokio::time::timeout_at(patience, self.work.join_next()).await.ok().flatten()
             } else {
                 self.work.try_join_next()
@@ -140,9 +143,15 @@ impl Relay {
     fn ended(&mut self, ended: Result<Ended, JoinError>) -> Result<usize, Error> {
         let (owned, held, outcome) = match ended {
             Ok(ended) => ended,
-            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Nobody aborts a batch but who drops the relay.
-            Err(_) => return Ok(0),
+            // A bug, which is told as such; the shard is taken anew.
+            Err(error) => {
+                self.under_way.retain(|_, task| *task != error.id());
+                match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    // Nobody aborts a batch but who drops the relay.
+                    Err(_) => return Ok(0),
+                }
+            }
         };
         self.under_way.remove(&owned.shard);
         match outcome {
