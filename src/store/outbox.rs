@@ -245,7 +245,8 @@ impl Store {
 ///
 /// Neither passes a row of its topic and key. One that was never refused is due at once, whatever its clock said when it
 /// was written, and goes before all that were. And every row waits while an earlier one of its key is refused, also
-/// when that one is due: it might find no room.
+/// when that one is due: it might find no room. So of a key's refused rows one at most is chosen, and which come first
+/// of them all does not matter; by number PostgreSQL would look for them in the whole outbox.
 async fn stamp(
     tx: &mut PgConnection,
     owned: Ownership,
@@ -281,7 +282,7 @@ async fn stamp(
                           select from outbox parked
                           where parked.shard = $1 and parked.error is not null
                             and parked.ordering = due.ordering and parked.number < due.number)
-                    order by due.number limit $2)) due
+                    order by due.next_try_at limit $2)) due
                order by refused, number limit $2)
            returning number, session_id, topic, partition, key, value,
                      headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
