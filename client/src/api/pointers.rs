@@ -15,7 +15,7 @@ use utoipa::{IntoParams, ToSchema};
 #[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct ResolveOptions {
-    /// The `lfs-version-id` of the record, for versioned buckets.
+    /// The `lfs-version-id` of the record, for versioned buckets; without it the version that was proved, where that is known.
     pub version_id: Option<String>,
     /// Check the pointer and the object, sign nothing.
     #[serde(default)]
@@ -44,7 +44,8 @@ pub struct Resolved {
     /// The name that the producer gave.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub filename: Option<String>,
-    /// How far the broker proved the bytes; null where it knows no such upload.
+    /// How far the broker proved the bytes; null where it knows no such upload, or where the pointer or the object is not
+    /// the one that was proved.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
     /// The upload; null where the broker knows none.
@@ -61,7 +62,8 @@ pub struct Validated {
     pub valid: bool,
     /// The size in bytes.
     pub size: u64,
-    /// How far the broker proved the bytes; null where it knows no such upload.
+    /// How far the broker proved the bytes; null where it knows no such upload, or where the pointer or the object is not
+    /// the one that was proved.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
 }
