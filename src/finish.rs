@@ -448,28 +448,13 @@ mod tests {
     use lfs_broker_client::checksum::Algorithm;
 
     use super::*;
+    use crate::session::tests::promise;
     use crate::session::{Hashes, Promise};
 
     /// The time that it takes to hold so many parts against their promise.
     fn time_for(parts: u32) -> Duration {
-        let promise = Promise {
-            topic: "t".into(),
-            key: None,
-            partition: None,
-            headers: vec![],
-            traceparent: None,
-            content_type: "a/b".into(),
-            filename: None,
-            size_bytes: parts.into(),
-            algorithm: Algorithm::None,
-            digest: None,
-            min_integrity: Integrity::Size,
-            layout: Layout::Multipart { part_bytes: 1, parts, hashes: Hashes::Given },
-            kms_key_id: None,
-            url_seconds: 900,
-            session_seconds: 3600,
-            session_max_seconds: 7200,
-        };
+        let layout = Layout::Multipart { part_bytes: 1, parts, hashes: Hashes::Given };
+        let promise = Promise { size_bytes: parts.into(), layout, ..promise(Algorithm::None) };
         let now = OffsetDateTime::UNIX_EPOCH;
         let session = Session::open(Uuid::from_u128(7), "acme", "sub", ("b".into(), "k".into()), promise, now);
         let hashes: Vec<(u32, Sha256)> = (1..=parts).map(|number| (number, Sha256::of(&number.to_be_bytes()))).collect();

@@ -467,4 +467,4 @@ fn first_eight(digest: Sha256) -> i64 {
 
 #[cfg(test)]
 #[path = "session_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -5,7 +5,8 @@ use time::macros::datetime;
 
 const NOW: OffsetDateTime = datetime!(2026-11-21 06:35 UTC);
 
-fn promise(algorithm: Algorithm) -> Promise {
+/// A promise of `hello` in one PUT.
+pub(crate) fn promise(algorithm: Algorithm) -> Promise {
     let mut hasher = algorithm.hasher();
     hasher.update(b"hello");
     Promise {

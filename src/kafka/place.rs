@@ -12,8 +12,7 @@ use super::{Error, Kafka, PublishError, Record, Refusal};
 #[derive(Debug, Default)]
 pub struct Placing {
     /// What has a place, in the order it was given; one without a key is told which where not every partition has a
-    /// leader. A record that comes after a refused one of its topic and key is
-    /// not among them: it would arrive before it.
+    /// leader. A record that comes after a refused one of its topic and key is not among them: it would arrive before it.
     pub records: Vec<Record>,
     /// What has none. Nothing helps until Kafka is changed, or whole again.
     pub refused: Vec<Refusal>,

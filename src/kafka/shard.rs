@@ -106,8 +106,7 @@ impl Shard {
     /// Publishes `records` and, with exactly-once delivery, the marker of `batch`: all in one transaction.
     ///
     /// The records are those that [`Kafka::place`] found a place for, and the deliveries are in their order. One batch at
-    /// a time. Whoever stops awaiting this cannot know how
-    /// it ended, and gets [`PublishError::Lost`] for every later batch.
+    /// a time. Whoever stops awaiting this cannot know how it ended, and gets [`PublishError::Lost`] for every later batch.
     pub async fn publish(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
         if self.unsettled.swap(true, Ordering::AcqRel) {
             return Err(PublishError::Lost("an earlier batch of this shard has not been settled".into()));

@@ -8,7 +8,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedMessage};
 use uuid::Uuid;
 
-use super::{Delivery, Error, Kafka, PublishError, Record, Settings};
+use super::{Delivery, Error, Kafka, Placing, PublishError, Record, Settings};
 use crate::dev::kafka::Server;
 
 pub(super) fn settings(bootstrap_servers: String, delivery: Delivery) -> Settings {
@@ -147,6 +147,11 @@ async fn in_dev_a_topic_is_made_on_first_use() {
     assert_eq!(shard.publish(1, &placing.records).await.unwrap().len(), 2);
 }
 
+/// Which records have no place, whether for good, and why.
+fn told(placing: &Placing) -> Vec<(Uuid, bool, &str)> {
+    placing.refused.iter().map(|refusal| (refusal.upload_id, refusal.permanent, refusal.reason.as_str())).collect()
+}
+
 #[tokio::test]
 async fn a_record_for_a_topic_or_partition_that_is_missing_is_refused_for_good_and_holds_up_its_key_only() {
     let (_server, kafka) = house(Delivery::AtLeastOnce, "videos", 2).await;
@@ -162,9 +167,8 @@ async fn a_record_for_a_topic_or_partition_that_is_missing_is_refused_for_good_a
         record("images", Some("k")),
     ];
     let placing = kafka.place(sent.to_vec()).await.unwrap();
-    let found: Vec<_> = placing.refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
     assert_eq!(
-        found,
+        told(&placing),
         [
             (sent[1].upload_id, true, "kafka has no topic images"),
             (sent[2].upload_id, true, "topic videos has 2 partitions, none with number 2"),
@@ -190,9 +194,8 @@ async fn a_record_for_a_partition_without_a_leader_is_refused_and_what_may_go_el
     sent.extend([keyed(0), keyed(2), Record { partition: Some(2), ..record("videos", None) }]);
     sent.extend((0..20).map(|_| record("videos", None)));
     let placing = kafka.place(sent).await.unwrap();
-    let found: Vec<_> = placing.refused.iter().map(|r| (r.upload_id, r.permanent, r.reason.as_str())).collect();
     assert_eq!(
-        found,
+        told(&placing),
         [
             (refused[0].upload_id, true, "no partition of topic images has a leader"),
             (refused[1].upload_id, true, "partition 1 of topic videos has no leader"),

@@ -82,6 +82,14 @@ async fn postgres_ends(places: &Places) {
     panic!("PostgreSQL outlived dev");
 }
 
+/// Starts it, kills it once everything answers, and waits until nothing of it runs.
+async fn start_and_kill(data_dir: &Path) {
+    let (mut child, places) = start(data_dir, &[]).await;
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
+    postgres_ends(&places).await;
+}
+
 /// The record at a place, read by a consumer that is not ours.
 fn record_at(places: &Places, topic: &str, partition: i32, offset: i64) -> Vec<u8> {
     let consumer: BaseConsumer =
@@ -140,10 +148,7 @@ async fn one_data_directory_has_one_dev() {
 async fn a_killed_dev_takes_its_postgresql_with_it() {
     let home = tempfile::tempdir().unwrap();
     let data_dir = home.path().join("data");
-    let (mut child, places) = start(&data_dir, &[]).await;
-    child.0.kill().unwrap();
-    child.0.wait().unwrap();
-    postgres_ends(&places).await;
+    start_and_kill(&data_dir).await;
     // What a kill leaves behind keeps nobody from starting again.
     std::fs::remove_file(data_dir.join("dev.json")).unwrap();
     let (mut child, _) = start(&data_dir, &[]).await;
@@ -240,10 +245,7 @@ fn home_of_postgres(data_dir: &Path, begun: &str) -> bool {
 async fn a_dev_that_does_not_start_leaves_no_dev_json_of_before() {
     let home = tempfile::tempdir().unwrap();
     let data_dir = home.path().join("data");
-    let (mut child, places) = start(&data_dir, &[]).await;
-    child.0.kill().unwrap();
-    child.0.wait().unwrap();
-    postgres_ends(&places).await;
+    start_and_kill(&data_dir).await;
     assert!(data_dir.join("dev.json").exists(), "a kill leaves it");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut command = Command::new(PROGRAM);
