@@ -120,9 +120,12 @@ impl Audit {
         let now = self.store.now().await?;
         let mut run = Run { audit: self, deployment, now, places: self.places().await? };
         let mut tally = Tally::default();
+        // The markers before the records: a shard is let go on up to a batch whose records were read. One that a broker
+        // committed later is not among them, and keeps the shard refused until the next audit.
+        let ahead = ahead(&self.store, &self.kafka, deployment).await?;
         // Kafka first: what it holds needs no other repair.
         run.records(&mut tally).await?;
-        run.markers(&mut tally).await?;
+        run.markers(ahead, &mut tally).await?;
         run.promises(&mut tally).await?;
         run.strays(&mut tally).await?;
         let buckets = run.walk(&mut tally).await?;
@@ -180,8 +183,8 @@ impl Run<'_> {
     }
 
     /// Whether Kafka is ahead of the stamps. The relay is let go on only when no record is left in doubt.
-    async fn markers(&self, tally: &mut Tally) -> Result<(), Error> {
-        for ahead in ahead(&self.store, &self.kafka, self.deployment).await? {
+    async fn markers(&self, ahead: Vec<Ahead>, tally: &mut Tally) -> Result<(), Error> {
+        for ahead in ahead {
             let settled = self.fix && !tally.in_doubt();
             if settled {
                 self.store.raise_batch(ahead.shard, ahead.marker).await?;

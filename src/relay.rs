@@ -4,6 +4,11 @@
 //! the last committed marker, and only then sends. A batch is stamped and committed before anything of it is sent,
 //! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
 //! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
+//!
+//! PostgreSQL may lose commits at any moment: a backup is restored, or a standby is promoted that lacks the last ones.
+//! Connections come back by themselves and the lease row may be as it was, so nothing else tells. Therefore a batch is
+//! claimed only if the shard is as its holder left it: the last batch number, and no row stamped. If it is not, or the
+//! database fails in any way, the holder drops its shards, and takes them anew: fence, marker, comparison, settling.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
@@ -18,7 +23,7 @@ use uuid::Uuid;
 
 use crate::failpoint;
 use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Refusal, Shard};
-use crate::store::{self, Deployment, Ownership, Parked, Placed, Store, Waiting};
+use crate::store::{self, Claim, Deployment, Ownership, Parked, Placed, Store, Waiting};
 use crate::wakes::Wakes;
 
 /// Most pointers a transaction: 500 cost 7 ms at the median, more only adds to the loss when one aborts.
@@ -49,6 +54,8 @@ pub(crate) struct Relay {
     /// A batch of each shard that is under way; dropped, it drops them.
     work: JoinSet<Ended>,
     renewed_at: Option<Instant>,
+    /// When the database was last in doubt: a shard that was taken before is used no more.
+    doubted_at: Option<Instant>,
     has_markers: bool,
 }
 
@@ -69,6 +76,10 @@ struct Carrier {
 struct Held {
     epoch: i64,
     shard: Shard,
+    /// When it began to be taken.
+    taken_at: Instant,
+    /// The last batch number, as this relay read or wrote it.
+    last_batch: i64,
     /// After a failure of nobody in particular, so many rows go one at a time: then the culprit shows.
     singly: usize,
     /// Batches in a row that came to nothing.
@@ -90,6 +101,19 @@ pub(crate) enum Error {
          nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
     )]
     Ahead { shard: i32, marker: i64, last_batch: i64 },
+    /// A batch was claimed of a shard that is not as this relay left it.
+    #[error(
+        "the database says that batch {found} of shard {shard} was the last one{}, this relay knows {known} and left nothing \
+         unsettled: PostgreSQL lost commits (a restore, a failover), or somebody else wrote",
+        if *is_unsettled { " and is unsettled" } else { "" }
+    )]
+    Changed { shard: i32, known: i64, found: i64, is_unsettled: bool },
+    /// Kafka holds records of sessions that are not verified in the database any more.
+    #[error(
+        "kafka holds {published} pointers of batch {batch} of shard {shard}, the database took note of {written}: \
+         PostgreSQL lost commits (a restore, a failover)"
+    )]
+    Unwritten { shard: i32, batch: i64, published: usize, written: usize },
 }
 
 impl Relay {
@@ -102,6 +126,7 @@ impl Relay {
             under_way: HashMap::new(),
             work: JoinSet::new(),
             renewed_at: None,
+            doubted_at: None,
             has_markers: false,
         }
     }
@@ -109,7 +134,12 @@ impl Relay {
     /// One batch of every owned shard that is at rest, side by side; says how many pointers reached Kafka. A shard that
     /// takes long holds up no other: it goes on by itself, and the first tick after its end tells of it.
     pub(crate) async fn tick(&mut self) -> Result<usize, Error> {
-        self.own().await?;
+        if let Err(error) = self.own().await {
+            if matches!(error, Error::Store(_)) {
+                self.doubt();
+            }
+            return Err(error);
+        }
         let mut begun = Vec::with_capacity(self.owned.len());
         for owned in &self.owned {
             if let Entry::Vacant(free) = self.under_way.entry(owned.shard) {
@@ -157,7 +187,7 @@ impl Relay {
         match outcome {
             Ok(count) => {
                 // It may have been taken from us meanwhile, and be ours again: that is another epoch.
-                let held = held.filter(|_| self.owned.contains(&owned));
+                let held = held.filter(|held| self.owned.contains(&owned) && self.doubted_at < Some(held.taken_at));
                 self.held.extend(held.map(|held| (owned.shard, held)));
                 Ok(count)
             }
@@ -172,12 +202,29 @@ impl Relay {
                 error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
                 Err(error)
             }
+            // It costs milliseconds to take the shards anew, which is done at once.
+            Err(error @ (Error::Changed { .. } | Error::Unwritten { .. })) => {
+                error!(shard = owned.shard, %error, "shard {} is compared with Kafka before it goes on: {error}", owned.shard);
+                self.doubt();
+                self.carrier.wakes.relay.notify_one();
+                Ok(0)
+            }
             // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
             Err(error) => {
+                if matches!(error, Error::Store(_)) {
+                    self.doubt();
+                }
                 warn!(shard = owned.shard, %error, "shard {} waits", owned.shard);
                 Err(error)
             }
         }
+    }
+
+    /// Drops every shard that is held, those under way when their batch has ended: the database may be another than the
+    /// one in which they were settled.
+    fn doubt(&mut self) {
+        self.held.clear();
+        self.doubted_at = Some(Instant::now());
     }
 
     /// Takes free shards and renews the leases of ours, every third of a lease.
@@ -259,14 +306,22 @@ impl Carrier {
         };
         let limit = if held.singly > 0 { 1 } else { BATCH };
         let now = self.store.now().await?;
-        let Some((batch, mut rows)) = self.store.stamp(owned, limit, now).await? else {
-            held.singly = 0;
-            return Ok(settled);
+        let (batch, mut rows) = match self.store.stamp(owned, held.last_batch, limit, now).await? {
+            Claim::Stamped { batch, rows } => (batch, rows),
+            Claim::Idle => {
+                held.singly = 0;
+                return Ok(settled);
+            }
+            Claim::Taken => return Err(Error::Taken),
+            Claim::Changed { last_batch: found, is_unsettled } => {
+                return Err(Error::Changed { shard: owned.shard, known: held.last_batch, found, is_unsettled });
+            }
         };
+        held.last_batch = batch;
         held.singly = held.singly.saturating_sub(1);
         let outcome = match self.kafka.place(rows.iter().map(record).collect()).await {
             Ok(placing) => {
-                self.park(batch, &placing.refused, &mut rows).await?;
+                self.park(owned, batch, &placing.refused, &mut rows).await?;
                 if placing.records.is_empty() { Ok(Vec::new()) } else { held.shard.publish(batch, &placing.records).await }
             }
             Err(failed) => Err(failed),
@@ -276,6 +331,7 @@ impl Carrier {
 
     /// Fences the shard's last owner, and settles what that one had stamped. Says how much of it was published.
     async fn take(&self, owned: Ownership) -> Result<(Held, usize), Error> {
+        let taken_at = Instant::now();
         let transactional_id = kafka::transactional_id(self.deployment.id, owned.shard);
         let shard = self.kafka.shard(&transactional_id, owned.shard).await?;
         failpoint::reach("relay.fenced").await.map_err(store::Error::from)?;
@@ -293,7 +349,7 @@ impl Carrier {
                 listed.into_iter().filter(|placed| stamped.iter().any(|row| row.session_id == placed.session_id)).collect();
             published = listed.len();
             let now = self.store.now().await?;
-            self.mark(&listed, now).await?;
+            self.mark(owned, last_batch, &listed, now).await?;
             failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = stamped.iter().filter_map(|row| row.batch).collect();
             batches.sort_unstable();
@@ -301,7 +357,7 @@ impl Carrier {
             self.unstamp(owned, &batches).await?;
             info!(shard = owned.shard, stamped = stamped.len(), published, "settled shard {}", owned.shard);
         }
-        Ok((Held { epoch: owned.epoch, shard, singly: 0, failures: 0 }, published))
+        Ok((Held { epoch: owned.epoch, shard, taken_at, last_batch, singly: 0, failures: 0 }, published))
     }
 
     async fn settle(
@@ -316,7 +372,8 @@ impl Carrier {
         match outcome {
             Ok(delivered) => {
                 held.failures = 0;
-                let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), self.store.now().await?).await?;
+                let now = self.store.now().await?;
+                let marked = self.mark(owned, batch, &delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
                 // The others were not sent, because an earlier one of their key has no place.
                 if marked < rows.len() {
                     self.unstamp(owned, &[batch]).await?;
@@ -325,10 +382,10 @@ impl Carrier {
             }
             Err(PublishError::Refused { refused, delivered }) => {
                 let now = self.store.now().await?;
-                let marked = self.mark(&delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
+                let marked = self.mark(owned, batch, &delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
                 let (sent, only) = (rows.len(), rows.len() == 1);
                 let parked: Vec<Refusal> = refused.into_iter().filter(|refusal| refusal.permanent || only).collect();
-                self.park(batch, &parked, &mut rows).await?;
+                self.park(owned, batch, &parked, &mut rows).await?;
                 self.unstamp(owned, &[batch]).await?;
                 // Nobody in particular is to blame: singly, the culprit shows.
                 if parked.is_empty() {
@@ -347,7 +404,7 @@ impl Carrier {
                     match rows.as_slice() {
                         [row] => {
                             let refusal = Refusal { upload_id: row.session_id, permanent: true, reason: why };
-                            self.park(batch, &[refusal], &mut rows).await?;
+                            self.park(owned, batch, &[refusal], &mut rows).await?;
                         }
                         rows => held.singly = rows.len(),
                     }
@@ -376,7 +433,7 @@ impl Carrier {
 
     /// Lets the refused ones of a batch's rows wait, each with what comes after it in its topic and key, and takes them
     /// out of `rows`.
-    async fn park(&self, batch: i64, refused: &[Refusal], rows: &mut Vec<Waiting>) -> Result<(), Error> {
+    async fn park(&self, owned: Ownership, batch: i64, refused: &[Refusal], rows: &mut Vec<Waiting>) -> Result<(), Error> {
         if refused.is_empty() {
             return Ok(());
         }
@@ -387,10 +444,10 @@ impl Carrier {
         for row in rows.iter() {
             let Some(reason) = reasons.get(&row.session_id) else { continue };
             let wait = time::Duration::seconds((1i64 << (row.attempts.clamp(1, 7) - 1)).min(LONGEST_PARK_SECONDS));
-            parked.push(Parked { number: row.number, error: (*reason).to_owned(), next_try_at: now + wait });
+            parked.push(Parked { session_id: row.session_id, error: (*reason).to_owned(), next_try_at: now + wait });
             *told.entry((&row.topic, reason)).or_default() += 1;
         }
-        self.store.park(batch, &parked, now).await?;
+        self.store.park(owned, batch, &parked, now).await?;
         for ((topic, reason), count) in told {
             if self.is_news(topic, reason) {
                 warn!(topic, reason, count, "Kafka refused {count} pointers for topic {topic}: {reason}");
@@ -420,14 +477,18 @@ impl Carrier {
         if self.store.unstamp(owned, batches).await? { Ok(()) } else { Err(Error::Taken) }
     }
 
-    async fn mark(&self, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {
-        if !placed.is_empty() {
-            self.store.published(placed, now).await?;
-            for placed in placed {
-                self.wakes.changed(placed.session_id);
-            }
+    /// Writes down what Kafka holds. Where the database cannot, for it does not know of it any more, the stamps of the
+    /// batch's other rows stay: whoever takes the shard next settles them by the marker.
+    async fn mark(&self, owned: Ownership, batch: i64, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {
+        if placed.is_empty() {
+            return Ok(0);
         }
-        Ok(placed.len())
+        let written = self.store.published(placed, now).await?;
+        placed.iter().for_each(|placed| self.wakes.changed(placed.session_id));
+        if written < placed.len() {
+            return Err(Error::Unwritten { shard: owned.shard, batch, published: placed.len(), written });
+        }
+        Ok(written)
     }
 }
 

@@ -180,7 +180,7 @@ impl Run<'_> {
         let Ok(pointer) = Pointer::parse(&seen.value) else { return Ok(None) };
         let Ok(value) = String::from_utf8(seen.value.clone()) else { return Ok(None) };
         match &session.pointer {
-            Some(promised) if *promised != value => return Ok(None),
+            Some(promised) if *promised != value && !is_same_but_older(promised, &pointer) => return Ok(None),
             Some(_) => {}
             None => {
                 let place = Place { bucket: session.bucket.clone(), key: session.object_key.clone() };
@@ -213,4 +213,11 @@ impl Run<'_> {
             sha256: pointer.sha256.map(|sha256| sha256.0.to_vec()),
         }))
     }
+}
+
+/// Whether a record says of an object what was promised of it, at another time: a database that went back to before the
+/// proof has the upload proved, and promised, a second time.
+fn is_same_but_older(promised: &str, found: &Pointer) -> bool {
+    Pointer::parse(promised.as_bytes())
+        .is_ok_and(|promised| Pointer { created_at: None, ..promised } == Pointer { created_at: None, ..found.clone() })
 }

@@ -252,7 +252,8 @@ impl Store {
 
     /// Writes down that Kafka holds a session's pointer, whatever the session was waiting for; `false` when it is over.
     ///
-    /// What was proved and is not known any more is taken from the record: Kafka is the authority on what was published.
+    /// What was proved and is not known any more is taken from the record, and the pointer always: Kafka is the authority
+    /// on what was published.
     pub(crate) async fn adopt(&self, found: &Found, now: OffsetDateTime) -> Result<bool, Error> {
         let adopted = query_scalar!(
             r#"with was as (
@@ -263,7 +264,7 @@ impl Store {
                    set state = 'published', version = s.version + 1, updated_at = $2,
                        published_partition = $3, published_offset = $4, published_at = $5,
                        verified_at = coalesce(s.verified_at, $6), integrity = coalesce(s.integrity, $7),
-                       object_version_id = coalesce(s.object_version_id, $8), pointer = coalesce(s.pointer, $9),
+                       object_version_id = coalesce(s.object_version_id, $8), pointer = $9,
                        checksum = coalesce(s.checksum, $10), lease_owner = null, lease_until = null, must_read = false,
                        error_code = null, error_detail = null, error_items = null
                    from was where s.id = was.id returning s.id, s.version, was.state, was.tenant, was.size_bytes),

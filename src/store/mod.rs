@@ -24,7 +24,7 @@ use uuid::Uuid;
 use crate::failpoint::Struck;
 
 pub(crate) use audit::{Found, Owner, PAGE, Standing};
-pub(crate) use outbox::{Ownership, Parked, Placed, Waiting};
+pub(crate) use outbox::{Claim, Ownership, Parked, Placed, Waiting};
 pub use sessions::Quota;
 pub(crate) use sessions::{Created, Filter, Move};
 

@@ -32,10 +32,27 @@ pub(crate) struct Placed {
     pub(crate) at: OffsetDateTime,
 }
 
+/// What became of the claim of a shard's next batch.
+#[derive(Debug)]
+pub(crate) enum Claim {
+    /// These rows bear the batch's number now, and are to be sent.
+    Stamped { batch: i64, rows: Vec<Waiting> },
+    /// Nothing is due.
+    Idle,
+    /// Another owner or epoch has the shard.
+    Taken,
+    /// The shard is not as its holder left it, so nothing was stamped: the database lost commits, or somebody else wrote.
+    Changed {
+        last_batch: i64,
+        /// Rows that are stamped, although the holder left none.
+        is_unsettled: bool,
+    },
+}
+
 /// A pointer that Kafka refused, and what is to be written down of it.
 #[derive(Debug)]
 pub(crate) struct Parked {
-    pub(crate) number: i64,
+    pub(crate) session_id: Uuid,
     pub(crate) error: String,
     pub(crate) next_try_at: OffsetDateTime,
 }
@@ -98,29 +115,23 @@ impl Store {
         Ok(rows.into_iter().map(Waiting::from).collect())
     }
 
-    /// Stamps the next batch of a shard with a fresh number, under the shard's row lock.
-    ///
-    /// `None` when nothing is due, or when the shard is not ours any more.
-    pub(crate) async fn stamp(
-        &self,
-        owned: Ownership,
-        limit: i64,
-        now: OffsetDateTime,
-    ) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
-        let stamped = within(WORK_WITHIN, async {
+    /// Stamps the next batch of a shard with a fresh number, under the shard's row lock, if the shard is as its holder
+    /// left it: `last_batch` is the last number, and no row is stamped.
+    pub(crate) async fn stamp(&self, owned: Ownership, last_batch: i64, limit: i64, now: OffsetDateTime) -> Result<Claim, Error> {
+        let claim = within(WORK_WITHIN, async {
             let mut tx = self.pool.begin().await?;
-            let stamped = stamp(&mut tx, owned, limit, now).await?;
-            match stamped {
-                Some(_) => tx.commit().await?,
-                None => tx.rollback().await?,
+            let claim = stamp(&mut tx, owned, last_batch, limit, now).await?;
+            match claim {
+                Claim::Stamped { .. } => tx.commit().await?,
+                _ => tx.rollback().await?,
             }
-            Ok(stamped)
+            Ok(claim)
         })
         .await?;
-        if stamped.is_some() {
+        if matches!(claim, Claim::Stamped { .. }) {
             failpoint::reach("relay.stamped").await?;
         }
-        Ok(stamped)
+        Ok(claim)
     }
 
     /// Takes the stamps of these batches back: Kafka does not hold them. `false`, and nothing is done, when the
@@ -139,44 +150,53 @@ impl Store {
     }
 
     /// Parks rows of a batch, and with each the later ones of its topic and key: Kafka refused them. Nothing is done
-    /// to a row that is not stamped as we know it, because another owner has settled it.
-    pub(crate) async fn park(&self, batch: i64, parked: &[Parked], now: OffsetDateTime) -> Result<(), Error> {
-        let numbers: Vec<i64> = parked.iter().map(|parked| parked.number).collect();
+    /// to a row that is not stamped as we know it, because another owner has settled it, nor when the shard is not ours
+    /// any more: a database that lost commits gives the next owner the same numbers again, of batches and of rows.
+    pub(crate) async fn park(&self, owned: Ownership, batch: i64, parked: &[Parked], now: OffsetDateTime) -> Result<(), Error> {
+        let ids: Vec<Uuid> = parked.iter().map(|parked| parked.session_id).collect();
         let errors: Vec<String> = parked.iter().map(|parked| parked.error.clone()).collect();
         let times: Vec<OffsetDateTime> = parked.iter().map(|parked| parked.next_try_at).collect();
         query!(
             "with refused as (
-                 select * from unnest($1::bigint[], $2::text[], $3::timestamptz[]) as r(number, error, next_try_at)),
+                 select * from unnest($1::uuid[], $2::text[], $3::timestamptz[]) as r(session_id, error, next_try_at)),
              parked as (
                  update outbox set batch = null, error = refused.error, next_try_at = refused.next_try_at
-                 from refused where outbox.number = refused.number and outbox.batch = $4
+                 from refused, relay_shards ours
+                 where outbox.session_id = refused.session_id and outbox.batch = $4
+                   and ours.shard = $6 and ours.owner = $7 and ours.epoch = $8
                  returning outbox.session_id, outbox.error)
              update upload_sessions session
              set error_code = 'dependency-unavailable', error_detail = parked.error, version = version + 1, updated_at = $5
              from parked
              where session.id = parked.session_id and session.state = 'verified'
                and session.error_detail is distinct from parked.error",
-            &numbers,
+            &ids,
             &errors,
             &times,
             batch,
-            now
+            now,
+            owned.shard,
+            owned.owner,
+            owned.epoch
         )
         .execute(&self.pool)
         .await?;
         Ok(())
     }
 
-    /// Writes down what Kafka holds. Saying it twice changes nothing.
-    pub(crate) async fn published(&self, placed: &[Placed], now: OffsetDateTime) -> Result<(), Error> {
+    /// Writes down what Kafka holds, and says of how many sessions it is written now. Saying it twice changes nothing.
+    ///
+    /// It is fewer than were given where the database does not know a session any more, or does not know that it was
+    /// verified. No row of any of them stays in the outbox: Kafka holds their records, so none is to be sent.
+    pub(crate) async fn published(&self, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {
         let ids: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
         let partitions: Vec<i32> = placed.iter().map(|placed| placed.partition).collect();
         let offsets: Vec<i64> = placed.iter().map(|placed| placed.offset).collect();
         let times: Vec<OffsetDateTime> = placed.iter().map(|placed| placed.at).collect();
-        within(WORK_WITHIN, async {
+        let written = within(WORK_WITHIN, async {
             let mut lent = self.pool.lend().await?;
-            let marking = query!(
-                "with placed as (
+            let marking = query_scalar!(
+                r#"with placed as (
                      select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
                  moved as (
                      update upload_sessions session
@@ -186,20 +206,25 @@ impl Store {
                      returning session.id, session.version),
                  told as (
                      insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
-                     select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved)
-                 delete from outbox where session_id = any($1)",
+                     select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved),
+                 sent as (delete from outbox where session_id = any($1))
+                 select (select count(*) from moved) + (
+                     select count(*) from upload_sessions session join placed on session.id = placed.id
+                     where session.state = 'published' and session.published_partition = placed.partition
+                       and session.published_offset = placed.number) as "written!""#,
                 &ids,
                 &partitions,
                 &offsets,
                 &times,
                 now
             );
-            marking.execute(&mut *lent).await?;
+            let written = marking.fetch_one(&mut *lent).await?;
             lent.give_back();
-            Ok(())
+            Ok(usize::try_from(written).unwrap_or_default())
         })
         .await?;
-        Ok(failpoint::reach("relay.marked").await?)
+        failpoint::reach("relay.marked").await?;
+        Ok(written)
     }
 
     /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.
@@ -250,19 +275,25 @@ impl Store {
 async fn stamp(
     tx: &mut PgConnection,
     owned: Ownership,
+    last_batch: i64,
     limit: i64,
     now: OffsetDateTime,
-) -> Result<Option<(i64, Vec<Waiting>)>, Error> {
+) -> Result<Claim, Error> {
+    // A stamp that another owner adds while this waits for the lock is not seen, but the epoch is another then.
     let shard = query!(
-        "select last_batch from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update",
+        r#"select last_batch, exists (select from outbox where shard = $1 and batch is not null) as "is_unsettled!"
+           from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update"#,
         owned.shard,
         owned.owner,
         owned.epoch
     )
     .fetch_optional(&mut *tx)
     .await?;
-    let Some(shard) = shard else { return Ok(None) };
-    let batch = shard.last_batch + 1;
+    let Some(shard) = shard else { return Ok(Claim::Taken) };
+    if shard.last_batch != last_batch || shard.is_unsettled {
+        return Ok(Claim::Changed { last_batch: shard.last_batch, is_unsettled: shard.is_unsettled });
+    }
+    let batch = last_batch + 1;
     let rows = sqlx::query_as!(
         Row,
         r#"update outbox set batch = $3, attempts = attempts + 1
@@ -294,12 +325,12 @@ async fn stamp(
     .fetch_all(&mut *tx)
     .await?;
     if rows.is_empty() {
-        return Ok(None);
+        return Ok(Claim::Idle);
     }
     query!("update relay_shards set last_batch = $2 where shard = $1", owned.shard, batch).execute(&mut *tx).await?;
     let mut rows: Vec<Waiting> = rows.into_iter().map(Waiting::from).collect();
     rows.sort_by_key(|row| row.number);
-    Ok(Some((batch, rows)))
+    Ok(Claim::Stamped { batch, rows })
 }
 
 struct Row {

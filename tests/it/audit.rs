@@ -19,7 +19,7 @@ use crate::harness::uploads::PART;
 use crate::harness::{Answer, House, bytes, sha256};
 
 /// The audit as the command runs it, on the house's settings.
-async fn audit(house: &House, fix: bool) -> Result<Report, Error> {
+pub(crate) async fn audit(house: &House, fix: bool) -> Result<Report, Error> {
     let store = Store::connect(&house.settings.store).unwrap();
     let objects = Objects::connect(&house.settings.objects).await.unwrap();
     let kafka = Kafka::connect(&house.settings.kafka).unwrap();

@@ -17,6 +17,7 @@ mod conformance;
 mod consume;
 mod copies;
 mod database;
+mod database_goes_back;
 mod dependencies;
 mod dev;
 mod edge;
