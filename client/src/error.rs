@@ -6,7 +6,7 @@ use std::io;
 
 use uuid::Uuid;
 
-use crate::api::Problem;
+use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
 
 /// Longest piece of a foreign answer that a message repeats, in characters.
@@ -134,7 +134,9 @@ impl Error {
         match self {
             Self::Unreachable { .. } => true,
             // `retryable` alone would also repeat what first needs another step, such as a missing part.
-            Self::Refused(problem) => problem.retryable && (passing(problem.status) || problem.code == "idempotency-in-flight"),
+            Self::Refused(problem) => {
+                problem.retryable && (passing(problem.status) || problem.known_code() == Some(ErrorCode::IdempotencyInFlight))
+            }
             Self::Unexpected { status, .. } => passing(*status),
             // 409 is S3's answer to two conditional writes that meet, and VersityGW's to a PUT that meets a DELETE beside it.
             Self::Storage { status, code, .. } => passing(*status) || matches!(status, 409 | 500) || code == "RequestTimeout",
@@ -154,8 +156,8 @@ impl Error {
     /// Whether bytes are not those that were promised, whoever found it: this client, the broker or storage.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, Self::Corrupt { .. })
-            || self.is_problem("size-mismatch")
-            || self.is_problem("checksum-mismatch")
+            || self.is_problem(ErrorCode::SizeMismatch.as_str())
+            || self.is_problem(ErrorCode::ChecksumMismatch.as_str())
             || self.is_bad_digest()
     }
 
@@ -166,9 +168,11 @@ impl Error {
     }
 
     pub(crate) fn of_problem(problem: Problem) -> Self {
-        match problem.code.as_str() {
-            "object-gone" => Self::Gone(Box::new(problem)),
-            "pointer-forbidden" => Self::Forbidden { reason: problem.to_string(), problem: Some(Box::new(problem)) },
+        match problem.known_code() {
+            Some(ErrorCode::ObjectGone) => Self::Gone(Box::new(problem)),
+            Some(ErrorCode::PointerForbidden) => {
+                Self::Forbidden { reason: problem.to_string(), problem: Some(Box::new(problem)) }
+            }
             _ => Self::Refused(Box::new(problem)),
         }
     }

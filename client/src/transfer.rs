@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use crate::access::{Access, Place};
-use crate::api::{ResolveAnswer, ResolveOptions, Resolved, SignedRequest};
+use crate::api::{ErrorCode, ResolveAnswer, ResolveOptions, Resolved, SignedRequest};
 use crate::checksum::Digest;
 use crate::error::{Error, quote};
 use crate::http::Client;
@@ -102,7 +102,7 @@ impl Link {
     async fn ask(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
         let answer = client.resolve(value, options).await.map_err(|error| match error {
             // The broker looked, and the object is not the one of the pointer.
-            Error::Refused(problem) if problem.code == "size-mismatch" => {
+            Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => {
                 let expected = self.promise.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
                 Error::Corrupt { expected, found: problem.detail }
             }

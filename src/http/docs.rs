@@ -7,6 +7,7 @@ use axum::extract::Path;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use lfs_broker_client::api::ErrorCode;
 use utoipa_swagger_ui::{Config, serve};
 
 use super::problem::Problem;
@@ -36,10 +37,10 @@ fn file(name: &str, change: impl FnOnce(String) -> String) -> Response {
             };
             ([(header::CONTENT_TYPE, found.content_type)], content).into_response()
         }
-        Ok(None) => Problem::new("not-found", "no such page").into_response(),
+        Ok(None) => Problem::new(ErrorCode::NotFound, "no such page").into_response(),
         Err(error) => {
             tracing::error!(%error, name, "a page of the contract cannot be made");
-            Problem::new("internal", "the page cannot be made").into_response()
+            Problem::new(ErrorCode::Internal, "the page cannot be made").into_response()
         }
     }
 }

@@ -13,7 +13,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Frame, SizeHint};
-use lfs_broker_client::api;
+use lfs_broker_client::api::{self, ErrorCode};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
@@ -41,15 +41,18 @@ pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Nex
     let mut response = answer.await.unwrap_or_else(|_| {
         let seconds = app.settings.request_time.as_secs_f32();
         tracing::warn!(id, "a request was given up after {seconds} s");
-        Problem::new("dependency-unavailable", format!("there was no answer within {seconds} s; ask again")).into_response()
+        Problem::new(ErrorCode::DependencyUnavailable, format!("there was no answer within {seconds} s; ask again"))
+            .into_response()
     });
     if response.extensions().get::<Problem>().is_none() {
         match response.status() {
             StatusCode::METHOD_NOT_ALLOWED => {
-                response.extensions_mut().insert(Problem::new("method-not-allowed", "the route does not take this method"));
+                response
+                    .extensions_mut()
+                    .insert(Problem::new(ErrorCode::MethodNotAllowed, "the route does not take this method"));
             }
             StatusCode::NOT_FOUND => {
-                response.extensions_mut().insert(Problem::new("not-found", "no such page"));
+                response.extensions_mut().insert(Problem::new(ErrorCode::NotFound, "no such page"));
             }
             _ => {}
         }
@@ -102,11 +105,11 @@ fn write(problem: Problem, id: &str, empty: Response) -> Response {
 fn compose(problem: Problem, id: &str, empty: Response) -> (response::Parts, Vec<u8>) {
     let kind = problem.kind();
     let body = api::Problem {
-        kind: format!("/problems/{}", kind.code),
+        kind: format!("/problems/{}", problem.code),
         title: kind.title.to_owned(),
         status: kind.status,
         detail: problem.detail,
-        code: kind.code.to_owned(),
+        code: problem.code.to_string(),
         request_id: id.to_owned(),
         retryable: kind.retryable,
         upload_state: problem.state,
@@ -116,7 +119,7 @@ fn compose(problem: Problem, id: &str, empty: Response) -> (response::Parts, Vec
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     parts.headers.remove(header::CONTENT_LENGTH);
     match kind.status {
-        401 if kind.code == "unauthenticated" => {
+        401 if problem.code == ErrorCode::Unauthenticated => {
             parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"lfs-broker\""));
         }
         401 => {
@@ -133,7 +136,7 @@ fn compose(problem: Problem, id: &str, empty: Response) -> (response::Parts, Vec
 
 /// A handler that panicked is a bug: logged whole by the panic hook, told briefly.
 pub(super) fn panicked(_: Box<dyn std::any::Any + Send + 'static>) -> Response {
-    Problem::new("internal", "a bug in the broker; its log has more").into_response()
+    Problem::new(ErrorCode::Internal, "a bug in the broker; its log has more").into_response()
 }
 
 /// A body whose rest is still read when nobody wants it: closing on a client that is sending takes the answer from it.

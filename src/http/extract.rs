@@ -7,7 +7,7 @@ use axum::extract::{FromRequest, FromRequestParts, MatchedPath, OriginalUri, Pat
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, header};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use lfs_broker_client::api::{FieldError, ListUploads, UploadState};
+use lfs_broker_client::api::{ErrorCode, FieldError, ListUploads, UploadState};
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use time::format_description::well_known::Rfc3339;
@@ -49,7 +49,7 @@ fn check_sizes(parts: &Parts) -> Result<(), Problem> {
     let bytes: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     if bytes > HEADERS_BYTES {
         let detail = format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed");
-        return Err(Problem::new("headers-too-large", detail));
+        return Err(Problem::new(ErrorCode::HeadersTooLarge, detail));
     }
     let limit = body_limit(&parts.extensions);
     let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
@@ -75,7 +75,7 @@ async fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Pr
         return app.admit(caller);
     }
     let names: Vec<&str> = scopes.iter().map(|scope| scope.name()).collect();
-    Err(Problem::new("insufficient-scope", format!("this route needs {}", names.join(" or "))))
+    Err(Problem::new(ErrorCode::InsufficientScope, format!("this route needs {}", names.join(" or "))))
 }
 
 macro_rules! caller {
@@ -221,7 +221,7 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let is_json = essence == "application/json" || (essence.contains('/') && essence.ends_with("+json"));
-    if is_json { Ok(()) } else { Err(Problem::new("unsupported-media-type", "the body must be application/json")) }
+    if is_json { Ok(()) } else { Err(Problem::new(ErrorCode::UnsupportedMediaType, "the body must be application/json")) }
 }
 
 async fn read(request: Request, app: &App) -> Result<Vec<u8>, Problem> {
@@ -229,18 +229,20 @@ async fn read(request: Request, app: &App) -> Result<Vec<u8>, Problem> {
     match tokio::time::timeout(patience, Limited::new(request.into_body(), limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes().into()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
-        Ok(Err(_)) => Err(Problem::new("malformed-json", "the body broke off")),
-        Err(_) => Err(Problem::new("request-timeout", format!("the body did not arrive within {} s", patience.as_secs_f32()))),
+        Ok(Err(_)) => Err(Problem::new(ErrorCode::MalformedJson, "the body broke off")),
+        Err(_) => {
+            Err(Problem::new(ErrorCode::RequestTimeout, format!("the body did not arrive within {} s", patience.as_secs_f32())))
+        }
     }
 }
 
 fn too_large(limit: usize) -> Problem {
-    Problem::new("request-too-large", format!("the body has more than {limit} bytes"))
+    Problem::new(ErrorCode::RequestTooLarge, format!("the body has more than {limit} bytes"))
 }
 
 /// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new("malformed-json", error.to_string()))?;
+    serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new(ErrorCode::MalformedJson, error.to_string()))?;
     // Left to itself serde also reads a struct from an array, by position.
     if bytes.trim_ascii_start().first() != Some(&b'{') {
         return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));
@@ -329,7 +331,7 @@ impl FromRequestParts<App> for TopicName {
             Ok(Path(topic)) => Ok(Self(topic)),
             Err(_) => {
                 let uri = OriginalUri::from_request_parts(parts, app).await.map(|uri| uri.path().to_owned()).unwrap_or_default();
-                Err(Problem::new("not-found", format!("no such route: {uri}")))
+                Err(Problem::new(ErrorCode::NotFound, format!("no such route: {uri}")))
             }
         }
     }

@@ -22,6 +22,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::{HeaderName, Method, header, request};
 use ipnet::IpNet;
+use lfs_broker_client::api::ErrorCode;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use utoipa::{Modify as _, OpenApi};
@@ -112,15 +113,17 @@ impl App {
     async fn caller(&self, parts: &request::Parts) -> Result<Caller, Problem> {
         let token = parts.headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
         self.auth.caller(token).await.map_err(|error| match error {
-            auth::Error::Unauthenticated => Problem::new("unauthenticated", "the request has no bearer token"),
+            auth::Error::Unauthenticated => Problem::new(ErrorCode::Unauthenticated, "the request has no bearer token"),
             auth::Error::Invalid(reason) => {
                 let counted = parts.extensions.get::<ClientAddress>().map(|client| self.rates.failed_login(client.0));
                 match counted {
                     Some(Err(seconds)) => limited(seconds, "too many tokens that are not valid come from this address"),
-                    _ => Problem::new("invalid-token", reason),
+                    _ => Problem::new(ErrorCode::InvalidToken, reason),
                 }
             }
-            auth::Error::Unavailable => Problem::new("dependency-unavailable", "the keys of tokens cannot be fetched now"),
+            auth::Error::Unavailable => {
+                Problem::new(ErrorCode::DependencyUnavailable, "the keys of tokens cannot be fetched now")
+            }
         })
     }
 
@@ -134,7 +137,7 @@ impl App {
 }
 
 fn limited(seconds: u64, detail: &str) -> Problem {
-    Problem { retry_after_seconds: seconds.max(1), ..Problem::new("rate-limited", detail) }
+    Problem { retry_after_seconds: seconds.max(1), ..Problem::new(ErrorCode::RateLimited, detail) }
 }
 
 #[derive(OpenApi)]
@@ -192,7 +195,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Pages of `cors_origins` may call it from a browser; an origin that is not one is left out.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let routes = routes.merge(docs::routes()).fallback(async || Problem::new("not-found", "no such route"));
+    let routes = routes.merge(docs::routes()).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
     // The layer answers every OPTIONS, whether there is such a route or not.
     let routes = if cors_origins.is_empty() { routes } else { routes.layer(cors(cors_origins)) };
     routes

@@ -7,7 +7,7 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
-use lfs_broker_client::api::{self, Dependencies, Dependency};
+use lfs_broker_client::api::{self, Dependencies, Dependency, ErrorCode};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 use super::App;
 use super::document::Contract;
 use super::extract::Fits;
-use super::problem::{Problem, kind_of};
+use super::problem::{Problem, kind};
 use crate::objects::Capabilities;
 
 /// The routes of this file.
@@ -116,14 +116,15 @@ async fn contract(_: Fits) -> Response {
     responses((status = 200, description = "What it means", body = String, content_type = "text/html"), (status = 404, description = "No such code", body = api::Problem, content_type = "application/problem+json"))
 )]
 async fn explain_problem(_: Fits, code: Result<Path<String>, PathRejection>) -> Result<Html<String>, Problem> {
-    let kind = code.ok().and_then(|Path(code)| kind_of(&code)).ok_or_else(|| Problem::new("not-found", "no such problem"))?;
+    let code = code.ok().and_then(|Path(code)| ErrorCode::named(&code));
+    let code = code.ok_or_else(|| Problem::new(ErrorCode::NotFound, "no such problem"))?;
+    let kind = kind(code);
     let again = if kind.retryable { "Asking again may help." } else { "Asking again the same way gives the same answer." };
     Ok(Html(format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\
          <style>body{{font:16px/1.5 system-ui;max-width:40em;margin:3em auto;padding:0 1em}}</style>\
          <h1>{title}</h1><p><code>{code}</code>, HTTP status {status}</p><p>{meaning}</p><p>{again}</p></html>",
         title = kind.title,
-        code = kind.code,
         status = kind.status,
         meaning = kind.meaning,
     )))

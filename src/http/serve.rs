@@ -17,6 +17,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use lfs_broker_client::api::ErrorCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -148,18 +149,18 @@ impl Door {
         };
         let wire = connection.into_parts().io.into_inner();
         let problem = match (wire.kept_back(), overdue.then(|| pulse.phase())) {
-            (Some(400), _) => Problem::new("malformed-request", "this is not a request of HTTP/1.1"),
+            (Some(400), _) => Problem::new(ErrorCode::MalformedRequest, "this is not a request of HTTP/1.1"),
             (Some(_), _) => Problem::new(
-                "headers-too-large",
+                ErrorCode::HeadersTooLarge,
                 format!("the request has more than {HEADERS} headers, or more than 16 KiB of them"),
             ),
             (None, Some(Phase::Head)) => {
                 let seconds = self.limits.head.as_secs_f32();
-                Problem::new("request-timeout", format!("the request's head did not arrive within {seconds} s"))
+                Problem::new(ErrorCode::RequestTimeout, format!("the request's head did not arrive within {seconds} s"))
             }
             _ => return,
         };
-        debug!(%peer, code = problem.code, "refused what was not a request");
+        debug!(%peer, code = %problem.code, "refused what was not a request");
         wire.last_word(&last_answer(problem)).await;
     }
 }

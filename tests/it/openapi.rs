@@ -271,6 +271,24 @@ fn the_examples_are_true() {
     reads::<api::Redrive>(&document, "Redrive");
 }
 
+#[test]
+fn the_document_names_every_code_of_a_problem() {
+    let document = document();
+    let code = &document["components"]["schemas"]["Problem"]["properties"]["code"]["$ref"];
+    assert_eq!(code, "#/components/schemas/ErrorCode");
+    let told: Vec<&str> =
+        document["components"]["schemas"]["ErrorCode"]["enum"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let all: Vec<&str> = api::ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
+    assert_eq!(told, all);
+    let codes: BTreeSet<&str> = crate::problems::CODES.iter().map(|(_, code)| *code).collect();
+    assert_eq!(codes, all.into_iter().collect(), "each has a status in the error table");
+    // A broker that is newer than its client is still understood.
+    let tomorrow = json!({"type": "/problems/of-tomorrow", "title": "t", "status": 422, "detail": "d", "code": "of-tomorrow",
+        "request_id": "r", "retryable": false});
+    let problem: api::Problem = serde_json::from_value(tomorrow).unwrap();
+    assert_eq!((problem.code.as_str(), problem.known_code()), ("of-tomorrow", None));
+}
+
 /// Whether the schema of a body shows how it looks: by itself, or by each of its kinds.
 fn shows(document: &Value, schema: &Value) -> bool {
     let schema = schema["$ref"].as_str().map_or(schema, |place| document.pointer(&place[1..]).unwrap());

@@ -11,7 +11,7 @@ use crate::harness::{House, bytes, sha256};
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
 
 /// Every code of the contract with its status.
-const CODES: [(u16, &str); 41] = [
+pub(crate) const CODES: [(u16, &str); 41] = [
     (400, "malformed-request"),
     (400, "malformed-json"),
     (400, "idempotency-key-invalid"),

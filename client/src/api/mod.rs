@@ -3,12 +3,14 @@
 //! Times are RFC 3339 in UTC, `*_in` and `*_seconds` whole seconds, sizes bytes, hashes lower-case hex.
 //! Requests refuse members they do not know; answers may grow new ones.
 
+mod error_code;
 mod operate;
 mod pointers;
 mod requests;
 mod topics;
 mod upload;
 
+pub use error_code::ErrorCode;
 pub use operate::{Dependencies, Dependency, FieldError, OutboxDepth, Problem, Redrive, Stats};
 pub use pointers::{ResolveAnswer, ResolveOptions, Resolved, Validated};
 pub use requests::{

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::UploadState;
+use super::{ErrorCode, UploadState};
 
 #[cfg(feature = "openapi")]
 use utoipa::ToSchema;
@@ -26,7 +26,8 @@ pub struct Problem {
     pub status: u16,
     /// What happened this time.
     pub detail: String,
-    /// The code to decide by.
+    /// The code to decide by. Kept as it came: a newer broker may send one that [`ErrorCode`] lacks.
+    #[cfg_attr(feature = "openapi", schema(value_type = ErrorCode))]
     pub code: String,
     /// The request's id, for the operator's logs.
     pub request_id: String,
@@ -38,6 +39,13 @@ pub struct Problem {
     /// The places in the request, or the parts, that are wrong.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
+}
+
+impl Problem {
+    /// The code to decide by; none where this version does not know it.
+    pub fn known_code(&self) -> Option<ErrorCode> {
+        ErrorCode::named(&self.code)
+    }
 }
 
 /// One place in a request that is wrong.
