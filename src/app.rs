@@ -12,7 +12,6 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::audit;
 use crate::auth::{self, Auth, Mode};
 use crate::broker::{self, Broker, Parts};
 use crate::finish::{self, Finisher, Tasks};
@@ -21,7 +20,8 @@ use crate::kafka::{self, Kafka};
 use crate::objects::{self, Capabilities, LONGEST_TRIAL, Objects};
 use crate::policy;
 use crate::relay::Relay;
-use crate::store::{self, Deployment, Store};
+use crate::restore_check::{self, RestoreCheck};
+use crate::store::{self, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
 use crate::wakes::Wakes;
@@ -37,6 +37,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// How long the start may take to read the markers: a crashed replica's open transaction can hide them for a minute.
 const MARKERS: Duration = Duration::from_secs(2);
+/// How soon the database is compared with Kafka again where it was found older, or could not be compared yet.
+const COMPARE_AGAIN: Duration = Duration::from_secs(2);
 
 /// How long the start waits to see what the store does, and how soon it is tried again where it did not answer.
 const TRIAL: Duration = Duration::from_secs(3);
@@ -105,7 +107,7 @@ pub enum Error {
     Kafka(#[from] kafka::Error),
     /// The database is older than what Kafka holds.
     #[error("{0}")]
-    Restored(audit::Ahead),
+    Restored(restore_check::Ahead),
 }
 
 /// A broker that runs.
@@ -161,7 +163,8 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let objects = Objects::connect(&settings.objects).await?;
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
-    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store), refuse_restored(&store, &kafka, deployment))?;
+    let restore_check = RestoreCheck::new(store.clone(), kafka.clone(), deployment);
+    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store), refuse_restored(&restore_check))?;
     let (capabilities, trying) = tried;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();
@@ -175,12 +178,13 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tasks: Tasks::default(),
     };
     let tasks = finisher.tasks.clone();
-    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, owner);
+    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, restore_check.clone(), owner);
     let sweeper = Sweeper {
         store: store.clone(),
         objects: objects.clone(),
         wakes: Arc::clone(&wakes),
         settings: settings.sweeper.clone(),
+        restore_check: restore_check.clone(),
         lease: settings.finish.lease,
         shards: deployment.shards,
     };
@@ -190,6 +194,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         kafka,
         wakes: Arc::clone(&wakes),
         finisher: finisher.clone(),
+        restore_check: restore_check.clone(),
         deployment,
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
@@ -211,6 +216,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_sweeper(sweeper, stopped.clone())),
+        tokio::spawn(run_restore_check(restore_check, stopped.clone())),
         tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
     ];
     work.push(tokio::spawn(until(stopped.clone(), trying)));
@@ -310,16 +316,18 @@ async fn try_store(
 }
 
 /// Refuses a database that was restored from a backup. A Kafka that does not answer, or not in time, keeps nothing from
-/// starting: the relay looks again before it sends anything of a shard.
-async fn refuse_restored(store: &Store, kafka: &Kafka, deployment: Deployment) -> Result<(), Error> {
-    match tokio::time::timeout(MARKERS, audit::ahead(store, kafka, deployment)).await {
-        Ok(Ok(ahead)) => ahead.into_iter().next().map_or(Ok(()), |ahead| Err(Error::Restored(ahead))),
+/// starting: the relay looks again before it sends anything of a shard, and the sweeper before it deletes anything.
+async fn refuse_restored(restore_check: &RestoreCheck) -> Result<(), Error> {
+    match tokio::time::timeout(MARKERS, restore_check.compare()).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(restore_check::Error::Older(ahead))) => Err(Error::Restored(ahead)),
         Ok(Err(error)) => {
-            info!(%error, "the markers cannot be read yet; the relay reads them before it sends");
+            info!(%error, "the database is not compared with Kafka yet: {error}; nothing is deleted or sent before");
             Ok(())
         }
         Err(_) => {
-            info!("the markers were not read in time; the relay reads them before it sends");
+            let seconds = MARKERS.as_secs();
+            info!("the database is not compared with Kafka yet: no answer within {seconds} s; nothing is deleted or sent before");
             Ok(())
         }
     }
@@ -365,6 +373,24 @@ async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
         keep_going("sweeper", || sweeper.clean_up(), every, &wakes.sweeper, stopped.clone()),
         keep_going("sweeper of keys", || sweeper.forget_keys(), every, &never, stopped),
     );
+}
+
+/// Compares the database with Kafka until that was done once, and again while the database is older: readiness says so,
+/// and must say when it was reconciled. Otherwise whoever would delete or send compares by themselves.
+async fn run_restore_check(restore_check: RestoreCheck, mut stopped: watch::Receiver<bool>) {
+    let tick = || async {
+        if !restore_check.is_passed() {
+            // What keeps it from being compared is logged by those who have something to delete or to send.
+            let _ = restore_check.check().await;
+        }
+        Ok::<usize, store::Error>(0)
+    };
+    let never = Notify::new();
+    tokio::select! {
+        () = keep_going("comparison with Kafka", tick, COMPARE_AGAIN, &never, stopped.clone()) => {}
+        // A Kafka that does not answer must not hold up the end.
+        _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
 }
 
 /// Looks for what other replicas did to the sessions that somebody waits for: one question for all of them.

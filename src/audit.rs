@@ -9,28 +9,31 @@
 //! only copy of something published. A parked pointer is the operator's (`redrive`), a missing object nobody's.
 //!
 //! After PostgreSQL was restored from a backup Kafka holds more than the database knows. The relay then refuses the
-//! shard; the audit finds each record by its `lfs-upload-id`, writes it down where the session still waits, and at the
-//! end, if nothing is left in doubt, lets the relay go on. It can only find what the topic still retains.
+//! shard; the audit finds each record by its `lfs-upload-id`, and writes it down where the session still waits, or was
+//! let fail by the old database. At the end, if nothing is left in doubt, it lets the relay and the sweeper go on. It can
+//! only find what the topic still retains.
 
 mod bytes;
+mod proof;
 mod records;
 mod report;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Mutex;
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 pub use report::{Finding, Kind, Report};
 use report::{Tally, Told};
 
-use crate::kafka::{self, Delivery, Kafka, MARKER_TOPIC};
+use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
 use crate::policy;
+use crate::restore_check::{self, Ahead, RestoreCheck};
 use crate::store::{self, Deployment, Store};
 
-/// Questions to S3, or markers read, at the same time.
+/// Questions to S3 at the same time.
 const AT_ONCE: usize = 16;
 /// Within so long a pointer reaches Kafka, or somebody should know that it does not.
 const PROMPT: time::Duration = time::Duration::seconds(60);
@@ -49,6 +52,16 @@ pub enum Error {
     Kafka(#[from] kafka::Error),
 }
 
+impl From<restore_check::Error> for Error {
+    fn from(error: restore_check::Error) -> Self {
+        match error {
+            restore_check::Error::Store(error) => Self::Store(error),
+            restore_check::Error::Kafka(error) => Self::Kafka(error),
+            other => Self::Kafka(kafka::Error::Unreachable(other.to_string())),
+        }
+    }
+}
+
 /// What is compared, and whether it is repaired.
 #[derive(Clone)]
 pub struct Audit {
@@ -62,33 +75,13 @@ pub struct Audit {
     pub fix: bool,
 }
 
-/// A shard of which Kafka holds a later batch than the database ever stamped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("kafka holds batch {marker} of shard {shard}, the database knows {last_batch}: the database was restored from a backup")]
-pub struct Ahead {
-    /// The shard.
-    pub shard: i32,
-    /// The batch of its last marker in Kafka.
-    pub marker: i64,
-    /// The last batch that the database stamped.
-    pub last_batch: i64,
-}
-
-/// The shards of which Kafka knows more than the database.
-pub(crate) async fn ahead(store: &Store, kafka: &Kafka, deployment: Deployment) -> Result<Vec<Ahead>, Error> {
-    if kafka.delivery() == Delivery::AtLeastOnce {
-        return Ok(Vec::new());
+/// The shards of which Kafka knows more than the database. Without a marker topic nothing can be compared, and the
+/// records tell all the same.
+async fn ahead(restore_check: &RestoreCheck) -> Result<Vec<Ahead>, Error> {
+    match restore_check.ahead().await {
+        Err(restore_check::Error::NoMarkerTopic { .. }) => Ok(Vec::new()),
+        ahead => Ok(ahead?),
     }
-    let Some(partitions) = kafka.partitions(MARKER_TOPIC).await? else { return Ok(Vec::new()) };
-    let looked = stream::iter(0..deployment.shards.min(partitions)).map(|shard| async move {
-        let marker = kafka.last_marker(&kafka::transactional_id(deployment.id, shard), shard).await?;
-        // In this order: a relay at work stamps first and sends after.
-        let last_batch = store.last_batch(shard).await?;
-        let ahead = marker.filter(|marker| marker.batch > last_batch);
-        Ok::<_, Error>(ahead.map(|marker| Ahead { shard, marker: marker.batch, last_batch }))
-    });
-    let found: Vec<Option<Ahead>> = looked.buffered(AT_ONCE).try_collect().await?;
-    Ok(found.into_iter().flatten().collect())
 }
 
 /// What every part of one run goes by.
@@ -99,6 +92,13 @@ struct Run<'a> {
     now: OffsetDateTime,
     /// Where objects of ours may be: prefixes by bucket, the empty one for the whole of it.
     places: BTreeMap<String, BTreeSet<String>>,
+    restore_check: RestoreCheck,
+    /// Whether the database was older than Kafka when the run began.
+    is_older: bool,
+    /// The partition and offset of each upload's record that a last marker lists.
+    listed: HashMap<Uuid, (i32, i64)>,
+    /// The digests of objects that were read, by upload and ETag.
+    read: Mutex<HashMap<(Uuid, Option<String>), proof::Digests>>,
 }
 
 impl std::ops::Deref for Run<'_> {
@@ -118,11 +118,23 @@ impl Audit {
         self.store.check_schema().await?;
         let deployment = self.store.deployment().await?;
         let now = self.store.now().await?;
-        let mut run = Run { audit: self, deployment, now, places: self.places().await? };
-        let mut tally = Tally::default();
+        let restore_check = RestoreCheck::new(self.store.clone(), self.kafka.clone(), deployment);
+        let markers = restore_check.markers().await?.unwrap_or_default();
+        let listed = markers.into_iter().flat_map(|(_, marker)| marker.published);
         // The markers before the records: a shard is let go on up to a batch whose records were read. One that a broker
         // committed later is not among them, and keeps the shard refused until the next audit.
-        let ahead = ahead(&self.store, &self.kafka, deployment).await?;
+        let ahead = ahead(&restore_check).await?;
+        let mut run = Run {
+            audit: self,
+            deployment,
+            now,
+            places: self.places().await?,
+            is_older: !ahead.is_empty(),
+            restore_check,
+            listed: listed.map(|record| (record.upload_id, (record.partition, record.offset))).collect(),
+            read: Mutex::default(),
+        };
+        let mut tally = Tally::default();
         // Kafka first: what it holds needs no other repair.
         run.records(&mut tally).await?;
         run.markers(ahead, &mut tally).await?;

@@ -8,7 +8,8 @@
 //! - [`broker`] moves when it is asked; the verifier, the relay and the [`sweeper`] are ticks that move when bytes must be
 //!   read, when a pointer waits, and as time passes. They meet in the store and never call each other. [`finish`] is
 //!   what the broker and the verifier both do under a lease.
-//! - [`audit`] asks whether PostgreSQL, S3 and Kafka tell the same story.
+//! - [`audit`] asks whether PostgreSQL, S3 and Kafka tell the same story; [`restore_check`] whether the database is older
+//!   than Kafka, before anything is deleted.
 //! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
 //! - [`session`] and [`policy`] are the pure core: what is legal, without I/O, clock or chance.
 //!
@@ -28,6 +29,7 @@ pub mod kafka;
 pub mod objects;
 pub mod policy;
 mod relay;
+pub mod restore_check;
 pub mod session;
 pub mod store;
 pub mod sweeper;

@@ -3,7 +3,8 @@
 //! A shard's owner fences whoever owned it before (Kafka's word, not ours), settles what that one left behind by
 //! the last committed marker, and only then sends. A batch is stamped and committed before anything of it is sent,
 //! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
-//! is sent again if not. With `at_least_once` there is no transaction and no marker: what was stamped is sent again.
+//! is sent again if not. With `at_least_once` there is no transaction, and the marker goes first and lists nothing: what
+//! was stamped is sent again.
 //!
 //! PostgreSQL may lose commits at any moment: a backup is restored, or a standby is promoted that lacks the last ones.
 //! Connections come back by themselves and the lease row may be as it was, so nothing else tells. Therefore a batch is
@@ -18,11 +19,12 @@ use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use tokio::task::{Id, JoinError, JoinSet};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::failpoint;
-use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Refusal, Shard};
+use crate::kafka::{self, Delivered, Kafka, PublishError, Record, Refusal, Shard};
+use crate::restore_check::{Ahead, RestoreCheck};
 use crate::store::{self, Claim, Deployment, Ownership, Parked, Placed, Store, Waiting};
 use crate::wakes::Wakes;
 
@@ -45,6 +47,7 @@ const PATIENT_FOR: Duration = Duration::from_millis(100);
 /// Keeps the shards it owns going, each by itself.
 pub(crate) struct Relay {
     carrier: Arc<Carrier>,
+    restore_check: RestoreCheck,
     owner: Uuid,
     owned: Vec<Ownership>,
     /// What is at rest.
@@ -117,9 +120,17 @@ pub(crate) enum Error {
 }
 
 impl Relay {
-    pub(crate) fn new(store: Store, kafka: Kafka, wakes: Arc<Wakes>, deployment: Deployment, owner: Uuid) -> Self {
+    pub(crate) fn new(
+        store: Store,
+        kafka: Kafka,
+        wakes: Arc<Wakes>,
+        deployment: Deployment,
+        restore_check: RestoreCheck,
+        owner: Uuid,
+    ) -> Self {
         Self {
             carrier: Arc::new(Carrier { store, kafka, wakes, deployment, told: Mutex::default() }),
+            restore_check,
             owner,
             owned: Vec::new(),
             held: HashMap::new(),
@@ -197,10 +208,10 @@ impl Relay {
                 self.renewed_at = None;
                 Ok(0)
             }
-            // Waiting does not help, only an operator does.
-            Err(error @ Error::Ahead { .. }) => {
-                error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
-                Err(error)
+            // Waiting does not help, only an operator does: it is logged once, and the shard is looked at again.
+            Err(Error::Ahead { shard, marker, last_batch }) => {
+                self.restore_check.note(Ahead { shard, marker, last_batch });
+                Ok(0)
             }
             // It costs milliseconds to take the shards anew, which is done at once.
             Err(error @ (Error::Changed { .. } | Error::Unwritten { .. })) => {
@@ -233,7 +244,7 @@ impl Relay {
             return Ok(());
         }
         let Carrier { kafka, deployment, .. } = &*self.carrier;
-        if !self.has_markers && kafka.delivery() == Delivery::ExactlyOnce {
+        if !self.has_markers {
             kafka.ensure_marker_topic(deployment.shards).await?;
             self.has_markers = true;
         }

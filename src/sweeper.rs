@@ -2,17 +2,24 @@
 //!
 //! It decides in PostgreSQL first and destroys in S3 after, and it sweeps every failed session once more when the
 //! last URL has ended and the longest PUT begun under it has landed.
+//!
+//! It destroys nothing because of a database that may be older than Kafka. Each pass reads its list from PostgreSQL, then
+//! makes the [`RestoreCheck`], then deletes. So a list that an old database gave is stopped by the check after it, and a
+//! list of failed sessions that the current database gave stays true whatever happens to the database later.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt as _};
 use time::OffsetDateTime;
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use crate::failpoint;
 use crate::finish::{expire, place};
 use crate::objects::{self, Objects};
+use crate::restore_check::{self, RestoreCheck};
 use crate::session::Session;
 use crate::store::{self, Store};
 use crate::wakes::Wakes;
@@ -49,6 +56,7 @@ pub(crate) struct Sweeper {
     pub(crate) objects: Objects,
     pub(crate) wakes: Arc<Wakes>,
     pub(crate) settings: Settings,
+    pub(crate) restore_check: RestoreCheck,
     /// The longest a lease can outlive the move that ended it.
     pub(crate) lease: Duration,
     pub(crate) shards: i32,
@@ -59,6 +67,16 @@ impl Sweeper {
     pub(crate) async fn end_overdue(&self) -> Result<usize, store::Error> {
         let now = self.store.now().await?;
         let overdue = sound(self.store.overdue(now, BATCH).await?);
+        if overdue.is_empty() {
+            return Ok(0);
+        }
+        // An old database would end what is published. Where the markers cannot be read, uploads end all the same: a Kafka
+        // that is away must not keep quotas taken, nothing is deleted before the check passes, and `audit --fix` can take
+        // the end back.
+        if let Err(error @ restore_check::Error::Older(_)) = self.restore_check.check().await {
+            warn!(overdue = overdue.len(), %error, "did not expire {} overdue uploads: {error}", overdue.len());
+            return Ok(0);
+        }
         let ending = stream::iter(overdue).map(|session| expire(&self.store, session, now, self.shards));
         let ended: Vec<_> = ending.buffer_unordered(AT_ONCE).collect().await;
         if ended.iter().any(|ended| matches!(ended, Ok(true))) {
@@ -72,9 +90,29 @@ impl Sweeper {
         let now = self.store.now().await?;
         // Taken before S3 is asked: replicas share the work, and what fails, or whose sweeper dies, is due in the next period.
         let due = sound(self.store.take_cleanups(now, now + self.settings.every, BATCH).await?);
+        if due.is_empty() {
+            return Ok(0);
+        }
+        if let Err(error) = self.restore_check.check().await {
+            let seconds = self.settings.every.as_secs_f32();
+            warn!(
+                waiting = due.len(), %error,
+                "did not delete the objects of {} failed uploads: {error}; next try in {seconds} s", due.len()
+            );
+            return Ok(0);
+        }
+        let due = self.still_failed(due).await?;
         let cleaning = stream::iter(due).map(|session| self.clean_up_after(session, now));
         let cleaned: Vec<_> = cleaning.buffer_unordered(AT_ONCE).collect().await;
         count(cleaned)
+    }
+
+    /// Without those that `audit --fix` has published since the list was read: the check passes again after it.
+    async fn still_failed(&self, mut due: Vec<Session>) -> Result<Vec<Session>, store::Error> {
+        let ids: Vec<Uuid> = due.iter().map(|session| session.id).collect();
+        let failed: HashSet<Uuid> = self.store.failed(&ids).await?.into_iter().collect();
+        due.retain(|session| failed.contains(&session.id));
+        Ok(due)
     }
 
     async fn clean_up_after(&self, session: Session, now: OffsetDateTime) -> Result<bool, store::Error> {

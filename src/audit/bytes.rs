@@ -165,6 +165,6 @@ impl Run<'_> {
     }
 }
 
-fn is_failed(state: &str) -> bool {
+pub(super) fn is_failed(state: &str) -> bool {
     matches!(state, "aborted" | "expired" | "rejected")
 }

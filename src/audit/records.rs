@@ -2,22 +2,19 @@
 
 use std::collections::{HashMap, HashSet};
 
-use lfs_broker_client::api::Integrity;
 use lfs_broker_client::pointer::Pointer;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use super::bytes::is_failed;
 use super::report::{Kind, Tally, Told};
 use super::{Error, PROMPT, Run, shape};
 use crate::kafka::{Batch, Seen};
-use crate::objects::Place;
-use crate::store::{Found, Standing};
+use crate::store::Standing;
 
 /// A partition that is being read.
-struct Log<'a> {
+pub(super) struct Log<'a> {
     topic: &'a str,
-    partition: i32,
+    pub(super) partition: i32,
     /// Older records of a key go: their absence means nothing.
     is_compacted: bool,
 }
@@ -132,12 +129,17 @@ impl Run<'_> {
                     tell(Kind::RecordMismatch, format!("{} in {} has another value", session.id, log.at(seen.offset)));
                 }
                 "published" => tell(Kind::RecordDuplicate, format!("{} also in {}", session.id, log.at(seen.offset))),
-                "verified" | "open" | "completing" if !met.insert(session.id) => {
+                // Where the database is current a failed upload has no record; an old one may have let it fail.
+                state if is_failed(state) && !self.is_older => {
+                    tell(Kind::RecordUnpromised, format!("{} is {state}, and in {}", session.id, log.at(seen.offset)));
+                }
+                _ if met.contains(&session.id) => {
                     tell(Kind::RecordDuplicate, format!("{} also in {}", session.id, log.at(seen.offset)));
                 }
-                "verified" | "open" | "completing" => self.waiting(log, seen, session, tally).await?,
-                state => {
-                    tell(Kind::RecordUnpromised, format!("{} is {state}, and in {}", session.id, log.at(seen.offset)));
+                _ => {
+                    if self.waiting(log, seen, session, tally).await? {
+                        met.insert(session.id);
+                    }
                 }
             }
         }
@@ -154,70 +156,28 @@ impl Run<'_> {
         }
     }
 
-    /// A record of a session that still waits: Kafka is ahead of the database, or the relay is about to write it down.
-    async fn waiting(&self, log: &Log<'_>, seen: &Seen, session: &Standing, tally: &mut Tally) -> Result<(), Error> {
+    /// A record of a session that is not published: Kafka is ahead of the database, or the relay is about to write it
+    /// down, or it is forged. `true`: it is the session's.
+    async fn waiting(&self, log: &Log<'_>, seen: &Seen, session: &Standing, tally: &mut Tally) -> Result<bool, Error> {
         let (bytes, place) = (session.size_bytes.unsigned_abs(), log.at(seen.offset));
-        let Some(found) = self.believe(log, seen, session).await? else {
-            tally.doubts += 1;
-            let kind = if session.pointer.is_some() { Kind::RecordMismatch } else { Kind::RecordUnpromised };
-            let example = format!("{} is {}, and in {place} with what was not proved", session.id, session.state);
-            tally.tell(Told { kind, bytes, fixed: false, example });
-            return Ok(());
+        let found = match self.prove(log, seen, session).await? {
+            Ok(found) => found,
+            Err(why) => {
+                // What has failed is not sent, so it can become no second record.
+                tally.doubts += u64::from(!is_failed(&session.state));
+                let kind = if session.pointer.is_some() { Kind::RecordMismatch } else { Kind::RecordUnpromised };
+                let example = format!("{} is {}, and in {place}, not proved: {why}", session.id, session.state);
+                tally.tell(Told { kind, bytes, fixed: false, example });
+                return Ok(false);
+            }
         };
         let fixed = self.fix && self.store.adopt(&found, self.store.now().await?).await?;
         // Between the commit in Kafka and the mark in the database every record is in this state.
         let is_fresh = session.verified_at.is_some_and(|at| at > self.now - PROMPT);
-        if !(session.is_stamped && is_fresh) {
+        if self.is_older || !(session.is_stamped && is_fresh) {
             let example = format!("{} is {}, and in {place}", session.id, session.state);
             tally.tell(Told { kind: Kind::KafkaAhead, bytes, fixed, example });
         }
-        Ok(())
+        Ok(true)
     }
-
-    /// What a record says of its session, if it can be believed: the promised bytes where there is a promise, else a
-    /// pointer to the session's own object, which must be what it says.
-    async fn believe(&self, log: &Log<'_>, seen: &Seen, session: &Standing) -> Result<Option<Found>, Error> {
-        let Ok(pointer) = Pointer::parse(&seen.value) else { return Ok(None) };
-        let Ok(value) = String::from_utf8(seen.value.clone()) else { return Ok(None) };
-        match &session.pointer {
-            Some(promised) if *promised != value && !is_same_but_older(promised, &pointer) => return Ok(None),
-            Some(_) => {}
-            None => {
-                let place = Place { bucket: session.bucket.clone(), key: session.object_key.clone() };
-                let size_bytes = session.size_bytes.unsigned_abs();
-                if pointer.bucket != place.bucket || pointer.key != place.key || pointer.size != size_bytes {
-                    return Ok(None);
-                }
-                let found = self.objects.head(&place, seen.version_id.as_deref()).await?;
-                let is_ours = |found: &crate::session::Object| {
-                    found.size_bytes == size_bytes && found.token == Some(session.id.to_string())
-                };
-                if !found.as_ref().is_some_and(is_ours) {
-                    return Ok(None);
-                }
-            }
-        }
-        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(seen.timestamp_ms) * 1_000_000);
-        let at = at.unwrap_or(self.now);
-        let said = seen.integrity.as_deref();
-        let integrity = Integrity::ALL.into_iter().find(|level| Some(level.name()) == said).unwrap_or(Integrity::Size);
-        Ok(Some(Found {
-            id: session.id,
-            partition: log.partition,
-            offset: seen.offset,
-            at,
-            verified_at: pointer.created_at.and_then(|at| OffsetDateTime::parse(&at, &Rfc3339).ok()).unwrap_or(at),
-            integrity: integrity.name().to_owned(),
-            version_id: seen.version_id.clone(),
-            pointer: value,
-            sha256: pointer.sha256.map(|sha256| sha256.0.to_vec()),
-        }))
-    }
-}
-
-/// Whether a record says of an object what was promised of it, at another time: a database that went back to before the
-/// proof has the upload proved, and promised, a second time.
-fn is_same_but_older(promised: &str, found: &Pointer) -> bool {
-    Pointer::parse(promised.as_bytes())
-        .is_ok_and(|promised| Pointer { created_at: None, ..promised } == Pointer { created_at: None, ..found.clone() })
 }

@@ -42,7 +42,7 @@ pub enum Kind {
     RecordDuplicate,
     /// A record of an upload of ours whose session does not exist. Not repaired.
     RecordUnknown,
-    /// A record of an upload that was never verified, or failed. Not repaired.
+    /// A record of an upload that was never verified, or failed, and that is not proved. Not repaired.
     RecordUnpromised,
     /// Kafka holds the pointer of a session that is not published: the database is older than Kafka. Repaired: published.
     KafkaAhead,
@@ -70,7 +70,7 @@ impl Kind {
             Self::RecordMismatch => "records that are not what was promised",
             Self::RecordDuplicate => "second records of one upload",
             Self::RecordUnknown => "records of uploads that are not known",
-            Self::RecordUnpromised => "records of uploads that were never promised",
+            Self::RecordUnpromised => "records of uploads that are not verified, and that could not be proved",
             Self::KafkaAhead => "uploads that Kafka holds and that are not published here; --fix writes it down",
             Self::MarkerAhead => "shards of which Kafka knows more than the database; --fix lets them go on once all is settled",
             Self::Quota => "tenants whose quota is not what their uploads add up to; --fix counts again",

@@ -25,6 +25,7 @@ use crate::finish::{self, Finisher};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
+use crate::restore_check::RestoreCheck;
 use crate::session::{self, Session};
 use crate::store::{self, Deployment, Quota, Store};
 use crate::wakes::Wakes;
@@ -105,6 +106,7 @@ pub(crate) struct Parts {
     pub(crate) kafka: Kafka,
     pub(crate) wakes: Arc<Wakes>,
     pub(crate) finisher: Finisher,
+    pub(crate) restore_check: RestoreCheck,
     pub(crate) deployment: Deployment,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,

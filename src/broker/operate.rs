@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::{Broker, Error, refused};
 use crate::auth::Caller;
 use crate::finish::{place, still_proved};
+use crate::restore_check::ADVICE;
 use crate::session::{Refusal, State};
 
 impl Broker {
@@ -64,11 +65,11 @@ impl Broker {
     /// Whether what the broker stands on answers.
     pub(crate) async fn dependencies(&self) -> Dependencies {
         let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
-        Dependencies {
-            database: dependency("the database", database),
-            storage: dependency("object storage", storage),
-            kafka: dependency("Kafka", kafka),
-        }
+        let database = match (self.restore_check.is_older(), dependency("the database", database)) {
+            (true, Dependency { ok: true, .. }) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
+            (_, database) => database,
+        };
+        Dependencies { database, storage: dependency("object storage", storage), kafka: dependency("Kafka", kafka) }
     }
 }
 

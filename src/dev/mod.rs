@@ -386,7 +386,7 @@ fn random(bytes: usize) -> String {
 /// An embedded Kafka that holds what was published before: it forgets at every end, the session table does not.
 async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
     let server = kafka::Server::start()?;
-    // It cannot be asked for a topic by an administrator: a `serve` that is pointed at it finds the markers' made.
+    // It cannot be asked for a topic by an administrator, and markers are sent with every batch.
     server.create_topic(crate::kafka::MARKER_TOPIC, store.deployment().await?.shards).await?;
     let mut topics: BTreeMap<(String, i32), Vec<kafka::Kept>> = BTreeMap::new();
     for (placed, waiting) in store.published_records().await? {

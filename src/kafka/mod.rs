@@ -32,7 +32,8 @@ pub use scan::{Batch, Scan, Seen};
 pub use shard::{PublishError, Refusal, Shard};
 use topics::Topics;
 
-/// The compacted topic in which each shard writes what it published, inside the same transaction.
+/// The compacted topic in which each shard writes what it published, inside the same transaction; with at-least-once
+/// delivery, the number of each batch before anything of it is sent.
 pub const MARKER_TOPIC: &str = "lfs-broker-markers";
 
 /// One request to Kafka may hold an HTTP request no longer than this: the answer is due within two seconds.
@@ -234,9 +235,6 @@ impl Kafka {
     /// The last marker that was committed under `transactional_id`. Only the answer to the owner of the shard stays
     /// true: another owner may commit meanwhile.
     pub async fn last_marker(&self, transactional_id: &str, marker_partition: i32) -> Result<Option<Marker>, Error> {
-        if self.delivery() == Delivery::AtLeastOnce {
-            return Ok(None);
-        }
         let settings = self.0.settings.clone();
         let id = transactional_id.to_owned();
         self.observe(|observer| blocking(move || marker::last(&settings, &observer, &id, marker_partition))).await

@@ -253,13 +253,14 @@ async fn in_dev_a_topic_of_a_real_kafka_is_made_on_first_use() {
 
 #[tokio::test]
 #[ignore = "needs a real Kafka: .ci/run runs it"]
-async fn at_least_once_needs_no_marker() {
+async fn without_transactions_a_batch_leaves_its_number_and_a_new_owner_sees_it() {
     let (_, topic, id) = house().await;
     let settings = Settings { properties: BTreeMap::new(), ..settings(server(), Delivery::AtLeastOnce) };
     let kafka = Kafka::connect(&settings).unwrap();
     let shard = kafka.shard(&id, 0).await.unwrap();
     let sent: Vec<_> = (0..100).map(|_| pointer(&topic)).collect();
     shard.publish(1, &sent).await.unwrap();
-    assert_eq!(shard.last_marker().await.unwrap(), None);
+    let marker = Some(Marker { batch: 1, published: Vec::new() });
+    assert_eq!(kafka.shard(&id, 0).await.unwrap().last_marker().await.unwrap(), marker);
     assert_eq!(committed(&topic).await, sorted(&sent));
 }

@@ -103,7 +103,8 @@ impl Shard {
         self.kafka.last_marker(&self.transactional_id, self.marker_partition).await
     }
 
-    /// Publishes `records` and, with exactly-once delivery, the marker of `batch`: all in one transaction.
+    /// Publishes `records` and the marker of `batch`: with exactly-once delivery all in one transaction, else the marker
+    /// first.
     ///
     /// The records are those that [`Kafka::place`] found a place for, and the deliveries are in their order. One batch at
     /// a time. Whoever stops awaiting this cannot know how it ended, and gets [`PublishError::Lost`] for every later batch.
@@ -113,7 +114,7 @@ impl Shard {
         }
         let published = match self.kafka.delivery() {
             Delivery::ExactlyOnce => self.publish_once(batch, records).await,
-            Delivery::AtLeastOnce => self.publish_some(records).await,
+            Delivery::AtLeastOnce => self.publish_some(batch, records).await,
         };
         if !matches!(published, Err(PublishError::Lost(_) | PublishError::Fenced(_))) {
             self.unsettled.store(false, Ordering::Release);
@@ -144,7 +145,14 @@ impl Shard {
         Ok(published)
     }
 
-    async fn publish_some(&self, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
+    async fn publish_some(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
+        // Before any record: so Kafka always knows of a number at least as high as that of any batch of which a record
+        // was sent, and a database that was restored from a backup is noticed. What was published the marker cannot tell.
+        if let Err(failed) = self.send_marker(Marker { batch, published: Vec::new() }).await {
+            // Where the whole of Kafka was away, leaders may have moved: `place` finds out.
+            records.iter().for_each(|record| self.kafka.doubt(&record.topic));
+            return Err(failed);
+        }
         let sent = self.send_in_order(records).await;
         failpoint::reach("relay.sent").await?;
         let in_part = sent.iter().any(Result::is_ok);

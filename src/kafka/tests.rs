@@ -55,6 +55,7 @@ pub(super) fn read(bootstrap_servers: &str, topic: &str, partition: i32, isolati
 async fn house(delivery: Delivery, topic: &str, partitions: i32) -> (Server, Kafka) {
     let server = Server::start().unwrap();
     server.create_topic(topic, partitions).await.unwrap();
+    server.create_topic(super::MARKER_TOPIC, 2).await.unwrap();
     let kafka = Kafka::connect(&settings(server.bootstrap_servers(), delivery)).unwrap();
     (server, kafka)
 }
@@ -139,6 +140,7 @@ async fn a_new_topic_is_seen_within_seconds() {
 #[tokio::test]
 async fn in_dev_a_topic_is_made_on_first_use() {
     let server = Server::start().unwrap();
+    server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
     let settings = Settings { create_topics: true, ..settings(server.bootstrap_servers(), Delivery::AtLeastOnce) };
     let kafka = Kafka::connect(&settings).unwrap();
     assert_eq!(kafka.partitions("images").await.unwrap(), Some(4));
@@ -324,6 +326,25 @@ async fn a_transaction_publishes_its_records_and_its_marker() {
         assert_eq!(shard.last_marker().await.unwrap(), Some(super::Marker { batch, published }));
     }
     assert_eq!(kafka.last_marker("lfs-broker.test.0", 1).await.unwrap(), None, "a marker is its shard's");
+}
+
+#[tokio::test]
+async fn without_transactions_a_batch_leaves_its_number_before_any_of_its_records() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    let shard = kafka.shard("lfs-broker.test.1", 1).await.unwrap();
+    assert_eq!(shard.last_marker().await.unwrap(), None);
+    shard.publish(7, &[record("videos", None)]).await.unwrap();
+    let marker = |batch| Some(super::Marker { batch, published: Vec::new() });
+    assert_eq!(shard.last_marker().await.unwrap(), marker(7));
+    // Where the records do not arrive, the number does: some might have.
+    let large = Record { value: vec![b' '; 2_000_000], ..record("videos", None) };
+    shard.publish(8, &[large]).await.unwrap_err();
+    assert_eq!(shard.last_marker().await.unwrap(), marker(8));
+    // And where the number does not, nothing is sent: the marker topic has no such partition.
+    let shard = kafka.shard("lfs-broker.test.5", 5).await.unwrap();
+    assert!(matches!(shard.publish(9, &[record("videos", None)]).await, Err(PublishError::Retry(_))));
+    let sent = read(&server.bootstrap_servers(), "videos", 0, "read_committed");
+    assert_eq!(sent.len(), 1, "a record was sent whose batch Kafka does not know");
 }
 
 #[test]

@@ -102,6 +102,11 @@ impl Kafka {
         }
     }
 
+    /// How many partitions the marker topic has, asked of Kafka now; `None` when Kafka lacks it. Asking never creates it.
+    pub async fn marker_partitions(&self) -> Result<Option<i32>, Error> {
+        Ok(self.ask_layout(MARKER_TOPIC).await?.map(|layout| layout.partitions))
+    }
+
     /// Makes the marker topic with a partition for each shard, unless it is there.
     pub async fn ensure_marker_topic(&self, shards: i32) -> Result<(), Error> {
         if self.ask_layout(MARKER_TOPIC).await?.is_none() {

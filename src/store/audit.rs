@@ -19,8 +19,6 @@ pub(crate) struct Standing {
     pub(crate) id: Uuid,
     pub(crate) state: String,
     pub(crate) topic: String,
-    pub(crate) bucket: String,
-    pub(crate) object_key: String,
     pub(crate) size_bytes: i64,
     pub(crate) verified_at: Option<OffsetDateTime>,
     pub(crate) pointer: Option<String>,
@@ -88,25 +86,27 @@ pub(crate) struct Found {
     pub(crate) at: OffsetDateTime,
     pub(crate) verified_at: OffsetDateTime,
     pub(crate) integrity: String,
+    pub(crate) etag: Option<String>,
     pub(crate) version_id: Option<String>,
     pub(crate) pointer: String,
     pub(crate) sha256: Option<Vec<u8>>,
+    /// Whether a session that has failed is taken back: only an old database can have let a published one fail.
+    pub(crate) may_have_failed: bool,
 }
 
 impl Store {
-    /// Every topic that may hold records of ours: of published sessions, of those that may be in a restored
-    /// database what is published in Kafka, and of policies.
+    /// Every topic that may hold records of ours: of sessions, whatever their state, and of policies. In a restored
+    /// database a session may have failed whose record is in Kafka.
     pub(crate) async fn topics_in_use(&self) -> Result<Vec<String>, Error> {
-        // From topic to topic by the index, not through every published row.
+        // From one tenant's topic to the next by the index, not through every row.
         let topics = query_scalar!(
-            r#"with recursive published as (
-                   (select topic from upload_sessions where state = 'published' order by topic limit 1)
+            r#"with recursive named as (
+                   (select tenant, topic from upload_sessions order by tenant, topic limit 1)
                    union all
-                   select (select topic from upload_sessions where state = 'published' and topic > published.topic order by topic limit 1)
-                   from published where published.topic is not null)
-               select topic as "topic!" from published where topic is not null
-               union select topic from upload_sessions where state in ('open', 'completing', 'verified')
-               union select topic from topics order by 1"#
+                   select next.tenant, next.topic from named cross join lateral (
+                       select s.tenant, s.topic from upload_sessions s
+                       where (s.tenant, s.topic) > (named.tenant, named.topic) order by s.tenant, s.topic limit 1) next)
+               select topic as "topic!" from named union select topic from topics order by 1"#
         );
         patient(topics.fetch_all(self.pool.unbounded())).await
     }
@@ -138,9 +138,8 @@ impl Store {
     pub(crate) async fn standing(&self, ids: &[Uuid]) -> Result<Vec<Standing>, Error> {
         let rows = sqlx::query_as!(
             Standing,
-            r#"select s.id as "id!", s.state as "state!", s.topic as "topic!", s.bucket as "bucket!",
-                      s.object_key as "object_key!", s.size_bytes as "size_bytes!", s.verified_at, s.pointer,
-                      s.published_partition as partition, s.published_offset as "offset",
+            r#"select s.id as "id!", s.state as "state!", s.topic as "topic!", s.size_bytes as "size_bytes!",
+                      s.verified_at, s.pointer, s.published_partition as partition, s.published_offset as "offset",
                       coalesce(o.batch is not null, false) as "is_stamped!"
                from upload_sessions s left join outbox o on o.session_id = s.id where s.id = any($1)"#,
             ids
@@ -243,6 +242,12 @@ impl Store {
         Ok(last.fetch_optional(&self.pool).await?.unwrap_or(0))
     }
 
+    /// The last batch number that was stamped in each shard.
+    pub(crate) async fn last_batches(&self) -> Result<Vec<(i32, i64)>, Error> {
+        let rows = query!("select shard, last_batch from relay_shards order by shard").fetch_all(&self.pool).await?;
+        Ok(rows.into_iter().map(|row| (row.shard, row.last_batch)).collect())
+    }
+
     /// Raises a shard's last batch number: Kafka knows of a later one, so a fresh stamp must be later still.
     pub(crate) async fn raise_batch(&self, shard: i32, batch: i64) -> Result<(), Error> {
         let raised = query!("update relay_shards set last_batch = greatest(last_batch, $2) where shard = $1", shard, batch);
@@ -251,6 +256,7 @@ impl Store {
     }
 
     /// Writes down that Kafka holds a session's pointer, whatever the session was waiting for; `false` when it is over.
+    /// One that an old database let fail is over only where the database is current.
     ///
     /// What was proved and is not known any more is taken from the record, and the pointer always: Kafka is the authority
     /// on what was published.
@@ -258,15 +264,17 @@ impl Store {
         let adopted = query_scalar!(
             r#"with was as (
                    select id, state, tenant, size_bytes from upload_sessions
-                   where id = $1 and state in ('open', 'completing', 'verified') for update),
+                   where id = $1 and (state in ('open', 'completing', 'verified')
+                                      or $12 and state in ('aborted', 'expired', 'rejected')) for update),
                moved as (
                    update upload_sessions s
                    set state = 'published', version = s.version + 1, updated_at = $2,
                        published_partition = $3, published_offset = $4, published_at = $5,
                        verified_at = coalesce(s.verified_at, $6), integrity = coalesce(s.integrity, $7),
                        object_version_id = coalesce(s.object_version_id, $8), pointer = $9,
-                       checksum = coalesce(s.checksum, $10), lease_owner = null, lease_until = null, must_read = false,
-                       error_code = null, error_detail = null, error_items = null
+                       checksum = coalesce(s.checksum, $10), object_etag = coalesce(s.object_etag, $11),
+                       lease_owner = null, lease_until = null, must_read = false, cleanup_due_at = null, error_code = null,
+                       error_detail = null, error_items = null
                    from was where s.id = was.id returning s.id, s.version, was.state, was.tenant, was.size_bytes),
                told as (
                    insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
@@ -285,7 +293,9 @@ impl Store {
             found.integrity,
             found.version_id,
             found.pointer,
-            found.sha256
+            found.sha256,
+            found.etag,
+            found.may_have_failed
         );
         patient(adopted.fetch_one(self.pool.unbounded())).await
     }

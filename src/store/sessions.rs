@@ -360,6 +360,15 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
+    /// Those of these sessions that have failed.
+    pub(crate) async fn failed(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+        let failed = query_scalar!(
+            "select id from upload_sessions where id = any($1) and state in ('aborted', 'expired', 'rejected')",
+            ids
+        );
+        Ok(failed.fetch_all(&self.pool).await?)
+    }
+
     /// Says when a failed session's traces are due again; `None`: they are gone for good.
     pub(crate) async fn set_cleanup(&self, id: Uuid, due_at: Option<OffsetDateTime>) -> Result<(), Error> {
         query!(

@@ -42,6 +42,7 @@ mod reading;
 mod relay;
 mod resolve;
 mod restart;
+mod restored;
 mod secrets;
 mod single;
 mod tls;

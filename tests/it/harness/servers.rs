@@ -60,6 +60,8 @@ async fn start() -> Servers {
         Ok(bootstrap) => (bootstrap, true, None),
         Err(_) => {
             let server = kafka::Server::start().expect("the embedded Kafka starts");
+            // As `dev` does: the embedded one makes no topic for an administrator. A deployment has four shards.
+            server.create_topic(lfs_broker::kafka::MARKER_TOPIC, 4).await.expect("the embedded Kafka makes a topic");
             (server.bootstrap_servers(), false, Some(server))
         }
     };
