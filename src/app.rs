@@ -209,8 +209,9 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     auth.warm();
     let app = App::new(broker, auth, public_url, settings.http.clone());
     let (stop, stopped) = watch::channel(false);
+    let base_path = app.base_path.clone();
     let router = http::router(app, &settings.cors_origins);
-    let door = http::serve(listener, router, tls.clone(), settings.http.clone(), stopped.clone());
+    let door = http::serve(listener, router, base_path, tls.clone(), settings.http.clone(), stopped.clone());
     let mut work = vec![
         tokio::spawn(serve(door, stopped.clone())),
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),

@@ -54,6 +54,14 @@ pub enum Error {
         /// What it must be.
         kind: &'static str,
     },
+    /// No browser sends such an origin.
+    #[error("LFS_BROKER_CORS_ORIGINS: {value:?} never matches: {hint}")]
+    Origin {
+        /// What was set.
+        value: String,
+        /// What to set.
+        hint: String,
+    },
     /// Something that has no default is missing.
     #[error("{0} is not set")]
     Missing(&'static str),
@@ -316,11 +324,16 @@ fn at_least(name: &str, seconds: Option<u64>, least: u64, default: Duration) -> 
 
 fn settings(file: File) -> Result<app::Settings, Error> {
     let (sweeps, leases, patience) = (sweeper::Settings::default(), finish::Settings::default(), broker::Settings::default());
+    let cors_origins: Vec<String> = listed(&file.cors.origins).map(origin).collect::<Result<_, _>>()?;
+    let local = matches!(file.auth.mode, Some(ModeName::None)).then(|| http::Local {
+        hosts: file.public_url.as_deref().and_then(host).into_iter().collect(),
+        origins: cors_origins.clone(),
+    });
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
         public_url: public_url(file.public_url.clone())?,
-        cors_origins: listed(&file.cors.origins).map(origin).collect::<Result<_, _>>()?,
-        http: http_settings(&file)?,
+        cors_origins,
+        http: http::Settings { local, ..http_settings(&file)? },
         policy: policy_settings(&file)?,
         store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
         objects: file.s3,
@@ -388,26 +401,45 @@ fn wrong(name: &str, value: &str, kind: &'static str) -> Error {
 }
 
 /// Whether it is `http://host` or `https://host`, and what may follow.
-fn is_base(url: &str, path_too: bool) -> bool {
+fn is_base(url: &str) -> bool {
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).unwrap_or_default();
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let (host, _) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let sound = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#\"<>\\@".contains(&byte));
-    !host.is_empty() && sound(rest) && (path_too || path.is_empty())
+    !host.is_empty() && sound(rest)
+}
+
+/// The host that a URL names.
+fn host(url: &str) -> Option<String> {
+    reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned)
 }
 
 fn public_url(url: Option<String>) -> Result<Option<String>, Error> {
     match url {
-        Some(url) if !is_base(&url, true) => Err(wrong("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net")),
+        Some(url) if !is_base(&url) => Err(wrong("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net")),
         url => Ok(url),
     }
 }
 
-/// An origin as browsers write it; what they never write would silently match nothing.
-fn origin(origin: &str) -> Result<String, Error> {
-    let sound = origin == "*" || (is_base(origin, false) && !origin.bytes().any(|byte| byte.is_ascii_uppercase()));
-    match sound {
-        true => Ok(origin.to_owned()),
-        false => Err(wrong("LFS_BROKER_CORS_ORIGINS", origin, "* or origins such as https://app.example.net, without a path")),
+/// An origin as browsers write it (RFC 6454, section 6.2); what they never write would silently match nothing.
+pub(crate) fn origin(origin: &str) -> Result<String, Error> {
+    if origin == "*" {
+        return Ok(origin.to_owned());
+    }
+    let wrong = |hint: &str| Err(Error::Origin { value: origin.to_owned(), hint: hint.to_owned() });
+    if origin == "null" {
+        return wrong("pages without an origin of their own are let in by * only");
+    }
+    let Ok(url) = reqwest::Url::parse(origin) else { return wrong("* or origins such as https://app.example.net") };
+    if !matches!(url.scheme(), "http" | "https") {
+        return wrong("an origin begins with http:// or https://");
+    }
+    if url.host_str().is_some_and(|host| host.contains('*')) {
+        return wrong("browsers name one host, so a * within a name never matches: list each origin, or * alone");
+    }
+    let written = url.origin().ascii_serialization();
+    match written == origin {
+        true => Ok(written),
+        false => wrong(&format!("browsers write {written}")),
     }
 }
 

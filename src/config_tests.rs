@@ -90,6 +90,18 @@ fn the_doors_settings_are_checked() {
         ("LFS_BROKER_CORS_ORIGINS", "https://a.example/"),
         ("LFS_BROKER_CORS_ORIGINS", "a.example"),
         ("LFS_BROKER_CORS_ORIGINS", "https://A.example"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://a.example/path"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://a.example:443"),
+        ("LFS_BROKER_CORS_ORIGINS", "http://a.example:80"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://*.a.example"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://a.example:"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://a.example:99999"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://u@a.example"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://bücher.example"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://[0:0::1]"),
+        ("LFS_BROKER_CORS_ORIGINS", "https://127.1"),
+        ("LFS_BROKER_CORS_ORIGINS", "ftp://a.example"),
+        ("LFS_BROKER_CORS_ORIGINS", "null"),
     ] {
         let told = more(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value:?} is taken")).to_string();
         let place = SETTINGS.iter().find(|(setting, ..)| *setting == name).map(|(_, place, _)| place.rsplit('.').next().unwrap());
@@ -101,6 +113,32 @@ fn the_doors_settings_are_checked() {
         };
         assert!(told.contains(wanted) || told.contains(place.unwrap()), "{name}={value:?}: {told}");
     }
+}
+
+#[test]
+fn an_origin_that_no_browser_sends_is_refused_with_what_to_write() {
+    for (value, hint) in [
+        ("https://A.example/x", "https://a.example"),
+        ("https://a.example:443", "https://a.example"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("https://*.a.example", "list each origin"),
+        ("a.example", "such as https://"),
+        ("null", "* only"),
+    ] {
+        let told = origin(value).unwrap_err().to_string();
+        assert!(told.contains("LFS_BROKER_CORS_ORIGINS") && told.contains(hint), "{told}");
+    }
+    for value in ["*", "https://a.example", "http://localhost:3000", "https://xn--bcher-kva.example:8443", "http://[::1]:1"] {
+        assert_eq!(origin(value).unwrap(), value);
+    }
+}
+
+#[test]
+fn a_broker_without_tokens_is_asked_under_its_public_name_too() {
+    let more =
+        |mode| with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_AUTH_MODE", mode), ("LFS_BROKER_PUBLIC_URL", "https://lfs.example/b")]);
+    assert_eq!(more("none").unwrap().http.local.unwrap().hosts, ["lfs.example"]);
+    assert!(more("jwt").unwrap().http.local.is_none());
 }
 
 proptest! {

@@ -13,7 +13,7 @@
 //! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
 //! - [`session`] and [`policy`] are the pure core: what is legal, without I/O, clock or chance.
 //!
-//! `failpoint` is where the tests strike between two side effects; a release has none.
+//! `telemetry` writes the log, one line an event, whatever strangers' words hold. `failpoint` is where the tests strike between two side effects; a release has none.
 
 pub mod app;
 pub mod audit;
@@ -33,5 +33,6 @@ pub mod restore_check;
 pub mod session;
 pub mod store;
 pub mod sweeper;
+mod telemetry;
 mod verifier;
 mod wakes;

@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::keys::{Key, Rules};
 use super::{BadSettings, Error};
+use crate::telemetry::chain;
 
 /// How often a set is fetched, and how long it is good.
 #[derive(Clone, Copy)]
@@ -184,7 +185,8 @@ impl Jwks {
     }
 
     async fn fetch(&self) -> Result<Set, String> {
-        let words = |error: reqwest::Error| error.without_url().to_string();
+        // Why there is no connection, such as a certificate that is not trusted, stands in the causes.
+        let words = |error: reqwest::Error| chain(&error.without_url());
         let mut answer = self.client.get(&self.url).header("accept", "application/json").send().await.map_err(words)?;
         if answer.status().as_u16() != 200 {
             return Err(format!("answered {}", answer.status()));
@@ -287,6 +289,25 @@ mod tests {
         tokio::time::sleep(jwks.pace.unknown).await;
         made_up().await;
         assert!(*count.borrow() > before);
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_is_not_trusted_is_named() {
+        let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(pair.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let server = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let server = server.with_no_client_auth().with_single_cert(vec![pair.cert.der().clone()], key).unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://localhost:{}/jwks", listener.local_addr().unwrap().port());
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let _ = acceptor.accept(stream).await;
+            }
+        });
+        let told = jwks(&url, PACE).fetch().await.err().expect("nobody vouches for it");
+        assert!(told.contains("certificate") && !told.contains("localhost:"), "{told}");
     }
 
     #[test]

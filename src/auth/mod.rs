@@ -15,6 +15,9 @@ pub use issue::{Grant, NotIssued, issue};
 use jwks::Jwks;
 use keys::{Key, Rules};
 
+/// The longest `sub`, in bytes: OpenID Connect allows 255 characters, and a row of an index has room for 2,700 bytes.
+const SUBJECT_BYTES: usize = 1024;
+
 /// How callers are told apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
@@ -117,6 +120,9 @@ pub(crate) enum Error {
     Unauthenticated,
     #[error("{0}")]
     Invalid(&'static str),
+    /// The cause may quote the token: it is for the log alone.
+    #[error("the token is not valid here: {0}")]
+    Refused(String),
     #[error("the keys of tokens cannot be fetched")]
     Unavailable,
 }
@@ -224,18 +230,19 @@ impl Auth {
             return Err(Error::Unauthenticated);
         }
         let claims = self.claims(token.trim()).await?;
-        if !is_tenant(&claims.tenant) || claims.sub.is_empty() {
+        if !is_tenant(&claims.tenant) || !is_subject(&claims.sub) {
             return Err(Error::Invalid("the token's tenant or sub has the wrong shape"));
+        }
+        // No topic has such a name, and PostgreSQL has no text with a NUL.
+        if claims.topics.iter().any(|topic| topic.chars().any(char::is_control)) {
+            return Err(Error::Invalid("the token's topics have control characters"));
         }
         let scopes = claims.scope.split(' ').filter_map(Scope::named);
         Ok(Caller { scopes: scopes.collect(), tenant: claims.tenant, subject: claims.sub, topics: claims.topics })
     }
 
     async fn claims(&self, token: &str) -> Result<Claims, Error> {
-        let refused = |error: jsonwebtoken::errors::Error| {
-            tracing::info!(%error, "refused a token");
-            Error::Invalid("the token is not valid here")
-        };
+        let refused = |error: jsonwebtoken::errors::Error| Error::Refused(error.to_string());
         let header = decode_header(token).map_err(refused)?;
         if header.crit.is_some() {
             return Err(Error::Invalid("the token's header has crit, and no extension is known here"));
@@ -247,6 +254,11 @@ impl Auth {
         };
         read.map_err(refused)
     }
+}
+
+/// Whether a token may name its bearer so: it is part of an index's key, of histories and of logs.
+fn is_subject(name: &str) -> bool {
+    (1..=SUBJECT_BYTES).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
 /// Whether a tenant may have this name: it becomes part of object keys.

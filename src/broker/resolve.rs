@@ -23,6 +23,10 @@ impl Broker {
     /// only believed as far as the caller's own tenant, topics and the policies' buckets and prefixes go.
     pub(crate) async fn resolve(&self, caller: &Caller, value: &[u8], options: &ResolveOptions) -> Result<ResolveAnswer, Error> {
         let pointer = Pointer::parse(value).map_err(|error| Error::PointerInvalid(error.to_string()))?;
+        // PostgreSQL has no text with it, and no store a key.
+        if pointer.bucket.contains('\0') || pointer.key.contains('\0') {
+            return Err(Error::PointerInvalid("the pointer's bucket or key has a NUL character".to_owned()));
+        }
         let policy = self.allow(caller, &pointer).await?;
         let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone() };
         let session = self.store.session_of_object(&place.bucket, &place.key).await?;
@@ -34,7 +38,7 @@ impl Broker {
         let proved = session.as_ref().and_then(|session| Some((session, session.state.proof()?)));
         // A pointer means the version that was proved, also where a later one hides it.
         let version_id = options.version_id.as_deref().or(proved.and_then(|(_, proof)| proof.version_id.as_deref()));
-        let found = self.objects.head(&place, version_id).await?.ok_or(Error::ObjectGone)?;
+        let found = self.objects.head_of_pointer(&place, version_id).await?.ok_or(Error::ObjectGone)?;
         if found.size_bytes != pointer.size {
             return Err(Error::PointerSize { promised: pointer.size, found: found.size_bytes });
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::pin::pin;
 
 use super::{Error, asked_to_end, log, talk};
+use crate::config;
 use crate::dev::{self, Dev};
 
 #[derive(clap::Args)]
@@ -30,6 +31,7 @@ pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=info,warn");
     let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
     let mut ending = pin!(asked_to_end());
+    let cors_origins = cors_origins.iter().map(|origin| config::origin(origin)).collect::<Result<Vec<_>, _>>()?;
     let settings = dev::Settings { listen, data_dir, ephemeral, kafka, cors_origins };
     let Some(started) = dev::start(settings, ending.as_mut()).await? else { return Ok(()) };
     tell(&started);

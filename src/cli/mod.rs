@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use lfs_broker_client as client;
 
+use crate::telemetry::log;
 use crate::{app, auth, config, http, kafka, objects, store};
 
 #[derive(Parser)]
@@ -333,19 +334,5 @@ async fn asked_to_end() {
         Err(_) => {
             let _ = interrupt.await;
         }
-    }
-}
-
-/// Logs to stderr: lines for a terminal, JSON for machines (`LFS_BROKER_LOG_FORMAT=json`), filtered by `RUST_LOG`.
-fn log(default: &str) {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    // The embedded S3's protocol layer writes whole requests, signed URLs among them, at its debug level, and whatever
-    // it refuses as an error, though the broker's own trial is refused on purpose. Whoever asked it is told.
-    let filter = filter.add_directive("s3s=off".parse().expect("a directive"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match std::env::var("LFS_BROKER_LOG_FORMAT").as_deref() {
-        Ok("json") => builder.json().init(),
-        _ => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
     }
 }

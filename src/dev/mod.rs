@@ -329,7 +329,10 @@ fn app_settings(settings: &Settings, store: store::Settings, s3: &S3, bootstrap:
             delivery: if embedded { Delivery::AtLeastOnce } else { Delivery::ExactlyOnce },
             create_topics: true,
         },
-        http: http::Settings::default(),
+        http: http::Settings {
+            local: Some(http::Local { hosts: Vec::new(), origins: settings.cors_origins.clone() }),
+            ..http::Settings::default()
+        },
         auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
         policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
         broker: broker::Settings::default(),

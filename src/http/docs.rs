@@ -1,6 +1,6 @@
 //! The contract to browse: Swagger UI out of this program, which loads nothing from elsewhere.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::Path;
@@ -15,21 +15,24 @@ use super::problem::Problem;
 const PAGE: &str = "index.html";
 
 /// `/docs` and what its page loads.
-pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
+///
+/// `base_path` is where the API is for whoever looks from outside.
+pub(super) fn routes<S: Clone + Send + Sync + 'static>(base_path: &str) -> Router<S> {
+    let config = Arc::new(Config::from(format!("{base_path}/openapi.json")).validator_url("none"));
+    let file = move |name: &str, change: fn(String) -> String| file(name, Arc::clone(&config), change);
+    let (page, directory) = (file.clone(), file.clone());
     Router::new()
         // The page names its parts relative to a directory, and this address is none.
         .route(
             "/docs",
-            get(async || file(PAGE, |page| page.replace("=\"./", "=\"docs/").replace("=\"index.css", "=\"docs/index.css"))),
+            get(async move || page(PAGE, |page| page.replace("=\"./", "=\"docs/").replace("=\"index.css", "=\"docs/index.css"))),
         )
-        .route("/docs/", get(async || file(PAGE, |page| page)))
-        .route("/docs/{*name}", get(async |Path(name): Path<String>| file(&name, |content| content)))
+        .route("/docs/", get(async move || directory(PAGE, |page| page)))
+        .route("/docs/{*name}", get(async move |Path(name): Path<String>| file(&name, |content| content)))
 }
 
-fn file(name: &str, change: impl FnOnce(String) -> String) -> Response {
-    static CONFIG: LazyLock<Arc<Config<'static>>> =
-        LazyLock::new(|| Arc::new(Config::from("/openapi.json").validator_url("none")));
-    match serve(name, Arc::clone(&CONFIG)) {
+fn file(name: &str, config: Arc<Config<'static>>, change: fn(String) -> String) -> Response {
+    match serve(name, config) {
         Ok(Some(found)) => {
             let content = match name == PAGE {
                 true => change(String::from_utf8_lossy(&found.bytes).into_owned()).into_bytes(),

@@ -21,10 +21,13 @@ use super::address::client_address;
 use super::problem::Problem;
 use super::serve::Peer;
 use super::{App, pages};
+use crate::telemetry::foreign;
 
 /// How much of a refused body is still read, in bytes, and for how long.
 const UNWANTED_BYTES: usize = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What a page of elsewhere, or whoever asks for a name of elsewhere, is told.
+const NOT_HERE: &str = "a broker without tokens answers under names of this machine only, and no pages of elsewhere";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Names the request, gives it a time, and writes whatever problem comes back.
@@ -34,11 +37,19 @@ pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Nex
     let client = client_address(peer, request.headers(), &app.settings.trusted_proxies);
     request.extensions_mut().insert(client);
     let path = request.uri().path();
-    let span = tracing::info_span!("request", id = %id, client = %client.0, method = %request.method(), path);
+    let method = foreign(request.method().as_str());
+    let span = tracing::info_span!("request", id = %id, client = %client.0, %method, path = %foreign(path));
     let policy = pages::content_policy(path);
-    let request = request.map(|body| Body::new(Patient(Some(body))));
-    let answer = tokio::time::timeout(app.settings.request_time, next.run(request).instrument(span));
-    let mut response = answer.await.unwrap_or_else(|_| {
+    let (parts, body) = request.into_parts();
+    let is_let_in = app.settings.local.as_ref().is_none_or(|local| local.lets_in(&parts));
+    let request = Request::from_parts(parts, Body::new(Patient(Some(body))));
+    let served = async {
+        match is_let_in {
+            true => next.run(request).instrument(span).await,
+            false => Problem::new(ErrorCode::HostForbidden, NOT_HERE).into_response(),
+        }
+    };
+    let mut response = tokio::time::timeout(app.settings.request_time, served).await.unwrap_or_else(|_| {
         let seconds = app.settings.request_time.as_secs_f32();
         tracing::warn!(id, "a request was given up after {seconds} s");
         Problem::new(ErrorCode::DependencyUnavailable, format!("there was no answer within {seconds} s; ask again"))
@@ -58,7 +69,7 @@ pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Nex
         }
     }
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
-        response = write(problem, &id, response);
+        response = write(problem, &id, &app.base_path, response);
     }
     seal(response.headers_mut(), &id, policy);
     response
@@ -75,9 +86,9 @@ fn seal(headers: &mut HeaderMap, id: &str, policy: &'static str) {
 }
 
 /// The bytes of an answer to what did not become a request; the connection ends with it.
-pub(super) fn last_answer(problem: Problem) -> Vec<u8> {
+pub(super) fn last_answer(problem: Problem, base_path: &str) -> Vec<u8> {
     let (id, status) = (Uuid::new_v4().to_string(), problem.kind().status);
-    let (mut parts, body) = compose(problem, &id, Response::new(Body::empty()));
+    let (mut parts, body) = compose(problem, &id, base_path, Response::new(Body::empty()));
     seal(&mut parts.headers, &id, pages::content_policy(""));
     let reason = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or_default();
     let mut answer =
@@ -97,15 +108,15 @@ fn request_id(headers: &HeaderMap) -> String {
     given.filter(harmless).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
 }
 
-fn write(problem: Problem, id: &str, empty: Response) -> Response {
-    let (parts, json) = compose(problem, id, empty);
+fn write(problem: Problem, id: &str, base_path: &str, empty: Response) -> Response {
+    let (parts, json) = compose(problem, id, base_path, empty);
     Response::from_parts(parts, Body::from(json))
 }
 
-fn compose(problem: Problem, id: &str, empty: Response) -> (response::Parts, Vec<u8>) {
+fn compose(problem: Problem, id: &str, base_path: &str, empty: Response) -> (response::Parts, Vec<u8>) {
     let kind = problem.kind();
     let body = api::Problem {
-        kind: format!("/problems/{}", problem.code),
+        kind: format!("{base_path}/problems/{}", problem.code),
         title: kind.title.to_owned(),
         status: kind.status,
         detail: problem.detail,

@@ -5,6 +5,7 @@ mod docs;
 mod document;
 mod edge;
 mod extract;
+pub(crate) mod local;
 mod operate;
 mod pages;
 mod pointers;
@@ -25,12 +26,15 @@ use ipnet::IpNet;
 use lfs_broker_client::api::ErrorCode;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
+use tracing::info;
 use utoipa::{Modify as _, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
+use crate::telemetry::foreign;
 use address::ClientAddress;
+pub use local::Local;
 use problem::Problem;
 use rates::Rates;
 pub(crate) use serve::serve;
@@ -56,6 +60,8 @@ pub struct Settings {
     pub tls: Option<tls::Settings>,
     /// `LFS_BROKER_TRUSTED_PROXIES`: whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whether a broker without tokens answers only under names of this machine; none: under any.
+    pub local: Option<Local>,
     /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`: 0: no limit. Without tokens there is none.
     pub tenant_requests_per_second: u32,
     /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`: tokens that are not valid, by the client's address; 0: no limit.
@@ -74,6 +80,7 @@ impl Default for Settings {
             connections: 4096,
             tls: None,
             trusted_proxies: Vec::new(),
+            local: None,
             tenant_requests_per_second: 1000,
             failed_logins_per_minute: 600,
         }
@@ -89,6 +96,8 @@ pub(crate) struct Parts {
     auth: Auth,
     /// Base of `Location`, without a slash at its end; empty for a path alone.
     public_url: String,
+    /// Its path: base of what is linked to in answers.
+    pub(crate) base_path: String,
     settings: Settings,
     rates: Rates,
 }
@@ -106,7 +115,8 @@ impl App {
         let per_second = if auth.tells_tenants_apart() { settings.tenant_requests_per_second } else { 0 };
         let rates = Rates::new(per_second, settings.failed_logins_per_minute);
         let public_url = public_url.trim_end_matches('/').to_owned();
-        Self(Arc::new(Parts { broker, auth, public_url, settings, rates }))
+        let base_path = base_path(&public_url).to_owned();
+        Self(Arc::new(Parts { broker, auth, public_url, base_path, settings, rates }))
     }
 
     /// Who asks. Whoever comes with a valid token is let in, however many others failed at the same address.
@@ -114,17 +124,24 @@ impl App {
         let token = parts.headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
         self.auth.caller(token).await.map_err(|error| match error {
             auth::Error::Unauthenticated => Problem::new(ErrorCode::Unauthenticated, "the request has no bearer token"),
-            auth::Error::Invalid(reason) => {
-                let counted = parts.extensions.get::<ClientAddress>().map(|client| self.rates.failed_login(client.0));
-                match counted {
-                    Some(Err(seconds)) => limited(seconds, "too many tokens that are not valid come from this address"),
-                    _ => Problem::new(ErrorCode::InvalidToken, reason),
-                }
-            }
+            auth::Error::Invalid(reason) => self.failed_login(parts, reason, reason),
+            auth::Error::Refused(cause) => self.failed_login(parts, "the token is not valid here", &cause),
             auth::Error::Unavailable => {
                 Problem::new(ErrorCode::DependencyUnavailable, "the keys of tokens cannot be fetched now")
             }
         })
+    }
+
+    /// Counts a token that is not valid. What is answered 429 is not logged: a flood of tokens must not flood the log.
+    fn failed_login(&self, parts: &request::Parts, told: &str, cause: &str) -> Problem {
+        let counted = parts.extensions.get::<ClientAddress>().map(|client| self.rates.failed_login(client.0));
+        match counted {
+            Some(Err(seconds)) => limited(seconds, "too many tokens that are not valid come from this address"),
+            _ => {
+                info!(error = %foreign(cause), "refused a token");
+                Problem::new(ErrorCode::InvalidToken, told)
+            }
+        }
     }
 
     /// Counts what the caller asks.
@@ -134,6 +151,12 @@ impl App {
             Err(seconds) => Err(limited(seconds, "the tenant sends more requests than it may")),
         }
     }
+}
+
+/// The path of a URL without a slash at its end, such as `/api`; mostly empty.
+fn base_path(url: &str) -> &str {
+    let place = url.split_once("://").map_or(url, |(_, place)| place);
+    place.find('/').map_or("", |path| &place[path..])
 }
 
 fn limited(seconds: u64, detail: &str) -> Problem {
@@ -195,7 +218,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Pages of `cors_origins` may call it from a browser; an origin that is not one is left out.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let routes = routes.merge(docs::routes()).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
+    let routes = routes.merge(docs::routes(&app.base_path)).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
     // The layer answers every OPTIONS, whether there is such a route or not.
     let routes = if cors_origins.is_empty() { routes } else { routes.layer(cors(cors_origins)) };
     routes

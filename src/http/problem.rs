@@ -52,6 +52,12 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
         ErrorCode::PointerForbidden => {
             kind(403, false, "Pointer forbidden", "The pointer names an object outside what the caller may read.")
         }
+        ErrorCode::HostForbidden => kind(
+            403,
+            false,
+            "Host forbidden",
+            "A broker without tokens answers under names of this machine only (Host), and no pages of elsewhere (Origin).",
+        ),
         ErrorCode::NotFound => kind(404, false, "Not found", "There is no such route."),
         ErrorCode::UploadNotFound => kind(404, false, "Upload not found", "There is no such upload, or it is not yours."),
         ErrorCode::TopicNotFound => {
@@ -119,7 +125,7 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
             503,
             true,
             "Dependency unavailable",
-            "The database, S3 or Kafka did not answer, or the broker has too much to do; ask again.",
+            "The database, S3 or Kafka did not answer or refused, or the broker has too much to do; ask again. A refusal needs an operator.",
         ),
         ErrorCode::CompletionUnknown => {
             kind(503, true, "Completion unknown", "Whether S3 completed the upload is not known yet; asking again resolves it.")
@@ -184,9 +190,18 @@ impl From<Error> for Problem {
             Error::Store(store::Error::Corrupt { .. }) => {
                 return Self::ours(ErrorCode::Internal, &error, "a row of the database is not as it should be");
             }
-            Error::Store(_) => return Self::ours(ErrorCode::DependencyUnavailable, &error, "the database did not answer"),
-            Error::Objects(_) => return Self::ours(ErrorCode::DependencyUnavailable, &error, "object storage did not answer"),
-            Error::Kafka(_) => return Self::ours(ErrorCode::DependencyUnavailable, &error, "Kafka did not answer"),
+            Error::Store(cause) => {
+                let told = if cause.is_refusal() { "the database refused it" } else { "the database did not answer" };
+                return Self::ours(ErrorCode::DependencyUnavailable, &error, told);
+            }
+            Error::Objects(cause) => {
+                let told = if cause.is_refusal() { "object storage refused it" } else { "object storage did not answer" };
+                return Self::ours(ErrorCode::DependencyUnavailable, &error, told);
+            }
+            Error::Kafka(cause) => {
+                let told = if cause.is_refusal() { "Kafka refused it" } else { "Kafka did not answer" };
+                return Self::ours(ErrorCode::DependencyUnavailable, &error, told);
+            }
         };
         Self::new(code, error.to_string())
     }

@@ -45,6 +45,8 @@ pub(super) struct Peer(pub(super) IpAddr);
 #[derive(Clone)]
 struct Door {
     router: Router,
+    /// Base of what is linked to in answers.
+    base_path: Arc<str>,
     tls: Option<Tls>,
     limits: Limits,
     /// Whether others wait for a seat.
@@ -56,13 +58,14 @@ struct Door {
 pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
+    base_path: String,
     tls: Option<Tls>,
     settings: Settings,
     mut stopped: watch::Receiver<bool>,
 ) {
     let limits = Limits { head: settings.header_time, idle: settings.idle_time, write: settings.write_time };
     let (seats, crowded) = (Arc::new(Semaphore::new(settings.connections)), Arc::new(AtomicBool::new(false)));
-    let door = Door { router, tls, limits, crowded: Arc::clone(&crowded), stopped: stopped.clone() };
+    let door = Door { router, base_path: base_path.into(), tls, limits, crowded: Arc::clone(&crowded), stopped: stopped.clone() };
     let mut guests = JoinSet::new();
     loop {
         // A set keeps what has ended until somebody looks.
@@ -161,6 +164,6 @@ impl Door {
             _ => return,
         };
         debug!(%peer, code = %problem.code, "refused what was not a request");
-        wire.last_word(&last_answer(problem)).await;
+        wire.last_word(&last_answer(problem, &self.base_path)).await;
     }
 }

@@ -144,6 +144,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether Kafka answered, and the answer was no: asking again helps once somebody has changed something.
+    pub(crate) fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Unreachable(_))
+    }
+
     fn settings(error: KafkaError) -> Self {
         Self::Settings(error.to_string())
     }

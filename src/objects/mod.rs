@@ -91,6 +91,13 @@ pub enum Error {
     Settings(String),
 }
 
+impl Error {
+    /// Whether the store answered, and the answer was no: asking again helps once somebody has changed something.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Settings(_) | Self::Unsigned { .. })
+    }
+}
+
 impl From<Struck> for Error {
     /// As when S3's answer is lost.
     fn from(struck: Struck) -> Self {
@@ -149,6 +156,23 @@ impl Objects {
                 Box::pin(self.head(place, None)).await.map(|_| None)
             }
             Err(error) => Err(failed("HeadObject", &error)),
+        }
+    }
+
+    /// The same for a place that somebody else named: under a name that this store cannot have it holds nothing.
+    ///
+    /// # Errors
+    /// As [`Self::head`].
+    pub async fn head_of_pointer(&self, place: &Place, version_id: Option<&str>) -> Result<Option<Object>, Error> {
+        match self.head(place, version_id).await {
+            // A HEAD has no body that would tell more. Where the bucket answers, the key is what the store dislikes.
+            Err(Error::Refused { code, message }) if code == "http-400" => {
+                match self.0.calls.head_bucket().bucket(&place.bucket).send().await {
+                    Ok(_) => Ok(None),
+                    Err(_) => Err(Error::Refused { code, message }),
+                }
+            }
+            answer => answer,
         }
     }
 
@@ -354,6 +378,39 @@ mod tests {
         let mut reading = Reading { body, longest_pause: Duration::from_millis(20) };
         assert_eq!(reading.next().await, Ok(Some(Bytes::from_static(b"hello"))));
         assert!(matches!(reading.next().await, Err(Error::Unavailable(_))));
+    }
+
+    #[tokio::test]
+    async fn a_key_that_the_store_cannot_have_holds_nothing() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        // MinIO answers so to a key with a backslash.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = [0; 4096];
+                let read = stream.read(&mut request).await.unwrap_or(0);
+                let request = String::from_utf8_lossy(&request[..read]).into_owned();
+                let is_bad = request.contains("%5C") || request.starts_with("HEAD /closed");
+                let status = if is_bad { "400 Bad Request" } else { "200 OK" };
+                let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        });
+        let text = |text: &str| Some(text.to_owned());
+        let settings = Settings {
+            endpoint: Some(endpoint),
+            region: text("us-east-1"),
+            access_key_id: text("a"),
+            secret_access_key: text("b"),
+            ..Settings::default()
+        };
+        let objects = Objects::connect(&settings).await.unwrap();
+        let place = |bucket: &str, key: &str| Place { bucket: bucket.to_owned(), key: key.to_owned() };
+        assert_eq!(objects.head_of_pointer(&place("bucket", r"a\b"), None).await, Ok(None));
+        assert!(objects.head_of_pointer(&place("bucket", "ab"), None).await.is_ok_and(|found| found.is_some()));
+        let closed = objects.head_of_pointer(&place("closed", "ab"), None).await;
+        assert!(matches!(closed, Err(Error::Refused { .. })), "{closed:?}");
     }
 
     #[test]

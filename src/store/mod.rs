@@ -89,6 +89,20 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the database answered, and the answer was no: asking again helps once somebody has changed something.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            // Classes of PostgreSQL's errors that pass (its appendix A): connection, conflict, resources, shutdown.
+            Self::Database(sqlx::Error::Database(error)) => {
+                !error.code().is_some_and(|code| ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)))
+            }
+            Self::Schema { .. } | Self::Migration(_) | Self::Url => true,
+            _ => false,
+        }
+    }
+}
+
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         // 55P03: lock_timeout ran out while another transaction held the row (PostgreSQL, appendix A).

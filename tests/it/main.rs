@@ -31,6 +31,7 @@ mod idempotency;
 mod integrity;
 mod kafscale;
 mod listing;
+mod logs;
 mod multipart;
 mod openapi;
 mod operate;

@@ -11,7 +11,7 @@ use crate::harness::{House, bytes, sha256};
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
 
 /// Every code of the contract with its status.
-pub(crate) const CODES: [(u16, &str); 41] = [
+pub(crate) const CODES: [(u16, &str); 42] = [
     (400, "malformed-request"),
     (400, "malformed-json"),
     (400, "idempotency-key-invalid"),
@@ -21,6 +21,7 @@ pub(crate) const CODES: [(u16, &str); 41] = [
     (403, "topic-forbidden"),
     (403, "topic-not-enabled"),
     (403, "pointer-forbidden"),
+    (403, "host-forbidden"),
     (404, "not-found"),
     (404, "upload-not-found"),
     (404, "topic-not-found"),
@@ -402,6 +403,52 @@ async fn storage_that_refuses_is_unavailable_and_nothing_internal_is_told() {
     let answer = answer.expect_problem(503, "dependency-unavailable");
     assert!(answer.headers.contains_key("retry-after"));
     assert!(!answer.text.contains("no-such-bucket"), "{}", answer.text);
+    assert_eq!(answer.json["detail"], "object storage refused it");
+}
+
+#[tokio::test]
+async fn a_database_that_refuses_is_not_told_as_one_that_does_not_answer() {
+    let house = House::new().await;
+    sqlx::query("alter table idempotency_keys rename to elsewhere").execute(&house.db).await.unwrap();
+    sqlx::query("alter table upload_sessions rename to elsewhere_too").execute(&house.db).await.unwrap();
+    let answer = house.get("/lfs/uploads").await.expect_problem(503, "dependency-unavailable");
+    assert_eq!(answer.json["detail"], "the database refused it");
+}
+
+#[tokio::test]
+async fn what_an_answer_links_to_is_under_the_path_of_the_public_url() {
+    let house = House::with(|settings| settings.public_url = Some("https://x.example/api/".to_owned())).await;
+    assert_eq!(house.get("/nope").await.expect(404).json["type"], "/api/problems/not-found");
+    let barely = house.raw(b"nonsense\r\n\r\n").await;
+    assert!(barely[0].body.contains("\"/api/problems/malformed-request\""), "{barely:?}");
+    assert!(house.get("/docs/swagger-initializer.js").await.expect(200).text.contains("/api/openapi.json"));
+    let opened = house.open(b"x", json!({})).await.expect(201);
+    assert_eq!(opened.headers["location"], format!("https://x.example/api/lfs/uploads/{}", opened.id()));
+}
+
+#[tokio::test]
+async fn a_broker_without_tokens_answers_under_names_of_this_machine_only() {
+    let house = House::with(|settings| settings.http.local = Some(lfs_broker::http::Local::default())).await;
+    let asked = async |headers: &[(&str, &str)]| {
+        let request =
+            headers.iter().fold(house.request("GET", "/lfs/uploads"), |request, (name, value)| request.header(*name, *value));
+        house.send(request).await
+    };
+    for host in ["localhost:8080", "127.0.0.1", "[::1]:8080"] {
+        asked(&[("host", host)]).await.expect(200);
+    }
+    asked(&[("origin", "http://localhost:3000")]).await.expect(200);
+    for headers in [
+        [("host", "evil.example:8080")].as_slice(),
+        &[("host", "127.0.0.1.evil.example")],
+        &[("origin", "https://evil.example")],
+        &[("origin", "null")],
+    ] {
+        asked(headers).await.expect_problem(403, "host-forbidden");
+    }
+    let absolute =
+        house.raw(b"GET http://evil.example/lfs/uploads HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    assert_eq!(absolute[0].status, 403, "{absolute:?}");
 }
 
 #[tokio::test]

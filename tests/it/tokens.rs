@@ -272,6 +272,11 @@ async fn every_claim_is_required_and_checked() {
         ("exp", json!("4000000000")),
         ("nbf", json!(now() + 60)),
         ("sub", json!("")),
+        ("sub", json!("a\u{0}b")),
+        ("sub", json!("a\nb")),
+        ("sub", json!("s".repeat(1025))),
+        ("topics", json!(["a", "b\u{0}"])),
+        ("topics", json!(["\u{1b}[2J*"])),
         ("topics", json!("*")),
         ("topics", json!([7])),
         ("tenant", json!("")),
@@ -289,6 +294,24 @@ async fn every_claim_is_required_and_checked() {
         let request = house.request("GET", "/lfs/uploads").header("authorization", authorization);
         house.send(request).await.expect_problem(401, "unauthenticated");
     }
+}
+
+#[tokio::test]
+async fn the_longest_subject_opens_with_the_longest_idempotency_key() {
+    let house = house(|auth| auth.hs256_secret = Some(SECRET.into())).await;
+    let mut claims = tokens::claims(&"t".repeat(63), "lfs:write", &["*"]);
+    // Random, for PostgreSQL packs what repeats itself before it looks whether a row of an index is too large.
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut text = |length| std::iter::repeat_with(|| random.alphanumeric()).take(length).collect::<String>();
+    claims["sub"] = json!(text(1024));
+    let body = json!({"topic": house.topic, "size": 1, "sha256": crate::harness::sha256(b"x")});
+    let key = text(255);
+    let open = async || {
+        let request = house.request("POST", "/lfs/uploads").bearer_auth(tokens::sign(&claims)).header("idempotency-key", &key);
+        house.send(request.json(&body)).await
+    };
+    let opened = open().await.expect(201);
+    assert_eq!(open().await.expect(200).id(), opened.id());
 }
 
 #[tokio::test]

@@ -42,6 +42,7 @@ error_codes! {
     TopicForbidden = "topic-forbidden",
     TopicNotEnabled = "topic-not-enabled",
     PointerForbidden = "pointer-forbidden",
+    HostForbidden = "host-forbidden",
     NotFound = "not-found",
     UploadNotFound = "upload-not-found",
     TopicNotFound = "topic-not-found",

@@ -26,7 +26,8 @@ pub struct Problem {
     pub status: u16,
     /// What happened this time.
     pub detail: String,
-    /// The code to decide by. Kept as it came: a newer broker may send one that [`ErrorCode`] lacks.
+    // Kept as it came: a newer broker may send one that `ErrorCode` lacks.
+    /// The code to decide by.
     #[cfg_attr(feature = "openapi", schema(value_type = ErrorCode))]
     pub code: String,
     /// The request's id, for the operator's logs.

@@ -13,6 +13,7 @@ use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, HttpError, HttpResponse, S3Error, S3ErrorCode, S3Result, s3_error};
 
 use super::api::Api;
+use crate::http::local::is_loopback;
 
 /// The longest life of a presigned URL on AWS.
 const WEEK_SECONDS: u64 = 7 * 24 * 3600;
@@ -100,6 +101,11 @@ fn join_encodings(headers: &mut HeaderMap) {
 
 /// Refuses what AWS refuses before it looks at a signature, and what the store does not do at all.
 fn guard(request: &hyper::http::request::Parts) -> S3Result<()> {
+    // A page whose name was pointed at this machine asks for that name.
+    let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    if host.is_some_and(|host| !is_loopback(host)) {
+        return Err(s3_error!(AccessDenied, "This store answers under names of this machine only."));
+    }
     let text = |name| request.headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok()).unwrap_or_default();
     // Decoded just as s3s does it, so that both see the same parameters.
     let query: Vec<_> = form_urlencoded::parse(request.uri.query().unwrap_or_default().as_bytes()).collect();

@@ -50,7 +50,7 @@ impl House {
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| written.lock().unwrap().push(line)));
         let mut serving = Serving { child, log, url: String::new() };
         let told = serving.says("serving on http://").await;
-        serving.url = format!("http://{}", told.rsplit("http://").next().unwrap().split_whitespace().next().unwrap());
+        serving.url = format!("http://{}", told.rsplit("http://").next().unwrap().split([' ', '"']).next().unwrap());
         serving
     }
 }

@@ -142,6 +142,28 @@ async fn pointers_name_no_object_that_cannot_be() {
 }
 
 #[tokio::test]
+async fn a_nul_in_an_administrators_pointer_is_the_callers_mistake() {
+    let house = House::new().await;
+    let (bucket, topic) = (&house.bucket, &house.topic);
+    for (bucket, key) in [
+        (bucket.clone(), format!("a\\u0000b/{topic}/lfs/x")),
+        (bucket.clone(), format!("default/{topic}/lfs/a\\u0000b")),
+        (format!("{bucket}\\u0000"), format!("default/{topic}/lfs/x")),
+    ] {
+        let pointer = format!("{{\"kfs_lfs\":1,\"bucket\":\"{bucket}\",\"key\":\"{key}\",\"size\":1}}");
+        for query in ["", "?validate=true"] {
+            let answer = house.send_json("POST", &format!("/lfs/resolve{query}"), pointer.clone()).await;
+            answer.expect_problem(422, "pointer-invalid");
+        }
+    }
+    // Other names that no store has are no fault of ours either.
+    for key in ["a\\\\b", "\\\\", "a:b|c*?<>", &format!("{}/x", "d".repeat(300))] {
+        let pointer = format!("{{\"kfs_lfs\":1,\"bucket\":\"{bucket}\",\"key\":\"default/{topic}/lfs/{key}\",\"size\":1}}");
+        refused(house.send_json("POST", "/lfs/resolve", pointer.clone()).await, &pointer);
+    }
+}
+
+#[tokio::test]
 async fn no_header_of_a_request_breaks_anything() {
     let house = House::new().await;
     let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")}).to_string();
