@@ -29,10 +29,10 @@ const LARGEST_OBJECT: u64 = 5 << 40;
 /// ```no_run
 /// use lfs_broker_client::{Client, Consumer, consumer::Content};
 ///
-/// # async fn each(value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
+/// # async fn each(topic: &str, value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
 /// let consumer = Consumer::new(Client::new("http://127.0.0.1:8080")?.with_token("…"));
 /// // For each record that the Kafka client hands over:
-/// let message = consumer.open(value, headers).await?;
+/// let message = consumer.open_record(topic, value, headers).await?;
 /// println!("upload {:?}, proved by {:?}", message.metadata.upload_id, message.metadata.integrity);
 /// match message.content {
 ///     Content::Nothing => println!("a tombstone"),
@@ -124,11 +124,40 @@ impl Consumer {
         value: Option<&'a [u8]>,
         headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
     ) -> Result<Message<'a>, Error> {
+        self.opened(None, value, headers).await
+    }
+
+    /// The same of a record of this topic: the broker refuses a pointer that somebody copied there from another topic
+    /// ([`Resolver::fetch_record`]). Where the topic is known, this is the one to use.
+    ///
+    /// # Errors
+    /// As [`Consumer::open`], and the problem `pointer-forbidden`.
+    pub async fn open_record<'a, 'h>(
+        &self,
+        topic: &str,
+        value: Option<&'a [u8]>,
+        headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
+    ) -> Result<Message<'a>, Error> {
+        self.opened(Some(topic), value, headers).await
+    }
+
+    async fn opened<'a, 'h>(
+        &self,
+        topic: Option<&str>,
+        value: Option<&'a [u8]>,
+        headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
+    ) -> Result<Message<'a>, Error> {
         let (metadata, reference) = read(headers);
         let content = match kind(value, reference)? {
             Kind::Nothing => Content::Nothing,
             Kind::Inline(bytes) => Content::Inline(bytes),
-            Kind::Pointer(value) => Content::Pointer(self.pointers.fetch_version(value, metadata.version_id.as_deref()).await?),
+            Kind::Pointer(value) => {
+                let version_id = metadata.version_id.as_deref();
+                Content::Pointer(match topic {
+                    Some(topic) => self.pointers.fetch_record(topic, value, version_id).await?,
+                    None => self.pointers.fetch_version(value, version_id).await?,
+                })
+            }
             Kind::Reference(key) => {
                 let Some((resolver, bucket)) = &self.references else {
                     return Err(Error::NoReferenceBucket(key));

@@ -196,12 +196,15 @@ impl Client {
         parse(&self.call(&call).await?)
     }
 
-    /// Reads every transition of an upload.
+    /// Reads an upload's transitions: all that the broker keeps.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn history(&self, id: Uuid) -> Result<History, Error> {
-        parse(&self.call(&self.get(&["lfs", "uploads", &id.to_string(), "history"])?).await?)
+        let mut call = self.get(&["lfs", "uploads", &id.to_string(), "history"])?;
+        // The largest page, and as much as a broker keeps of one upload.
+        call.url.query_pairs_mut().append_pair("limit", "1000");
+        parse(&self.call(&call).await?)
     }
 
     /// Signs part URLs, at most [`PARTS_PER_CALL`](crate::api::PARTS_PER_CALL).
@@ -237,7 +240,8 @@ impl Client {
     pub async fn resolve(&self, value: &[u8], options: &ResolveOptions) -> Result<ResolveAnswer, Error> {
         let mut call = self.post(&["lfs", "resolve"], Some(Bytes::copy_from_slice(value)))?;
         let validate = options.validate.then(|| "true".to_owned());
-        set_query(&mut call.url, &[("version_id", options.version_id.clone()), ("validate", validate)]);
+        let (version_id, topic) = (options.version_id.clone(), options.topic.clone());
+        set_query(&mut call.url, &[("version_id", version_id), ("topic", topic), ("validate", validate)]);
         parse(&self.call(&call).await?)
     }
 

@@ -37,7 +37,7 @@
 //! # async fn consume(value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
 //! // With any Kafka client: the value and the headers of a record in, its bytes out, verified.
 //! let consumer = Consumer::new(Client::new("http://127.0.0.1:8080")?);
-//! consumer.open(value, headers).await?.content.save("order-17.mp4").await?;
+//! consumer.open_record("videos", value, headers).await?.content.save("order-17.mp4").await?;
 //! # Ok(())
 //! # }
 //! ```

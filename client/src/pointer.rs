@@ -75,6 +75,19 @@ impl Pointer {
         if !looks_like_pointer(value) {
             return Err(NotAPointer::NotAnEnvelope);
         }
+        Self::parse_any_order(value)
+    }
+
+    /// Reads what is said to be a pointer, its members in any order and with any white space: as [`Pointer::parse`], which
+    /// tells pointers from other records, but for the envelope's first bytes.
+    ///
+    /// # Errors
+    /// [`NotAPointer`] says which of the envelope's rules the value breaks.
+    pub fn parse_any_order(value: &[u8]) -> Result<Self, NotAPointer> {
+        // Left to itself serde also reads a struct from an array, by position.
+        if value.trim_ascii_start().first() != Some(&b'{') {
+            return Err(NotAPointer::Malformed("it is not a JSON object".to_owned()));
+        }
         let loose: Loose = serde_json::from_slice(value).map_err(|error| NotAPointer::Malformed(error.to_string()))?;
         loose.check()
     }

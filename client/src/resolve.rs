@@ -11,6 +11,9 @@ use crate::pointer::{NotAPointer, Pointer, looks_like_pointer};
 use crate::storage::Wire;
 use crate::transfer::{Promise, Target};
 
+/// What the serializer of our Java client uploads goes to a topic of its own, which is named so after the record's.
+const STAGING: &str = ".lfs-staging";
+
 /// Pieces of a large object that come at the same time.
 const LANES: usize = 4;
 
@@ -51,6 +54,14 @@ impl Client {
     /// As [`Client::fetch`].
     pub async fn fetch_version(&self, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
         Resolver::from(self.clone()).fetch_version(value, version_id).await
+    }
+
+    /// Fetches what a record of this topic points to; see [`Resolver::fetch_record`].
+    ///
+    /// # Errors
+    /// As [`Resolver::fetch_record`].
+    pub async fn fetch_record(&self, topic: &str, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
+        Resolver::from(self.clone()).fetch_record(topic, value, version_id).await
     }
 }
 
@@ -130,13 +141,28 @@ impl Resolver {
     /// # Errors
     /// As [`Resolver::fetch`].
     pub async fn fetch_version(&self, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
-        let pointer = Pointer::parse(value)?;
+        self.fetch_bound(None, value, version_id).await
+    }
+
+    /// Fetches what a record of this topic points to. The broker refuses a pointer that was copied from another topic: only
+    /// the topic's own uploads are followed, and those of `<topic>.lfs-staging`, where our Java serializer puts them. With
+    /// own access to S3 the buckets and prefixes that it allows decide, as ever.
+    ///
+    /// # Errors
+    /// As [`Resolver::fetch`], and the problem `pointer-forbidden`.
+    pub async fn fetch_record(&self, topic: &str, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
+        self.fetch_bound(Some(topic), value, version_id).await
+    }
+
+    async fn fetch_bound(&self, topic: Option<&str>, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
+        let pointer = Pointer::parse_any_order(value)?;
+        let topic = topic.map(|topic| owner(topic, &pointer));
         let version_id = version_id.map(str::to_owned);
         let target = match &self.way {
             Way::Broker(client) => Target::Broker {
                 client: client.clone(),
                 value: Bytes::copy_from_slice(value),
-                options: ResolveOptions { version_id, validate: false },
+                options: ResolveOptions { version_id, topic, validate: false },
             },
             Way::Own(access) => {
                 let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone(), version_id };
@@ -161,9 +187,26 @@ impl Resolver {
     }
 }
 
+/// The topic that a pointer's object must belong to where it was read from `topic`.
+fn owner(topic: &str, pointer: &Pointer) -> String {
+    let staging = format!("{topic}{STAGING}");
+    if pointer.key.contains(&format!("/{staging}/lfs/")) { staging } else { topic.to_owned() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_is_bound_to_its_own_topic_or_to_the_staging_topic_of_that_one() {
+        let owner = |key: &str| {
+            owner("t", &Pointer::parse(format!(r#"{{"kfs_lfs":1,"bucket":"b","key":"{key}","size":1}}"#).as_bytes()).unwrap())
+        };
+        assert_eq!(owner("acme/t/lfs/2026/x"), "t");
+        assert_eq!(owner("acme/other/lfs/2026/x"), "t");
+        assert_eq!(owner("acme/t.lfs-staging/lfs/2026/x"), "t.lfs-staging");
+        assert_eq!(owner("acme/other.lfs-staging/lfs/2026/x"), "t");
+    }
 
     #[test]
     fn a_value_is_data_or_a_pointer_and_never_a_broken_pointer_as_data() {

@@ -9,4 +9,4 @@ const broker = new Broker(process.env["LFS_BROKER_URL"] ?? "http://127.0.0.1:808
 
 const pointer = await broker.upload(await openAsBlob(file), { topic, ...(key && { key }) });
 console.log(JSON.stringify(pointer));
-await broker.fetch(pointer);
+await broker.fetch(pointer, topic);

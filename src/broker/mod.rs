@@ -80,6 +80,8 @@ pub(crate) enum Error {
     ObjectGone,
     #[error("the pointer says {promised} bytes, S3 holds {found}")]
     PointerSize { promised: u64, found: u64 },
+    #[error("the pointer says {promised}, the object was proved to have {found}")]
+    PointerChecksum { promised: String, found: String },
     #[error("this replica completes as many uploads as it may; ask again")]
     Full,
     #[error("the completion's outcome is not known yet; asking again resolves it")]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lfs_broker_client::api::{ResolveAnswer, ResolveOptions, Resolved, Validated};
+use lfs_broker_client::api::{Policy, ResolveAnswer, ResolveOptions, Resolved, Validated};
 use lfs_broker_client::pointer::Pointer;
 
 use super::complete::pointer as stored_pointer;
@@ -22,12 +22,15 @@ impl Broker {
     /// No session is needed: rows are retired, and other producers' pointers resolve too. What the pointer says is
     /// only believed as far as the caller's own tenant, topics and the policies' buckets and prefixes go.
     pub(crate) async fn resolve(&self, caller: &Caller, value: &[u8], options: &ResolveOptions) -> Result<ResolveAnswer, Error> {
-        let pointer = Pointer::parse(value).map_err(|error| Error::PointerInvalid(error.to_string()))?;
+        let pointer = Pointer::parse_any_order(value).map_err(|error| Error::PointerInvalid(error.to_string()))?;
         // PostgreSQL has no text with it, and no store a key.
         if pointer.bucket.contains('\0') || pointer.key.contains('\0') {
             return Err(Error::PointerInvalid("the pointer's bucket or key has a NUL character".to_owned()));
         }
-        let policy = self.allow(caller, &pointer).await?;
+        let (topic, policy) = self.allow(caller, &pointer).await?;
+        if options.topic.as_ref().is_some_and(|read_from| *read_from != topic) {
+            return Err(Error::PointerForbidden("the object belongs to another topic than the pointer was read from"));
+        }
         let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone() };
         let session = self.store.session_of_object(&place.bucket, &place.key).await?;
         // A session keeps the limits that it was opened under.
@@ -43,10 +46,11 @@ impl Broker {
             return Err(Error::PointerSize { promised: pointer.size, found: found.size_bytes });
         }
         let integrity = match proved {
-            Some((session, proof)) if says_the_same(&pointer, &stored_pointer(session, proof)?) => {
-                still_proved(&self.store, session, proof, &found).await?.ok()
-            }
-            _ => None,
+            Some((session, proof)) => match says_the_same(&pointer, &stored_pointer(session, proof)?)? {
+                true => still_proved(&self.store, session, proof, &found).await?.ok(),
+                false => None,
+            },
+            None => None,
         };
         if options.validate {
             return Ok(ResolveAnswer::Validated(Validated { valid: true, size: pointer.size, integrity }));
@@ -67,8 +71,9 @@ impl Broker {
         }))
     }
 
-    /// Whether a policy covers the pointer's bucket and prefix, and the caller its tenant and topic.
-    async fn allow(&self, caller: &Caller, pointer: &Pointer) -> Result<lfs_broker_client::api::Policy, Error> {
+    /// The topic that the pointer's object belongs to, and its policy, which covers the bucket and the prefix. The caller may
+    /// use that topic, and the tenant is the caller's.
+    async fn allow(&self, caller: &Caller, pointer: &Pointer) -> Result<(String, Policy), Error> {
         let outside = || Error::PointerForbidden("the pointer is outside the buckets and prefixes of the policies");
         if pointer.key.len() > MAX_OBJECT_KEY_BYTES {
             return Err(outside());
@@ -91,16 +96,23 @@ impl Broker {
                     "the pointer is another tenant's, or of a topic that the token does not name",
                 ));
             }
-            return Ok(policy);
+            return Ok((topic.to_owned(), policy));
         }
         Err(outside())
     }
 }
 
-/// Whether two pointers to one object name the same bytes.
-fn says_the_same(pointer: &Pointer, stored: &Pointer) -> bool {
-    match stored.sha256 {
-        Some(_) => pointer.sha256 == stored.sha256,
-        None => (&pointer.checksum_alg, &pointer.checksum) == (&stored.checksum_alg, &stored.checksum),
+/// Whether a pointer names the bytes that were proved; `false` where it says nothing of them.
+fn says_the_same(pointer: &Pointer, proved: &Pointer) -> Result<bool, Error> {
+    let differ = |promised: String, found: String| Err(Error::PointerChecksum { promised, found });
+    match (pointer.sha256, proved.sha256) {
+        (Some(said), Some(proved)) if said != proved => differ(format!("sha256 {said}"), format!("sha256 {proved}")),
+        (said, Some(_)) => Ok(said.is_some()),
+        (_, None) => match (pointer.digest(), proved.digest()) {
+            (Some(said), Some(proved)) if said.algorithm == proved.algorithm && said != proved => {
+                differ(format!("{said:?}"), format!("{proved:?}"))
+            }
+            (said, proved) => Ok(said == proved),
+        },
     }
 }

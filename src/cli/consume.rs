@@ -160,7 +160,7 @@ async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> 
     let place = place(&arguments.topic, record);
     let of_record = |error| Error::of_file(error, &place);
     let headers = record.headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
-    let content = consumer.open(record.value.as_deref(), headers).await.map_err(of_record)?.content;
+    let content = consumer.open_record(&arguments.topic, record.value.as_deref(), headers).await.map_err(of_record)?.content;
     let (name, size, unverified) = match &content {
         Content::Pointer(download) | Content::Reference(download) => {
             let name = download.resolved().and_then(|resolved| resolved.filename.as_deref());

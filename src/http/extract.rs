@@ -212,7 +212,8 @@ impl FromRequest<App> for RawJson {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         check_media_type(request.headers())?;
-        read(request, app).await.map(Self)
+        let bytes = read(request, app).await?;
+        check_json(&bytes).map(|()| Self(bytes))
     }
 }
 
@@ -240,9 +241,13 @@ fn too_large(limit: usize) -> Problem {
     Problem::new(ErrorCode::RequestTooLarge, format!("the body has more than {limit} bytes"))
 }
 
+fn check_json(bytes: &[u8]) -> Result<(), Problem> {
+    serde_json::from_slice::<Strict>(bytes).map(|_| ()).map_err(|error| Problem::new(ErrorCode::MalformedJson, error.to_string()))
+}
+
 /// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice::<Strict>(bytes).map_err(|error| Problem::new(ErrorCode::MalformedJson, error.to_string()))?;
+    check_json(bytes)?;
     // Left to itself serde also reads a struct from an array, by position.
     if bytes.trim_ascii_start().first() != Some(&b'{') {
         return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));

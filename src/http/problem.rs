@@ -94,7 +94,7 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
         }
         ErrorCode::ObjectTooLarge => kind(422, false, "Object too large", "The upload is larger than the topic allows."),
         ErrorCode::SizeMismatch => kind(422, false, "Size mismatch", "S3 holds another number of bytes than was promised."),
-        ErrorCode::ChecksumMismatch => kind(422, false, "Checksum mismatch", "S3 holds other bytes than were promised."),
+        ErrorCode::ChecksumMismatch => kind(422, false, "Checksum mismatch", "S3 holds other bytes than were promised, or than the pointer says."),
         ErrorCode::ObjectForeign => {
             kind(422, false, "Foreign object", "The object in S3 was not written through this upload's URLs.")
         }
@@ -185,6 +185,7 @@ impl From<Error> for Problem {
             Error::PointerForbidden(_) => ErrorCode::PointerForbidden,
             Error::ObjectGone => ErrorCode::ObjectGone,
             Error::PointerSize { .. } => ErrorCode::SizeMismatch,
+            Error::PointerChecksum { .. } => ErrorCode::ChecksumMismatch,
             Error::Unknown => ErrorCode::CompletionUnknown,
             Error::Full => ErrorCode::DependencyUnavailable,
             Error::Store(store::Error::Corrupt { .. }) => {

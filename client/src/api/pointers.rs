@@ -17,6 +17,9 @@ use utoipa::{IntoParams, ToSchema};
 pub struct ResolveOptions {
     /// The `lfs-version-id` of the record, for versioned buckets; without it the version that was proved, where that is known.
     pub version_id: Option<String>,
+    /// The topic that the pointer was read from: the object must belong to it. A pointer copied into another topic is
+    /// refused then, as 403 `pointer-forbidden`.
+    pub topic: Option<String>,
     /// Check the pointer and the object, sign nothing.
     #[serde(default)]
     pub validate: bool,

@@ -113,7 +113,7 @@ async fn filters_become_a_query_and_none_become_nothing() {
     };
     assert_eq!(client.list(&filters).await.unwrap().next_cursor.as_deref(), Some("c"));
     client.list(&ListUploads::default()).await.unwrap();
-    let versioned = ResolveOptions { version_id: Some("v/1".to_owned()), validate: true };
+    let versioned = ResolveOptions { version_id: Some("v/1".to_owned()), topic: Some("a.b".to_owned()), validate: true };
     assert!(client.resolve(b"{}", &versioned).await.is_err());
     assert_eq!(
         script.lines().await,
@@ -121,7 +121,7 @@ async fn filters_become_a_query_and_none_become_nothing() {
             "GET /lfs/uploads?topic=a+b%26c&state=open&state=verified&key_prefix=%C3%A4%2F\
              &created_after=2026-11-21T06%3A00%3A00Z&limit=7",
             "GET /lfs/uploads",
-            "POST /lfs/resolve?version_id=v%2F1&validate=true",
+            "POST /lfs/resolve?version_id=v%2F1&topic=a.b&validate=true",
         ]
     );
 }

@@ -161,6 +161,6 @@ public final class LfsConfig extends AbstractConfig {
 
     /** Where a consumer gets the bytes from. */
     Source source() {
-        return getList(S3_BUCKETS).isEmpty() ? new BrokerSource(new Broker(this)) : new S3Source(this);
+        return getList(S3_BUCKETS).isEmpty() ? new BrokerSource(new Broker(this), this::stagingTopic) : new S3Source(this);
     }
 }

@@ -51,15 +51,15 @@ public final class LfsDeserializer<T> implements Deserializer<T> {
 
     @Override
     public T deserialize(String topic, byte[] value) {
-        return inner.deserialize(topic, bytes(null, value));
+        return inner.deserialize(topic, bytes(topic, null, value));
     }
 
     @Override
     public T deserialize(String topic, Headers headers, byte[] value) {
-        return inner.deserialize(topic, headers, bytes(headers, value));
+        return inner.deserialize(topic, headers, bytes(topic, headers, value));
     }
 
-    private byte[] bytes(Headers headers, byte[] value) {
+    private byte[] bytes(String topic, Headers headers, byte[] value) {
         if (value == null || !Pointer.looksLike(value)) {
             return value;
         }
@@ -68,7 +68,7 @@ public final class LfsDeserializer<T> implements Deserializer<T> {
             throw new LfsException.TooLarge(pointer.size(), maxBytes);
         }
         for (int attempt = 1; ; attempt++) {
-            try (InputStream stream = streams.follow(pointer, headers)) {
+            try (InputStream stream = streams.follow(pointer, topic, headers)) {
                 return whole(stream, (int) pointer.size());
             } catch (IOException error) {
                 if (attempt == ATTEMPTS) {

@@ -65,7 +65,7 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
         if (!Pointer.looksLike(value)) {
             return new ByteArrayInputStream(value);
         }
-        return follow(Pointer.parse(value), headers);
+        return follow(Pointer.parse(value), topic, headers);
     }
 
     /** That a pointer has no checksum, for the first one that has none; else null. */
@@ -77,7 +77,7 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
         return pointer + " has no checksum: of its bytes, and of those of others like it, only the size is verified";
     }
 
-    InputStream follow(Pointer pointer, Headers headers) {
+    InputStream follow(Pointer pointer, String topic, Headers headers) {
         String advice = advice(pointer);
         if (advice != null) {
             LOG.warn(advice);
@@ -85,7 +85,7 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
         Header version = headers == null ? null : headers.lastHeader("lfs-version-id");
         boolean none = version == null || version.value() == null;
         String versionId = none ? null : new String(version.value(), StandardCharsets.UTF_8);
-        return new VerifiedStream(pointer, source, versionId, PATIENCE);
+        return new VerifiedStream(pointer, source.boundTo(topic), versionId, PATIENCE);
     }
 
     @Override

@@ -12,6 +12,11 @@ interface Source extends AutoCloseable {
      */
     InputStream open(Pointer pointer, String versionId) throws IOException;
 
+    /** The same for pointers in records of this topic: one that was copied there from another topic is refused. */
+    default Source boundTo(String topic) {
+        return this;
+    }
+
     @Override
     void close();
 }
