@@ -48,10 +48,12 @@ fi
 broker "/lfs/uploads/$id/complete" -X POST >"$work/done"
 while ! jq -e .pointer "$work/done" >/dev/null; do
     broker "/lfs/uploads/$id?wait=30" >"$work/done"
+    # Open again: the completion ended without a verdict, and complete goes on, or says why it cannot.
+    ! jq -e '.state == "open"' "$work/done" >/dev/null || broker "/lfs/uploads/$id/complete" -X POST >"$work/done"
     jq -e '.pointer or .state == "completing"' "$work/done" >/dev/null || { cat "$work/done" >&2; exit 1; }
 done
 jq -c .pointer "$work/done"
 
-# What a consumer does with the record's value.
-jq -c .pointer "$work/done" | broker /lfs/resolve -d @- | jq -r .url | xargs curl -sS --fail -o "$work/back"
+# What a consumer does with the record's value. With the topic a pointer that was copied from another one is refused.
+jq -c .pointer "$work/done" | broker "/lfs/resolve?topic=$topic" -d @- | jq -r .url | xargs curl -sS --fail -o "$work/back"
 echo "$sha256  $work/back" | sha256sum --check --quiet

@@ -45,18 +45,23 @@ def upload(file: BinaryIO, topic: str, key: str | None = None) -> Any:
             put(part, file.read(part["size"]))
     done = broker("POST", f"{place}/complete")
     while "pointer" not in done:
-        if done["state"] != "completing":
+        if done["state"] == "completing":
+            done = broker("GET", f"{place}?wait=30")
+        elif done["state"] == "open":
+            # The completion ended without a verdict: complete goes on, or says why it cannot.
+            done = broker("POST", f"{place}/complete")
+        else:
             raise RuntimeError(done)
-        done = broker("GET", f"{place}?wait=30")
     return done["pointer"]
 
 
-def fetch(pointer: Any, into: BinaryIO) -> None:
+def fetch(pointer: Any, into: BinaryIO, topic: str | None = None) -> None:
     """Writes the bytes behind a pointer, and says so if they are not the promised ones.
 
     They are held against the sha256; a pointer has none where the topic allows another checksum, and then only its size counts here.
     """
-    resolved = broker("POST", "/lfs/resolve", pointer)
+    # With the topic that it was read from, a pointer that was copied from another one is refused.
+    resolved = broker("POST", "/lfs/resolve" + (f"?topic={topic}" if topic else ""), pointer)
     with urlopen(resolved["url"], timeout=600) as answer:
         shutil.copyfileobj(answer, into)
     if into.tell() != pointer["size"]:
@@ -73,4 +78,4 @@ if __name__ == "__main__":
         sent = upload(source, *sys.argv[2:4])
     print(json.dumps(sent))
     with tempfile.TemporaryFile() as back:
-        fetch(sent, back)
+        fetch(sent, back, sys.argv[2])

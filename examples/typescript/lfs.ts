@@ -76,8 +76,14 @@ export class Broker {
   async complete(id: string, sha256?: string, signal?: AbortSignal): Promise<Pointer> {
     let upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
     while (!upload.pointer) {
-      if (upload.state !== "completing") throw new Refused(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
-      upload = await this.call<Upload>("GET", `/lfs/uploads/${id}?wait=30`, undefined, signal);
+      if (upload.state === "completing") {
+        upload = await this.call<Upload>("GET", `/lfs/uploads/${id}?wait=30`, undefined, signal);
+      } else if (upload.state === "open") {
+        // The completion ended without a verdict: complete goes on, or says why it cannot.
+        upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
+      } else {
+        throw new Refused(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
+      }
     }
     return upload.pointer;
   }
@@ -96,9 +102,13 @@ export class Broker {
     return this.complete(upload.id);
   }
 
-  /** Fetches the bytes behind a pointer, and holds them against its sha256; against its size alone where it has none. */
-  async fetch(pointer: Pointer): Promise<Blob> {
-    const { url } = await this.call<Signed>("POST", "/lfs/resolve", pointer);
+  /**
+   * Fetches the bytes behind a pointer, and holds them against its sha256; against its size alone where it has none. With
+   * the topic that it was read from, a pointer that was copied from another topic is refused.
+   */
+  async fetch(pointer: Pointer, topic?: string): Promise<Blob> {
+    const query = topic === undefined ? "" : `?topic=${encodeURIComponent(topic)}`;
+    const { url } = await this.call<Signed>("POST", `/lfs/resolve${query}`, pointer);
     const answer = await fetch(url);
     if (!answer.ok) throw new Error(`S3 answered ${answer.status}`);
     const bytes = await answer.blob();

@@ -1,9 +1,10 @@
 //! Complete an upload, or take it back.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use lfs_broker_client::api::{CompleteUpload, Completed};
+use lfs_broker_client::api::{CompleteUpload, Completed, UploadState};
 use lfs_broker_client::checksum::Digest;
 use lfs_broker_client::pointer::Pointer;
 use time::OffsetDateTime;
@@ -15,8 +16,11 @@ use crate::auth::Caller;
 use crate::session::{Proof, Refusal, Session, State, Trouble};
 use crate::store::{self, Move};
 
-/// S3 may take minutes to join parts; who asked hears before proxies lose patience (60 s is common).
-const FINISH_WAIT: Duration = Duration::from_secs(25);
+/// Past the wait for Kafka, S3's verdict is waited for so much longer: with a wait of 0 most uploads are answered `verified`.
+const VERDICT_GRACE: Duration = Duration::from_millis(600);
+/// A complete is answered within its wait and one second, whatever does not answer the broker. The rest of the second
+/// is for a busy machine and the way back.
+const ANSWER_GRACE: Duration = Duration::from_millis(850);
 /// Where as many uploads are being completed as may be, who asks waits this long for one to end.
 const SEAT_WAIT: Duration = Duration::from_secs(1);
 
@@ -33,12 +37,32 @@ impl Broker {
         traceparent: Option<String>,
     ) -> Result<Completed, Error> {
         let deadline = Instant::now() + self.settings.complete_wait;
-        let patience = Instant::now() + self.settings.complete_wait.max(FINISH_WAIT);
+        let is_under_way = AtomicBool::new(false);
+        let answer = self.completed(caller, id, &request, traceparent, deadline, &is_under_way);
+        match tokio::time::timeout_at((deadline + ANSWER_GRACE).into(), answer).await {
+            Ok(answer) => answer,
+            // Only the answer is given up; the work goes on.
+            Err(_) if is_under_way.load(Ordering::Relaxed) => Ok(completing(id)),
+            Err(_) => Err(Error::Unknown),
+        }
+    }
+
+    /// The answer to complete; `is_under_way` is set once a completion is known to be.
+    async fn completed(
+        &self,
+        caller: &Caller,
+        id: Uuid,
+        request: &CompleteUpload,
+        traceparent: Option<String>,
+        deadline: Instant,
+        is_under_way: &AtomicBool,
+    ) -> Result<Completed, Error> {
+        let verdict_by = deadline + VERDICT_GRACE;
         let mut changes = self.wakes.listen(id);
         let mut joined = false;
         loop {
             let (session, now) = self.current(caller, id).await?;
-            check_sha256(&session, &request)?;
+            check_sha256(&session, request)?;
             let over = Instant::now() >= deadline;
             match &session.state {
                 State::Open if joined && session.trouble.is_some() => return Err(stored(&session, session.trouble.clone())),
@@ -46,12 +70,13 @@ impl Broker {
                     return Err(stored(&session, session.trouble.clone()));
                 }
                 State::Open | State::Completing { must_read: false, .. } => {
-                    joined |= self.begin(session.clone(), now, &request, traceparent.clone()).await?;
-                    if Instant::now() >= patience {
-                        return Ok(completing(id, &session));
+                    joined |= self.begin(session.clone(), now, request, traceparent.clone(), verdict_by).await?;
+                    is_under_way.store(joined, Ordering::Relaxed);
+                    if Instant::now() >= verdict_by {
+                        return if joined { Ok(completing(id)) } else { Err(Error::Unknown) };
                     }
                 }
-                State::Completing { must_read: true, .. } if over => return Ok(completing(id, &session)),
+                State::Completing { must_read: true, .. } if over => return Ok(completing(id)),
                 State::Completing { must_read: true, .. } => joined = true,
                 State::Verified(_) if !over => {}
                 State::Verified(proof) => return proved(&session, proof),
@@ -63,7 +88,7 @@ impl Broker {
                 State::Expired => return Err(refused(Refusal::Expired(session.expires_at), &session)),
                 State::Rejected(trouble) => return Err(stored(&session, Some(trouble.clone()))),
             }
-            changes.wait(session.version, if over { patience } else { deadline }).await;
+            changes.wait(session.version, if over { verdict_by } else { deadline }).await;
         }
     }
 
@@ -74,6 +99,7 @@ impl Broker {
         now: OffsetDateTime,
         request: &CompleteUpload,
         traceparent: Option<String>,
+        verdict_by: Instant,
     ) -> Result<bool, Error> {
         let copy = session.clone();
         let mut session = match session.state {
@@ -85,7 +111,8 @@ impl Broker {
         if let Err(Refusal::InProgress) = session.clone().claim(self.finisher.owner, now, now) {
             return Ok(true);
         }
-        let seat = tokio::time::timeout(SEAT_WAIT, Arc::clone(&self.seats).acquire_owned()).await;
+        let seat_by = verdict_by.min(Instant::now() + SEAT_WAIT);
+        let seat = tokio::time::timeout_at(seat_by.into(), Arc::clone(&self.seats).acquire_owned()).await;
         let seat = seat.map_err(|_| Error::Full)?.expect("nobody closes the seats");
         let by = format!("client:{}", session.subject);
         match self.finisher.begin(session, &by, seat).await {
@@ -138,8 +165,8 @@ fn stored(session: &Session, trouble: Option<Trouble>) -> Error {
     Error::Session { refusal: Refusal::Rejected(Box::new(trouble.into())), state: session.state.name(), items }
 }
 
-fn completing(id: Uuid, session: &Session) -> Completed {
-    Completed { id, state: session.state.name(), pointer: None, integrity: None, record: None }
+fn completing(id: Uuid) -> Completed {
+    Completed { id, state: UploadState::Completing, pointer: None, integrity: None, record: None }
 }
 
 fn proved(session: &Session, proof: &Proof) -> Result<Completed, Error> {

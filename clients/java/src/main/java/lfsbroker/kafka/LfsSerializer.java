@@ -132,7 +132,12 @@ public final class LfsSerializer<T> implements Serializer<T> {
         JsonNode answer = broker.call("POST", path + "/complete", null, null);
         while (!answer.has("pointer")) {
             String state = answer.path("state").asText();
-            if (!state.equals("completing")) {
+            if (state.equals("open")) {
+                // S3 gave no verdict, or refused: complete again goes on, or says why it cannot.
+                answer = broker.call("POST", path + "/complete", null, null);
+                state = answer.path("state").asText();
+            }
+            if (!state.equals("completing") && !answer.has("pointer")) {
                 throw new LfsException.Refused(answer.path("error").path("code").asText(state), answer.path("error").path("detail").asText());
             }
             if (System.nanoTime() > deadline) {
