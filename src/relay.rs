@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use tokio::task::{Id, JoinError, JoinSet};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::failpoint;
