@@ -371,6 +371,7 @@ async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
     let never = Notify::new();
     tokio::join!(
         keep_going("sweeper of overdue uploads", || sweeper.end_overdue(), every, &never, stopped.clone()),
+        keep_going("sweeper of held bytes", || sweeper.free_held(), every, &never, stopped.clone()),
         keep_going("sweeper", || sweeper.clean_up(), every, &wakes.sweeper, stopped.clone()),
         keep_going("sweeper of keys", || sweeper.forget_keys(), every, &never, stopped),
     );

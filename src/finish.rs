@@ -215,13 +215,19 @@ impl Finisher {
         match verdict {
             Ok(next) => self.write(next, by).await,
             Err(Stop::Refused(refusal)) => self.refuse(session, &refusal, by).await,
+            // Asking again would be refused again: the client may abort it, complete it later, or let it expire.
+            Err(Stop::Objects(objects::Error::Refused { code: said, message })) => {
+                warn!(session.id = %id, code = %said, message, "S3 refused to complete {id}; it is open again");
+                let refusal = Refusal::Storage { code: silence_code(session.promise.layout), said };
+                self.refuse(session, &refusal, by).await;
+            }
             Err(Stop::Objects(error)) => {
                 warn!(session.id = %id, %error, "S3 gave no verdict on {id}");
-                self.release(&session, lease.attempt, "object storage").await;
+                self.release(session, lease.attempt, "object storage", by).await;
             }
             Err(Stop::Store(error)) => {
                 warn!(session.id = %id, %error, "the database broke off the completion of {id}");
-                self.release(&session, lease.attempt, "the database").await;
+                self.release(session, lease.attempt, "the database", by).await;
             }
         }
         self.wakes.changed(id);
@@ -341,7 +347,7 @@ impl Finisher {
     async fn refuse(&self, session: Session, refusal: &Refusal, by: &str) {
         let id = session.id;
         let next = match refusal {
-            Refusal::ObjectMissing | Refusal::PartsIncomplete { .. } => session.reopen(refusal),
+            Refusal::ObjectMissing | Refusal::PartsIncomplete { .. } | Refusal::Storage { .. } => session.reopen(refusal),
             _ => session.reject(refusal),
         };
         match next {
@@ -357,6 +363,7 @@ impl Finisher {
             State::Verified(proof) => (format!("proved to level {}", proof.integrity.name()), Some(&self.wakes.relay)),
             State::Completing { .. } => ("its bytes must be read".to_owned(), Some(&self.wakes.verifier)),
             State::Rejected(trouble) => (trouble.detail.clone(), Some(&self.wakes.sweeper)),
+            State::Expired => ("its bytes could not be proved before its last end".to_owned(), Some(&self.wakes.sweeper)),
             _ => (next.trouble.as_ref().map(|trouble| trouble.detail.clone()).unwrap_or_default(), None),
         };
         let saved = self.insist(|| async {
@@ -374,13 +381,20 @@ impl Finisher {
         }
     }
 
-    /// Gives the lease back with what went wrong. A client who asks again takes over at once, the verifier later.
-    async fn release(&self, session: &Session, attempt: i32, silent: &str) {
+    /// Gives the lease back with what went wrong. A client who asks again takes over at once, the verifier later. A session
+    /// whose last end is over is ended instead: nobody could go on with it.
+    async fn release(&self, session: Session, attempt: i32, silent: &str, by: &str) {
         let id = session.id;
-        let (code, detail) = match session.promise.layout {
-            Layout::Single => ("dependency-unavailable", format!("{silent} did not answer")),
-            Layout::Multipart { .. } => ("completion-unknown", format!("{silent} did not say whether the parts were joined")),
+        let code = silence_code(session.promise.layout);
+        let detail = match session.promise.layout {
+            Layout::Single => format!("{silent} did not answer"),
+            Layout::Multipart { .. } => format!("{silent} did not say whether the parts were joined"),
         };
+        if let Ok(now) = self.store.now().await
+            && let Some(expired) = session.give_up(now)
+        {
+            return self.write(expired, by).await;
+        }
         let wait = Duration::from_secs(1 << attempt.clamp(0, 5));
         let released = self.insist(|| async {
             let now = self.store.now().await?;
@@ -389,6 +403,14 @@ impl Finisher {
         if let Err(error) = released.await {
             warn!(session.id = %id, %error, "could not give back the lease on {id}; it will run out");
         }
+    }
+}
+
+/// The code for a completion without a verdict.
+fn silence_code(layout: Layout) -> &'static str {
+    match layout {
+        Layout::Single => "dependency-unavailable",
+        Layout::Multipart { .. } => "completion-unknown",
     }
 }
 

@@ -186,6 +186,8 @@ pub(crate) struct Session {
     pub(crate) expires_latest_at: OffsetDateTime,
     /// Why it went back to open, or is not published yet.
     pub(crate) trouble: Option<Trouble>,
+    /// The promised digest came with a complete: it counts only as long as that completion lasts, unless it is proved.
+    pub(crate) digest_by_complete: bool,
 }
 
 impl Session {
@@ -214,6 +216,7 @@ impl Session {
             expires_at: latest.min(now + seconds(promise.session_seconds)),
             expires_latest_at: latest,
             trouble: None,
+            digest_by_complete: false,
             promise,
         }
     }
@@ -227,6 +230,13 @@ impl Session {
     pub(crate) fn url_life(&self, now: OffsetDateTime) -> std::time::Duration {
         let left = (self.expires_at - now).whole_seconds().max(1).unsigned_abs();
         std::time::Duration::from_secs(left.min(self.promise.url_seconds.into()))
+    }
+
+    /// When the last URL ends of a session that ended at `ended_at`: none was signed after that, and none outlives the
+    /// session. A minute more for one that was being signed at that moment.
+    pub(crate) fn urls_end_at(&self, ended_at: OffsetDateTime) -> OffsetDateTime {
+        let signing = Duration::seconds(60);
+        self.expires_at.min(ended_at + Duration::seconds(self.promise.url_seconds.into()) + signing)
     }
 
     /// Where an open session's end slides to when parts are signed.
@@ -256,6 +266,7 @@ impl Session {
             }
             (Algorithm::Sha256, None, Some(brought)) => {
                 self.promise.digest = Some(brought.into());
+                self.digest_by_complete = true;
                 Ok(self)
             }
             _ => Ok(self),
@@ -373,10 +384,16 @@ impl Session {
         Ok(())
     }
 
-    /// Gives a session back to its client: bytes or parts are missing.
-    pub(crate) fn reopen(self, why: &Refusal) -> Result<Self, Refusal> {
+    /// Gives a session back to its client: bytes or parts are missing, or S3 refuses for good. A digest that came with
+    /// this completion goes with it: the next one may bring another.
+    pub(crate) fn reopen(mut self, why: &Refusal) -> Result<Self, Refusal> {
         match self.state {
-            State::Completing { .. } => Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self }),
+            State::Completing { .. } => {
+                if std::mem::take(&mut self.digest_by_complete) {
+                    self.promise.digest = None;
+                }
+                Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self })
+            }
             State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
                 Err(Refusal::State(self.state.name()))
             }
@@ -401,6 +418,13 @@ impl Session {
             State::Completing { must_read: false, .. } => Err(Refusal::InProgress),
             State::Verified(_) | State::Published(..) => Err(Refusal::State(self.state.name())),
         }
+    }
+
+    /// Ends a session that is being completed and whose bytes cannot be proved, once its last possible end is over.
+    /// `None`: the next attempt may still prove them.
+    pub(crate) fn give_up(self, now: OffsetDateTime) -> Option<Self> {
+        let is_completing = matches!(self.state, State::Completing { .. });
+        if is_completing && now >= self.expires_latest_at { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 
     /// Ends an open session whose time is over. `None`: there is nothing to end.

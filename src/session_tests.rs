@@ -234,6 +234,39 @@ fn the_sha256_comes_at_open_or_at_complete_and_never_changes() {
 }
 
 #[test]
+fn a_sha256_that_complete_brought_goes_with_a_completion_that_proves_nothing() {
+    let known = Sha256::of(b"hello");
+    let claimed = |brought: bool| {
+        let mut promise = promise(Algorithm::Sha256);
+        promise.digest = promise.digest.filter(|_| !brought);
+        let session = open(promise).promise_sha256(Some(known)).unwrap();
+        session.claim(Uuid::from_u128(1), NOW, NOW + Duration::seconds(30)).unwrap()
+    };
+    let reopened = claimed(true).reopen(&Refusal::ObjectMissing).unwrap();
+    assert_eq!((&reopened.promise.digest, reopened.digest_by_complete), (&None, false));
+    assert_eq!(claimed(false).reopen(&Refusal::ObjectMissing).unwrap().promise.digest, Some(known.into()));
+    assert_eq!(claimed(true).verify(&object(), &[], NOW).unwrap().promise.digest, Some(known.into()));
+}
+
+#[test]
+fn a_completion_that_proves_nothing_ends_with_the_last_end_and_not_before() {
+    let last = NOW + Duration::seconds(7200);
+    for session in every_state() {
+        let is_completing = matches!(session.state, State::Completing { .. });
+        assert!(session.clone().give_up(last - Duration::seconds(1)).is_none());
+        let ended = session.give_up(last).map(|ended| ended.state);
+        assert_eq!(ended, is_completing.then_some(State::Expired));
+    }
+}
+
+#[test]
+fn the_last_url_of_an_ended_session_ends_no_later_than_it_may() {
+    let session = open(promise(Algorithm::Sha256));
+    assert_eq!(session.urls_end_at(NOW), NOW + Duration::seconds(960), "one signed at the end, and a minute");
+    assert_eq!(session.urls_end_at(NOW + Duration::seconds(3500)), NOW + Duration::seconds(3600), "no URL outlives its session");
+}
+
+#[test]
 fn an_end_slides_to_its_maximum_and_no_url_outlives_it() {
     let session = open(promise(Algorithm::Sha256));
     assert_eq!(session.slid(NOW + Duration::seconds(60)), NOW + Duration::seconds(3660));

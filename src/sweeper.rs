@@ -32,6 +32,8 @@ const AT_ONCE: usize = 16;
 const KEYS: i64 = 1000;
 /// How long an idempotency key outlives its session's last change.
 const KEEP_KEYS: time::Duration = time::Duration::hours(24);
+/// What S3 refuses now it refuses in a minute: a permission that is given meanwhile is noticed within this.
+const REFUSED_AGAIN: time::Duration = time::Duration::hours(1);
 /// How long S3 may still work on a request whose sender has given up.
 const S3_TIME_OUT: time::Duration = time::Duration::seconds(60);
 
@@ -85,6 +87,16 @@ impl Sweeper {
         count(ended)
     }
 
+    /// Gives the bytes of failed uploads back to the quota, once no URL can bring them any more; says of how many.
+    pub(crate) async fn free_held(&self) -> Result<usize, store::Error> {
+        let now = self.store.now().await?;
+        let held = self.store.held(now, BATCH).await?;
+        for id in &held {
+            self.store.free_held(*id).await?;
+        }
+        Ok(held.len())
+    }
+
     /// Removes what failed uploads have left in S3, as far as it is due; says of how many.
     pub(crate) async fn clean_up(&self) -> Result<usize, store::Error> {
         let now = self.store.now().await?;
@@ -116,9 +128,23 @@ impl Sweeper {
     }
 
     async fn clean_up_after(&self, session: Session, now: OffsetDateTime) -> Result<bool, store::Error> {
-        if let Err(error) = self.remove(&session).await {
-            warn!(session.id = %session.id, %error, "could not clean up after {}", session.id);
-            return Ok(false);
+        if session.promise.layout.has_part_hashes() {
+            self.store.forget_parts(session.id).await?;
+        }
+        match self.remove(&session).await {
+            Ok(()) => {}
+            // Everything went with the bucket.
+            Err(objects::Error::Refused { code, .. }) if code == "NoSuchBucket" => {}
+            Err(error @ objects::Error::Refused { .. }) => {
+                let id = session.id;
+                warn!(session.id = %id, %error, "S3 does not let the broker clean up after {id}; it tries again in an hour");
+                self.store.set_cleanup(id, Some(now + REFUSED_AGAIN)).await?;
+                return Ok(false);
+            }
+            Err(error) => {
+                warn!(session.id = %session.id, %error, "could not clean up after {}", session.id);
+                return Ok(false);
+            }
         }
         self.store.set_cleanup(session.id, self.next_pass(&session, now)).await?;
         Ok(true)
@@ -146,12 +172,13 @@ impl Sweeper {
         Ok(())
     }
 
-    /// When S3 must be swept again: a PUT or a completion that was under way may land after this pass.
+    /// When S3 must be swept again: after the last URL's end, and once more when a PUT or a completion that was under way
+    /// has landed.
     fn next_pass(&self, session: &Session, now: OffsetDateTime) -> Option<OffsetDateTime> {
-        let last_put = session.expires_at + self.settings.longest_put;
+        let urls_end_at = session.urls_end_at(session.updated_at);
+        let last_put = urls_end_at + self.settings.longest_put;
         let last_completion = session.updated_at + self.lease + S3_TIME_OUT;
-        let last = last_put.max(last_completion);
-        (now < last).then_some(last)
+        [urls_end_at, last_put.max(last_completion)].into_iter().find(|pass| now < *pass)
     }
 }
 

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use lfs_broker_client::api::{OpenUpload, PARTS_PER_CALL, SignParts, SignedPart, SignedParts, SignedRequest, Upload};
+use lfs_broker_client::api::{
+    OpenUpload, PARTS_PER_CALL, SignParts, SignedPart, SignedParts, SignedRequest, Upload, UploadState,
+};
 use lfs_broker_client::checksum::{Digest, Sha256};
 use time::OffsetDateTime;
+use tracing::warn;
 use uuid::{ContextV7, Timestamp, Uuid};
 
 use super::{Broker, Error, refused};
@@ -17,7 +20,10 @@ use crate::finish::place;
 use crate::objects::{Put, Signed};
 use crate::policy::{self, Shaped, wrong};
 use crate::session::{Hashes, Layout, Refusal, Session, State};
-use crate::store::{self, Created};
+use crate::store::{self, Created, Move};
+
+/// How long an upload that could not be opened waits for its Idempotency-Key to come again. Clients give up within a minute.
+const REPLAY_WITHIN: time::Duration = time::Duration::seconds(120);
 
 /// What comes beside the body of an open.
 #[derive(Debug, Clone, Default)]
@@ -67,9 +73,36 @@ impl Broker {
             Created::TooManySessions => return Err(Error::TooManySessions),
             Created::TooManyBytes => return Err(Error::TooManyBytes),
         }
-        let upload = self.with_urls(session, &hashes, now).await?;
+        let upload = match self.with_urls(session.clone(), &hashes, now).await {
+            Ok(upload) => upload,
+            Err(error) => {
+                self.give_back(session, key.is_some(), now).await;
+                return Err(error);
+            }
+        };
         failpoint::reach("open.answered").await.map_err(store::Error::from)?;
         Ok(Opened { upload, fresh: true })
+    }
+
+    /// Gives back the quota of an upload that could not be opened: no client knows of it. Under an Idempotency-Key the
+    /// client may come again, so there it ends soon, but not at once.
+    async fn give_back(&self, session: Session, may_be_replayed: bool, now: OffsetDateTime) {
+        let id = session.id;
+        let given_back = match (may_be_replayed, session.abort()) {
+            (true, _) => self.store.end_unopened(id, now + REPLAY_WITHIN).await,
+            (false, Ok(Some(aborted))) => {
+                let reason = "no URL could be signed, so that it was never opened";
+                let step = Move { from: UploadState::Open, to: &aborted, reason, by: "broker", now };
+                self.store.save(&step, self.deployment.shards).await.map(|_| self.wakes.sweeper.notify_one())
+            }
+            (false, _) => Ok(()),
+        };
+        // Moved: somebody else has ended it.
+        if let Err(error) = given_back
+            && !matches!(error, store::Error::Moved(_))
+        {
+            warn!(session.id = %id, %error, "could not give back the quota of {id}, which could not be opened; it expires");
+        }
     }
 
     async fn replay(&self, caller: &Caller, key: Option<&str>, digest: &Sha256) -> Result<Option<Opened>, Error> {
@@ -92,7 +125,7 @@ impl Broker {
     }
 
     /// An open session with the URLs to begin with.
-    async fn with_urls(&self, session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
+    async fn with_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
         let mut upload = super::read::view(&session, now)?;
         match session.promise.layout {
             Layout::Single => {
@@ -102,7 +135,8 @@ impl Broker {
                 upload.upload = Some(request(signed, now));
             }
             Layout::Multipart { parts, hashes: promised, .. } => {
-                let upload_id = self.s3_upload(&session).await?;
+                let upload_id = self.s3_upload(&mut session, now).await?;
+                upload = super::read::view(&session, now)?;
                 let window = match promised {
                     Hashes::Deferred => 0,
                     Hashes::None | Hashes::Given => parts.min(u32::try_from(PARTS_PER_CALL).expect("100")),
@@ -114,8 +148,8 @@ impl Broker {
         Ok(upload)
     }
 
-    /// The session's multipart upload in S3, made now if there is none.
-    async fn s3_upload(&self, session: &Session) -> Result<String, Error> {
+    /// The session's multipart upload in S3, made now if there is none; then the session's time begins anew.
+    async fn s3_upload(&self, session: &mut Session, now: OffsetDateTime) -> Result<String, Error> {
         if let Some(upload_id) = &session.s3_upload_id {
             return Ok(upload_id.clone());
         }
@@ -123,7 +157,8 @@ impl Broker {
         let place = place(session);
         let with_hashes = session.promise.layout.has_part_hashes();
         let made = self.objects.begin_multipart(&put(session, &token, &place), with_hashes).await?;
-        if self.store.set_s3_upload(session.id, &made).await? {
+        if let Some(expires_at) = self.store.set_s3_upload(session.id, &made, session.slid(now)).await? {
+            session.expires_at = expires_at;
             return Ok(made);
         }
         // Somebody else was first, or the session is over: this one is nobody's.
@@ -131,6 +166,7 @@ impl Broker {
         match standing.s3_upload_id.clone() {
             Some(upload_id) if standing.state == State::Open => {
                 self.objects.abort_upload(&place, &made).await?;
+                session.expires_at = standing.expires_at;
                 Ok(upload_id)
             }
             _ => {
@@ -155,7 +191,7 @@ impl Broker {
                 session.must_be_open().map_err(|refusal| refused(refusal, &session))?;
             }
         }
-        let upload_id = self.s3_upload(&session).await?;
+        let upload_id = self.s3_upload(&mut session, now).await?;
         Ok(SignedParts { parts: self.sign(&session, &upload_id, &wanted, now).await? })
     }
 

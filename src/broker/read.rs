@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD};
 use lfs_broker_client::api::{
-    History, ListUploads, Mode, Next, ReadUpload, Record, Transition, Upload, UploadError, UploadPage, UploadState, UploadedPart,
+    History, ListUploads, Mode, Next, ReadHistory, ReadUpload, Record, Transition, Upload, UploadError, UploadPage, UploadState,
+    UploadedPart,
 };
 use lfs_broker_client::checksum::Sha256;
 use time::OffsetDateTime;
@@ -24,6 +25,9 @@ pub(crate) const MAX_WAIT_SECONDS: u64 = 30;
 /// Items a page, and at most.
 const PAGE: u32 = 50;
 const MAX_PAGE: u32 = 200;
+/// The same of a history, whose items are small: one page can hold all that is kept.
+const HISTORY_PAGE: u32 = 200;
+const MAX_HISTORY_PAGE: u32 = 1000;
 
 impl Broker {
     /// An upload as it stands; with `wait`, as it stands once it changed or the time is over.
@@ -85,18 +89,29 @@ impl Broker {
         Ok(present.into_iter().map(|(part_number, size)| UploadedPart { part_number, size }).collect())
     }
 
-    /// Every transition of an upload.
-    pub(crate) async fn history(&self, caller: &Caller, id: Uuid) -> Result<History, Error> {
+    /// A page of an upload's transitions, oldest first.
+    pub(crate) async fn history(&self, caller: &Caller, id: Uuid, query: &ReadHistory) -> Result<History, Error> {
+        let limit = within(query.limit.unwrap_or(HISTORY_PAGE), MAX_HISTORY_PAGE)?;
+        let after = match &query.cursor {
+            Some(cursor) => {
+                read_history_cursor(cursor, id).ok_or_else(|| invalid_cursor("of another history, or not a cursor"))?
+            }
+            None => 0,
+        };
         let session = self.session(caller, id).await?;
         let state = |name: &str| UploadState::ALL.into_iter().find(|state| state.name() == name).unwrap_or(session.state.name());
-        let items = self.store.history(id).await?.into_iter().map(|told| Transition {
+        let mut told = self.store.history(id, after, i64::from(limit) + 1).await?;
+        let more = told.len() > limit as usize;
+        told.truncate(limit as usize);
+        let next_cursor = told.last().filter(|_| more).map(|last| write_history_cursor(id, last.version));
+        let items = told.into_iter().map(|told| Transition {
             at: told.at,
             from: told.from_state.as_deref().map(state),
             to: state(&told.to_state),
             reason: told.reason,
             by: told.by,
         });
-        Ok(History { items: items.collect() })
+        Ok(History { items: items.collect(), next_cursor })
     }
 
     /// A page of uploads, newest first.
@@ -220,10 +235,24 @@ fn ranges(numbers: impl Iterator<Item = u32>) -> Vec<[u32; 2]> {
 }
 
 pub(super) fn page_size(asked: Option<u32>) -> Result<u32, Error> {
-    match asked.unwrap_or(PAGE) {
-        limit if (1..=MAX_PAGE).contains(&limit) => Ok(limit),
-        limit => Err(policy::Refusal::Invalid(vec![wrong("/limit", format!("1 to {MAX_PAGE}, found {limit}"))]).into()),
+    within(asked.unwrap_or(PAGE), MAX_PAGE)
+}
+
+fn within(limit: u32, most: u32) -> Result<u32, Error> {
+    if (1..=most).contains(&limit) {
+        return Ok(limit);
     }
+    Err(policy::Refusal::Invalid(vec![wrong("/limit", format!("1 to {most}, found {limit}"))]).into())
+}
+
+fn write_history_cursor(id: Uuid, version: i64) -> String {
+    URL_SAFE_NO_PAD.encode([id.as_bytes().as_slice(), &version.to_be_bytes()].concat())
+}
+
+fn read_history_cursor(cursor: &str, id: Uuid) -> Option<i64> {
+    let bytes: [u8; 24] = URL_SAFE_NO_PAD.decode(cursor).ok()?.try_into().ok()?;
+    let (of, version) = bytes.split_first_chunk::<16>()?;
+    (of == id.as_bytes()).then_some(i64::from_be_bytes(version.try_into().ok()?))
 }
 
 pub(super) fn invalid_cursor(detail: &str) -> Error {

@@ -102,17 +102,12 @@ impl Broker {
     }
 }
 
-/// Whether a pointer names the bytes that were proved; `false` where it says nothing of them.
+/// Whether a pointer names the bytes that were proved; `false` where it says nothing of them, or in another algorithm.
 fn says_the_same(pointer: &Pointer, proved: &Pointer) -> Result<bool, Error> {
-    let differ = |promised: String, found: String| Err(Error::PointerChecksum { promised, found });
-    match (pointer.sha256, proved.sha256) {
-        (Some(said), Some(proved)) if said != proved => differ(format!("sha256 {said}"), format!("sha256 {proved}")),
-        (said, Some(_)) => Ok(said.is_some()),
-        (_, None) => match (pointer.digest(), proved.digest()) {
-            (Some(said), Some(proved)) if said.algorithm == proved.algorithm && said != proved => {
-                differ(format!("{said:?}"), format!("{proved:?}"))
-            }
-            (said, proved) => Ok(said == proved),
-        },
+    match (pointer.digest(), proved.digest()) {
+        (Some(said), Some(proved)) if said.algorithm == proved.algorithm && said != proved => {
+            Err(Error::PointerChecksum { promised: format!("{said:?}"), found: format!("{proved:?}") })
+        }
+        (said, proved) => Ok(said == proved),
     }
 }

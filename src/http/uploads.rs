@@ -5,7 +5,8 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    self, CompleteUpload, History, ListUploads, OpenUpload, ReadUpload, SignParts, SignedParts, Upload, UploadPage, UploadState,
+    self, CompleteUpload, History, ListUploads, OpenUpload, ReadHistory, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
+    UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -99,12 +100,13 @@ async fn list_uploads(
 
 /// Tell an upload's history
 ///
-/// Every transition, oldest first.
+/// Every transition, oldest first. Of transitions that repeat themselves the first and the last round are kept, and at
+/// most 1,000 in all.
 #[utoipa::path(
     get, path = "/lfs/uploads/{id}/history", operation_id = "getUploadHistory", tag = "uploads",
-    params(("id" = Uuid, Path, description = "The upload")),
+    params(("id" = Uuid, Path, description = "The upload"), ReadHistory),
     responses(
-        (status = 200, description = "The transitions", body = History),
+        (status = 200, description = "A page of transitions", body = History),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
@@ -113,8 +115,9 @@ async fn get_upload_history(
     State(app): State<App>,
     Reader(caller): Reader,
     UploadId(id): UploadId,
+    Query(query): Query<ReadHistory>,
 ) -> Result<Json<History>, Problem> {
-    Ok(Json(app.broker.history(&caller, id).await?))
+    Ok(Json(app.broker.history(&caller, id, &query).await?))
 }
 
 /// Sign parts

@@ -41,6 +41,14 @@ pub enum Refusal {
     /// The object does not bear our write token: somebody else wrote it.
     #[error("the object does not bear this upload's write token")]
     Foreign,
+    /// S3 refuses what completing needs, and will refuse it again: a bucket that is gone, a missing permission.
+    #[error("object storage refused the completion: {said}")]
+    Storage {
+        /// The code to answer with.
+        code: &'static str,
+        /// S3's error code.
+        said: String,
+    },
     /// The sha256 is missing, or is another one than promised.
     #[error("{0}")]
     Sha256(&'static str),
@@ -82,6 +90,7 @@ impl Refusal {
             Self::Size { .. } => "size-mismatch",
             Self::Checksum { .. } => "checksum-mismatch",
             Self::Foreign => "object-foreign",
+            Self::Storage { code, .. } => code,
             Self::Sha256(_) => "validation-failed",
             Self::InProgress => "completion-in-progress",
             Self::Expired(_) => "upload-expired",

@@ -5,6 +5,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::pool::{WORK_WITHIN, within};
+use super::sessions::fold_history;
 use super::{Error, Store};
 
 /// How much there is, and how old the oldest promise is that Kafka has not.
@@ -44,7 +45,16 @@ impl Store {
             clear_partition,
             by
         );
-        Ok(redriven.fetch_one(&self.pool).await?)
+        let redriven = redriven.fetch_one(&self.pool).await?;
+        self.pool
+            .in_time(async {
+                let mut lent = self.pool.lend().await?;
+                fold_history(&mut lent, id).await?;
+                lent.give_back();
+                Ok(())
+            })
+            .await?;
+        Ok(redriven)
     }
 
     /// Counts everything: with millions of sessions it takes a second.

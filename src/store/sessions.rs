@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 pub(super) use row::record_headers;
 use row::{Row, rows};
+pub(super) use write::fold_history;
 
 use super::pool::{WORK_WITHIN, within};
 use super::{Error, Store};
@@ -56,6 +57,7 @@ pub(crate) struct Move<'a> {
 
 /// A transition as it is remembered.
 pub(crate) struct Transition {
+    pub(crate) version: i64,
     pub(crate) at: OffsetDateTime,
     pub(crate) from_state: Option<String>,
     pub(crate) to_state: String,
@@ -203,16 +205,37 @@ impl Store {
         Ok(())
     }
 
-    /// Remembers the multipart upload made for an open session. `false`: another was first, abort this one.
-    pub(crate) async fn set_s3_upload(&self, id: Uuid, s3_upload_id: &str) -> Result<bool, Error> {
-        let set = query!(
-            "update upload_sessions set s3_upload_id = $2 where id = $1 and s3_upload_id is null and state = 'open'",
+    /// Remembers the multipart upload made for an open session, whose end slides to `expires_at`. Gives the end that holds
+    /// now; `None`: another was first, abort this one.
+    pub(crate) async fn set_s3_upload(
+        &self,
+        id: Uuid,
+        s3_upload_id: &str,
+        expires_at: OffsetDateTime,
+    ) -> Result<Option<OffsetDateTime>, Error> {
+        let expires_at = query_scalar!(
+            "update upload_sessions set s3_upload_id = $2, expires_at = least(greatest(expires_at, $3), expires_latest_at)
+             where id = $1 and s3_upload_id is null and state = 'open' returning expires_at",
             id,
-            s3_upload_id
+            s3_upload_id,
+            expires_at
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(expires_at)
+    }
+
+    /// Lets a session end soon whose multipart upload could not be made: no URL was ever signed for it.
+    pub(crate) async fn end_unopened(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<(), Error> {
+        query!(
+            "update upload_sessions set expires_at = least(expires_at, $2)
+             where id = $1 and mode = 'multipart' and s3_upload_id is null and state = 'open'",
+            id,
+            expires_at
         )
         .execute(&self.pool)
         .await?;
-        Ok(set.rows_affected() == 1)
+        Ok(())
     }
 
     /// Forgets a multipart upload that S3 no longer knows.
@@ -272,12 +295,15 @@ impl Store {
         rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.read(id)).collect()
     }
 
-    /// Every transition of a session, oldest first.
-    pub(crate) async fn history(&self, id: Uuid) -> Result<Vec<Transition>, Error> {
+    /// Transitions of a session after this version, oldest first.
+    pub(crate) async fn history(&self, id: Uuid, after: i64, limit: i64) -> Result<Vec<Transition>, Error> {
         let rows = sqlx::query_as!(
             Transition,
-            "select at, from_state, to_state, reason, by from upload_history where session_id = $1 order by version",
-            id
+            "select version, at, from_state, to_state, reason, by from upload_history
+             where session_id = $1 and version > $2 order by version limit $3",
+            id,
+            after,
+            limit
         );
         Ok(rows.fetch_all(&self.pool).await?)
     }
@@ -371,13 +397,45 @@ impl Store {
 
     /// Says when a failed session's traces are due again; `None`: they are gone for good.
     pub(crate) async fn set_cleanup(&self, id: Uuid, due_at: Option<OffsetDateTime>) -> Result<(), Error> {
+        // What still holds bytes of the quota stays where the sweeper looks for it.
         query!(
-            "update upload_sessions set cleanup_due_at = $2 where id = $1 and state in ('aborted', 'expired', 'rejected')",
+            "update upload_sessions set cleanup_due_at = case when bytes_held_until is null then $2 else coalesce($2, cleanup_due_at) end
+             where id = $1 and state in ('aborted', 'expired', 'rejected')",
             id,
             due_at
         )
         .execute(&self.pool)
         .await?;
+        Ok(())
+    }
+
+    /// Failed sessions whose bytes count in the quota although their last URL has ended.
+    pub(crate) async fn held(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Uuid>, Error> {
+        let ids = query_scalar!(
+            "select id from upload_sessions where cleanup_due_at is not null and bytes_held_until <= $1 limit $2",
+            now,
+            limit
+        );
+        within(WORK_WITHIN, async { Ok(ids.fetch_all(self.pool.unbounded()).await?) }).await
+    }
+
+    /// Gives a failed session's bytes back to its tenant's quota, once.
+    pub(crate) async fn free_held(&self, id: Uuid) -> Result<(), Error> {
+        query!(
+            "with freed as (
+                 update upload_sessions set bytes_held_until = null where id = $1 and bytes_held_until is not null
+                 returning tenant, size_bytes)
+             update tenants t set reserved_bytes = t.reserved_bytes - freed.size_bytes from freed where t.tenant = freed.tenant",
+            id
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Forgets the promised hashes of a failed session's parts: 10,000 of them take a megabyte, and nobody asks again.
+    pub(crate) async fn forget_parts(&self, id: Uuid) -> Result<(), Error> {
+        query!("delete from upload_parts where session_id = $1", id).execute(&self.pool).await?;
         Ok(())
     }
 

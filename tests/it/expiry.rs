@@ -48,7 +48,7 @@ impl House {
         // Ended in the database first, swept in S3 after; then it waits for the second pass.
         self.eventually("the first pass is over", || async {
             let due = self.cleanup_due(id).await;
-            due.is_some_and(|due| due > OffsetDateTime::now_utc() + Duration::from_secs(3600))
+            due.is_some_and(|due| due > OffsetDateTime::now_utc() + Duration::from_secs(300))
         })
         .await;
         assert_eq!(self.upload(id).await.state(), format!("{how:?}").to_lowercase());
@@ -71,7 +71,9 @@ async fn an_upload_that_ends_without_a_pointer_leaves_nothing() {
         // One without all its parts is not rejected: it is open until it ends otherwise.
         house.end(&parts.json, if matches!(how, End::Rejected) { End::Aborted } else { how }).await;
         house.until_nothing_is_left(parts.json["object_key"].as_str().unwrap()).await;
-        assert_eq!(house.quota().await, (0, 0), "{how:?}");
+        assert_eq!(house.quota().await.0, 0, "{how:?}");
+        house.push_clock(EXPIRED);
+        house.eventually("no URL is left that could bring bytes", || async { house.quota().await == (0, 0) }).await;
         assert_eq!(house.records(&house.topic).await.len(), 0);
     }
 }
@@ -85,12 +87,20 @@ async fn what_lands_after_the_end_is_removed_by_the_second_pass() {
         opened.push(house.open(b"hello", json!({})).await.expect(201));
     }
     let parts = house.open_hashed_parts(&content, json!({})).await.expect(201);
-    // Expired last: it pushes the clock.
+    // Expired last: it pushes the clock, beyond the passes that follow the ends of the others' URLs.
     for (opened, how) in opened.iter().zip([End::Aborted, End::Rejected, End::Expired]) {
         house.end(&opened.json, how).await;
     }
     let key = parts.json["object_key"].as_str().unwrap();
     house.until_nothing_is_left(key).await;
+    for ended in &opened[..2] {
+        let id = ended.id();
+        house
+            .eventually("only the last pass is due", || async {
+                house.cleanup_due(&id).await.is_some_and(|due| due > OffsetDateTime::now_utc() + Duration::from_secs(4000))
+            })
+            .await;
+    }
     // The URLs are still valid for the real S3, whose clock nobody pushed: as PUTs that were under way.
     for opened in &opened {
         house.put(&opened.json["upload"], b"hello").await.expect(200);
@@ -98,9 +108,15 @@ async fn what_lands_after_the_end_is_removed_by_the_second_pass() {
     // And a begin of a multipart upload whose answer was lost.
     house.s3.create_multipart_upload().bucket(&house.bucket).key(key).send().await.unwrap();
     assert_eq!(house.objects().await.len(), 3);
-    house.push_clock(Duration::from_secs(3500));
+    // 900 s of URL, a minute and the longest PUT after the first two, of which 3,601 s are over.
+    house.push_clock(Duration::from_secs(900));
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert_eq!(house.objects().await.len(), 3, "the longest PUT may still be under way");
+    house.push_clock(Duration::from_secs(100));
+    house.eventually("what was aborted and rejected is swept", || async { house.objects().await.len() == 1 }).await;
+    house.push_clock(Duration::from_secs(2500));
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(house.objects().await.len(), 1, "the longest PUT may still be under way");
     house.push_clock(Duration::from_secs(110));
     house.until_nothing_is_left(key).await;
     for opened in opened.iter().chain([&parts]) {
@@ -212,7 +228,7 @@ async fn a_slow_s3_is_asked_for_many_failed_uploads_at_a_time_and_by_one_replica
     s3.slow_down(Duration::from_millis(200));
     let ended = "update upload_sessions set state = 'aborted', cleanup_due_at = clock_timestamp()";
     sqlx::raw_sql(ended).execute(&house.db).await.unwrap();
-    let passed = "select count(*) from upload_sessions where cleanup_due_at > clock_timestamp() + interval '1 hour'";
+    let passed = "select count(*) from upload_sessions where cleanup_due_at > clock_timestamp() + interval '5 minutes'";
     house
         .eventually("the first pass is over", || async {
             sqlx::query_scalar::<_, i64>(passed).fetch_one(&house.db).await.unwrap() == MANY as i64

@@ -14,7 +14,8 @@ pub use error_code::ErrorCode;
 pub use operate::{Dependencies, Dependency, FieldError, OutboxDepth, Problem, Redrive, Stats};
 pub use pointers::{ResolveAnswer, ResolveOptions, Resolved, Validated};
 pub use requests::{
-    CompleteUpload, Completed, Headers, ListUploads, OpenUpload, PartHashes, PartRequest, ReadUpload, SignParts, SignedParts,
+    CompleteUpload, Completed, Headers, ListUploads, OpenUpload, PartHashes, PartRequest, ReadHistory, ReadUpload, SignParts,
+    SignedParts,
 };
 pub use topics::{ListTopics, Policy, Retention, TopicPage, TopicPolicy};
 pub use upload::{

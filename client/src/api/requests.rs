@@ -210,6 +210,19 @@ pub struct ReadUpload {
     pub version: Option<i64>,
 }
 
+/// Which page of an upload's history is read.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(IntoParams))]
+#[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
+#[serde(deny_unknown_fields)]
+pub struct ReadHistory {
+    /// Items a page, 1 to 1,000; 200 when absent.
+    #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 1000))]
+    pub limit: Option<u32>,
+    /// The `next_cursor` of the page before.
+    pub cursor: Option<String>,
+}
+
 /// The filters of `GET /lfs/uploads`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "openapi", derive(IntoParams))]

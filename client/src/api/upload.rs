@@ -332,13 +332,16 @@ pub struct Transition {
     pub by: String,
 }
 
-/// Every transition of an upload, oldest first.
+/// A page of an upload's transitions, oldest first.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"items": [
     {"at": "2026-11-21T06:35:00.5Z", "from": null, "to": "open", "reason": "opened", "by": "client:producer-1"},
-    {"at": "2026-11-21T06:35:58Z", "from": "open", "to": "completing", "reason": "complete was asked for", "by": "client:producer-1"}]})))]
+    {"at": "2026-11-21T06:35:58Z", "from": "open", "to": "completing", "reason": "complete was asked for", "by": "client:producer-1"}], "next_cursor": null})))]
 pub struct History {
     /// The transitions.
     pub items: Vec<Transition>,
+    /// Give it as `cursor` for the next page; null at the end.
+    #[cfg_attr(feature = "openapi", schema(required = true))]
+    pub next_cursor: Option<String>,
 }

@@ -24,7 +24,7 @@ macro_rules! rows {
              session_seconds, created_at, updated_at, expires_at, expires_latest_at, lease_owner, lease_until, \
              lease_attempt, must_read, verified_at, integrity, object_etag, object_version_id, pointer, \
              published_partition, published_offset, published_at, error_code, error_detail, error_items, \
-             cleanup_due_at"
+             cleanup_due_at, checksum_by_complete"
                 + $after
             $($arguments)*
         )
@@ -80,6 +80,7 @@ pub(super) struct Row {
     pub(super) error_detail: Option<String>,
     pub(super) error_items: Option<serde_json::Value>,
     pub(super) cleanup_due_at: Option<OffsetDateTime>,
+    pub(super) checksum_by_complete: bool,
 }
 
 impl Row {
@@ -196,6 +197,7 @@ impl TryFrom<Row> for Session {
             expires_at: row.expires_at,
             expires_latest_at: row.expires_latest_at,
             trouble,
+            digest_by_complete: row.checksum_by_complete,
         })
     }
 }
@@ -221,6 +223,7 @@ pub(super) struct Columns<'a> {
     pub(super) error_detail: Option<&'a str>,
     pub(super) error_items: Option<Json<&'a [FieldError]>>,
     pub(super) cleanup_due_at: Option<OffsetDateTime>,
+    pub(super) bytes_held_until: Option<OffsetDateTime>,
 }
 
 impl<'a> Columns<'a> {
@@ -242,8 +245,14 @@ impl<'a> Columns<'a> {
                 columns.version_id = proof.version_id.as_deref();
                 columns.pointer = Some(&proof.pointer);
             }
-            // What S3 may still hold is removed from now on.
-            State::Aborted | State::Expired | State::Rejected(_) => columns.cleanup_due_at = Some(now),
+            // What S3 may still hold is removed from now on. One PUT may still bring the bytes until its URL ends; parts
+            // find no multipart upload any more.
+            State::Aborted | State::Expired | State::Rejected(_) => {
+                columns.cleanup_due_at = Some(now);
+                let urls_end_at = session.urls_end_at(now);
+                let is_single = session.promise.layout == Layout::Single;
+                columns.bytes_held_until = Some(urls_end_at).filter(|until| is_single && *until > now);
+            }
         }
         let trouble = match &session.state {
             State::Rejected(trouble) => Some(trouble),

@@ -12,6 +12,13 @@ use super::{Created, Move, Quota};
 use crate::session::{Session, State, ordering, shard};
 use crate::store::Error;
 
+/// The versions of a session that nothing went wrong with, and a few more: their history is short as it is.
+const STRAIGHT: i64 = 6;
+/// The longest round of transitions that is known for a repeated one: a completion whose bytes are read in vain has four.
+const LONGEST_ROUND: i64 = 4;
+/// Rows of history that a session has at most: one page of the API.
+const HISTORY: i64 = 1000;
+
 fn size(session: &Session) -> i64 {
     i64::try_from(session.promise.size_bytes).expect("a policy allows 5 TiB at most")
 }
@@ -144,12 +151,17 @@ pub(super) async fn save(tx: &mut PgConnection, step: &Move<'_>, shards: i32) ->
     }
     let Some(row) = update(tx, step).await? else { return Ok(None) };
     remember(tx, step, row.version).await?;
+    // Whoever goes straight has four transitions.
+    if row.version > STRAIGHT {
+        fold_history(tx, session.id).await?;
+    }
     let held = |state| matches!(state, UploadState::Open | UploadState::Completing);
     if held(step.from) && !held(session.state.name()) {
         query!(
             "update tenants set open_sessions = open_sessions - 1, reserved_bytes = reserved_bytes - $2 where tenant = $1",
             session.tenant,
-            size(session)
+            // What a URL may still bring counts until it ends.
+            if Columns::of(session, step.now).bytes_held_until.is_some() { 0 } else { size(session) }
         )
         .execute(&mut *tx)
         .await?;
@@ -168,7 +180,8 @@ async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, E
         "update upload_sessions set version = version + 1, updated_at = $4, state = $3,
              checksum = $5, traceparent = $6, lease_owner = $7, lease_until = $8, lease_attempt = $9, must_read = $10,
              verified_at = $11, integrity = $12, object_etag = $13, object_version_id = $14, pointer = $15,
-             error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19
+             error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19,
+             checksum_by_complete = $21, bytes_held_until = $22
          where id = $1 and version = $2 and state = $20 and ($3 <> 'expired' or expires_at <= $4) returning ",
         "",
         session.id,
@@ -190,7 +203,9 @@ async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, E
         c.error_detail,
         c.error_items as _,
         c.cleanup_due_at,
-        step.from.name()
+        step.from.name(),
+        session.digest_by_complete,
+        c.bytes_held_until
     )
     .fetch_optional(tx)
     .await?;
@@ -211,6 +226,40 @@ async fn remember(tx: &mut PgConnection, step: &Move<'_>, version: i64) -> Resul
     .execute(tx)
     .await?;
     Ok(())
+}
+
+/// Keeps a history from growing with what repeats itself, such as a complete that comes too early a thousand times: of
+/// a round of transitions the first and the last are kept. Whatever else happens, [`HISTORY`] rows are kept at most: the
+/// first and the newest.
+pub(in crate::store) async fn fold_history(connection: &mut PgConnection, id: Uuid) -> Result<(), Error> {
+    let last = query!(
+        "select version, from_state, to_state, reason from upload_history where session_id = $1 order by version desc limit $2",
+        id,
+        3 * LONGEST_ROUND
+    );
+    let last = last.fetch_all(&mut *connection).await?;
+    let transitions: Vec<_> = last.iter().map(|row| (&row.from_state, &row.to_state, &row.reason)).collect();
+    let versions: Vec<i64> = repeated(&transitions).map(|index| last[index].version).collect();
+    query!(
+        "delete from upload_history where session_id = $1 and (version = any($2) or version in (
+             select version from upload_history where session_id = $1 and from_state is not null order by version desc offset $3))",
+        id,
+        &versions,
+        HISTORY - 1
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Which of the transitions, the newest first, repeat those before them and are repeated by those after.
+fn repeated<T: PartialEq>(newest_first: &[T]) -> std::ops::Range<usize> {
+    let is_thrice = |length: &usize| match newest_first.get(..3 * length) {
+        Some(three) => three[..2 * length] == three[*length..],
+        None => false,
+    };
+    let longest = usize::try_from(LONGEST_ROUND).expect("a few");
+    (1..=longest).find(is_thrice).map_or(0..0, |length| length..2 * length)
 }
 
 pub(super) async fn promise_pointer(
@@ -244,4 +293,28 @@ pub(super) async fn promise_pointer(
     .execute(tx)
     .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_round_that_repeats_itself_the_first_and_the_last_are_kept() {
+        let kept = |told: &str| {
+            let mut history: Vec<char> = Vec::new();
+            for transition in told.chars() {
+                history.push(transition);
+                let newest_first: Vec<char> = history.iter().rev().copied().take(12).collect();
+                let gone = repeated(&newest_first);
+                history.drain(history.len() - gone.end..history.len() - gone.start);
+            }
+            history.into_iter().collect::<String>()
+        };
+        assert_eq!(kept("oabcd"), "oabcd");
+        assert_eq!(kept("oabab"), "oabab", "an order is never broken");
+        assert_eq!(kept(&format!("o{}", "ab".repeat(100))), "oabab");
+        assert_eq!(kept(&format!("o{}", "a".repeat(100))), "oaa");
+        assert_eq!(kept(&format!("o{}z", "abcd".repeat(100))), "oabcdabcdz");
+    }
 }

@@ -239,6 +239,11 @@ impl FaultyS3 {
         self.told.script.lock().unwrap().push((call, fault));
     }
 
+    /// What was asked for and did not happen yet goes right.
+    pub(crate) fn forget(&self) {
+        self.told.script.lock().unwrap().clear();
+    }
+
     /// From now on a copy-source that nobody signed is not refused.
     pub(crate) fn accept_copy_sources(&self) {
         self.told.is_lax.store(true, Ordering::SeqCst);
