@@ -95,6 +95,10 @@ pub(crate) enum Action {
     LivingLeaseEnds,
     /// S3 does not answer.
     Silence(usize),
+    /// S3 refuses, and would refuse again: the session is given back to its client.
+    Refuse(usize),
+    /// S3 has not answered, and the session's last end is over: it is ended instead of given back.
+    GiveUp(usize),
     /// S3 makes the upload, and its answer is lost.
     MakeUnheard(usize),
 }
@@ -117,6 +121,11 @@ impl Completion {
             offers.push(Action::Work(number, task));
         }
         offers.extend((0..world.finishes.len()).map(Action::FinishLands));
+        if world.is_over {
+            let releasing =
+                world.tasks.iter().enumerate().filter(|(_, task)| task.is_some_and(|task| task.step == Step::Releasing));
+            offers.extend(releasing.map(|(number, _)| Action::GiveUp(number)));
+        }
         if let State::Completing { lease, .. } = world.state {
             match lease.is_over {
                 true if world.tasks.contains(&None) => offers.push(Action::TakeOver),
@@ -170,7 +179,9 @@ impl Completion {
         }
         if world.faults_left > 0 {
             let asks_s3 = |task: &Task| !matches!(task.step, Step::Claiming | Step::Decided(_) | Step::Releasing);
-            offers.extend(tasks().filter(|(_, task)| asks_s3(task)).map(|(number, _)| Action::Silence(number)));
+            for (number, _) in tasks().filter(|(_, task)| asks_s3(task)) {
+                offers.extend([Action::Silence(number), Action::Refuse(number)]);
+            }
             let asked = makings().filter(|(_, step)| *step == Making::Asked);
             offers.extend(asked.map(|(making, _)| Action::MakeUnheard(making)));
             if let State::Completing { lease, .. } = world.state
@@ -373,6 +384,16 @@ impl Model for Completion {
             Action::CrashMaking(making) => world.makings[making] = None,
             Action::CrashSweeper => world.sweep = None,
             Action::Silence(number) => world.silence(number),
+            Action::Refuse(number) => {
+                world.silence(number);
+                world.tasks[number] = world.tasks[number].map(|task| Task { step: Step::Decided(Verdict::Missing), ..task });
+            }
+            Action::GiveUp(number) => {
+                let task = world.tasks[number].take()?;
+                if task.is_current && matches!(world.state, State::Completing { .. }) {
+                    world.fail(Failure::Expired);
+                }
+            }
             Action::MakeUnheard(making) => {
                 world.begin_upload();
                 world.makings[making] = None;
@@ -380,7 +401,7 @@ impl Model for Completion {
         }
         match action {
             Action::CrashTask(_) | Action::CrashMaking(_) | Action::CrashSweeper => world.crashes_left -= 1,
-            Action::LivingLeaseEnds | Action::Silence(_) | Action::MakeUnheard(_) => world.faults_left -= 1,
+            Action::LivingLeaseEnds | Action::Silence(_) | Action::Refuse(_) | Action::MakeUnheard(_) => world.faults_left -= 1,
             _ => {}
         }
         // Tasks have no names, nor have requests: worlds that differ in their order are one.
@@ -413,6 +434,10 @@ impl Model for Completion {
             Property::sometimes("a session is aborted", |_, world: &World| has_failed(world, Failure::Aborted)),
             Property::sometimes("a session expires", |_, world: &World| has_failed(world, Failure::Expired)),
             Property::sometimes("a session is rejected", |_, world: &World| has_failed(world, Failure::Rejected)),
+            Property::sometimes("a session that S3 does not prove is given up", |_, world: &World| {
+                let is_last = |task: &Task| task.step == Step::Releasing && task.is_current;
+                world.is_over && world.tasks.iter().flatten().any(is_last)
+            }),
             Property::sometimes("two tasks work at once", |_, world: &World| {
                 world.tasks.iter().flatten().filter(|task| task.step != Step::Claiming).count() == 2
             }),
