@@ -104,6 +104,12 @@ pub(crate) enum Error {
          nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
     )]
     Ahead { shard: i32, marker: i64, last_batch: i64 },
+    /// As `Ahead`, under the same number.
+    #[error(
+        "kafka holds {unfinished} pointers of batch {batch} of shard {shard} whose uploads the database takes for unfinished: \
+         it was restored from a backup; nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
+    )]
+    Forgotten { shard: i32, batch: i64, unfinished: i64 },
     /// A batch was claimed of a shard that is not as this relay left it.
     #[error(
         "the database says that batch {found} of shard {shard} was the last one{}, this relay knows {known} and left nothing \
@@ -212,6 +218,11 @@ impl Relay {
             Err(Error::Ahead { shard, marker, last_batch }) => {
                 self.restore_check.note(Ahead { shard, marker, last_batch });
                 Ok(0)
+            }
+            // The same, under the marker's own number.
+            Err(error @ Error::Forgotten { .. }) => {
+                error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
+                Err(error)
             }
             // It costs milliseconds to take the shards anew, which is done at once.
             Err(error @ (Error::Changed { .. } | Error::Unwritten { .. })) => {
@@ -352,20 +363,26 @@ impl Carrier {
         if let Some(marker) = marker.as_ref().map(|marker| marker.batch).filter(|batch| *batch > last_batch) {
             return Err(Error::Ahead { shard: owned.shard, marker, last_batch });
         }
+        // All that the marker lists, stamped or not: where the database went back and a relay that lived on has stamped
+        // once more, that batch may have the marker's number and be another.
+        let listed: Vec<Placed> = marker.iter().flat_map(|marker| &marker.published).map(placed).collect();
+        let unfinished = self.store.unfinished(&listed).await?;
+        if unfinished > 0 {
+            let batch = marker.map_or(0, |marker| marker.batch);
+            return Err(Error::Forgotten { shard: owned.shard, batch, unfinished });
+        }
         let stamped = self.store.stamped(owned.shard).await?;
-        let mut published = 0;
+        if !listed.is_empty() {
+            self.store.published(&listed, self.store.now().await?).await?;
+            listed.iter().for_each(|placed| self.wakes.changed(placed.session_id));
+        }
+        let published = listed.iter().filter(|placed| stamped.iter().any(|row| row.session_id == placed.session_id)).count();
         if !stamped.is_empty() {
-            let listed: Vec<Placed> = marker.iter().flat_map(|marker| &marker.published).map(placed).collect();
-            let listed: Vec<Placed> =
-                listed.into_iter().filter(|placed| stamped.iter().any(|row| row.session_id == placed.session_id)).collect();
-            published = listed.len();
-            let now = self.store.now().await?;
-            self.mark(owned, last_batch, &listed, now).await?;
             failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = stamped.iter().filter_map(|row| row.batch).collect();
             batches.sort_unstable();
             batches.dedup();
-            self.unstamp(owned, &batches).await?;
+            self.unstamp(owned, &batches, &listed).await?;
             info!(shard = owned.shard, stamped = stamped.len(), published, "settled shard {}", owned.shard);
         }
         Ok((Held { epoch: owned.epoch, shard, taken_at, last_batch, singly: 0, failures: 0 }, published))
@@ -384,20 +401,22 @@ impl Carrier {
             Ok(delivered) => {
                 held.failures = 0;
                 let now = self.store.now().await?;
-                let marked = self.mark(owned, batch, &delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
+                let placed: Vec<Placed> = delivered.iter().map(placed).collect();
+                let marked = self.mark(owned, batch, &placed, now).await?;
                 // The others were not sent, because an earlier one of their key has no place.
                 if marked < rows.len() {
-                    self.unstamp(owned, &[batch]).await?;
+                    self.unstamp(owned, &[batch], &placed).await?;
                 }
                 Ok(marked)
             }
             Err(PublishError::Refused { refused, delivered }) => {
                 let now = self.store.now().await?;
-                let marked = self.mark(owned, batch, &delivered.iter().map(placed).collect::<Vec<_>>(), now).await?;
+                let placed: Vec<Placed> = delivered.iter().map(placed).collect();
+                let marked = self.mark(owned, batch, &placed, now).await?;
                 let (sent, only) = (rows.len(), rows.len() == 1);
                 let parked: Vec<Refusal> = refused.into_iter().filter(|refusal| refusal.permanent || only).collect();
                 self.park(owned, batch, &parked, &mut rows).await?;
-                self.unstamp(owned, &[batch]).await?;
+                self.unstamp(owned, &[batch], &placed).await?;
                 // Nobody in particular is to blame: singly, the culprit shows.
                 if parked.is_empty() {
                     held.singly = sent - marked;
@@ -420,7 +439,7 @@ impl Carrier {
                         rows => held.singly = rows.len(),
                     }
                 }
-                self.unstamp(owned, &[batch]).await?;
+                self.unstamp(owned, &[batch], &[]).await?;
                 // Or it is the producer, which a Kafka that was away can leave without anybody to send to.
                 if answers {
                     let (fresh, _) = self.take(owned).await?;
@@ -484,8 +503,8 @@ impl Carrier {
         is_news
     }
 
-    async fn unstamp(&self, owned: Ownership, batches: &[i64]) -> Result<(), Error> {
-        if self.store.unstamp(owned, batches).await? { Ok(()) } else { Err(Error::Taken) }
+    async fn unstamp(&self, owned: Ownership, batches: &[i64], placed: &[Placed]) -> Result<(), Error> {
+        if self.store.unstamp(owned, batches, placed).await? { Ok(()) } else { Err(Error::Taken) }
     }
 
     /// Writes down what Kafka holds. Where the database cannot, for it does not know of it any more, the stamps of the

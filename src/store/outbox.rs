@@ -67,6 +67,9 @@ pub(crate) struct Ownership {
 
 impl Store {
     /// Takes every shard that is free or was ours, and renews the lease to `until`.
+    ///
+    /// A new epoch is the time in microseconds, so that a database which lost commits never gives out one a second time:
+    /// a batch that has been under way since before would be taken for the new owner's.
     pub(crate) async fn own_shards(
         &self,
         owner: Uuid,
@@ -75,7 +78,8 @@ impl Store {
     ) -> Result<Vec<Ownership>, Error> {
         let rows = query!(
             "update relay_shards set owner = $1, until = $3,
-                 epoch = epoch + case when owner is distinct from $1 or until <= $2 then 1 else 0 end
+                 epoch = case when owner is distinct from $1 or until <= $2
+                              then greatest(epoch + 1, (extract(epoch from $2) * 1000000)::bigint) else epoch end
              where owner is null or owner = $1 or until <= $2
              returning shard, epoch",
             owner,
@@ -134,17 +138,21 @@ impl Store {
         Ok(claim)
     }
 
-    /// Takes the stamps of these batches back: Kafka does not hold them. `false`, and nothing is done, when the
-    /// shard is not ours any more: what stands there now may be the next owner's.
-    pub(crate) async fn unstamp(&self, owned: Ownership, batches: &[i64]) -> Result<bool, Error> {
+    /// Takes the stamps of these batches back, but for those that Kafka holds, whether or not that is written down: the
+    /// database may have lost it again. `false`, and nothing is done, when the shard is not ours any more: what stands
+    /// there now may be the next owner's.
+    pub(crate) async fn unstamp(&self, owned: Ownership, batches: &[i64], placed: &[Placed]) -> Result<bool, Error> {
+        let published: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
         let unstamped = query!(
             "with ours as (select shard from relay_shards where shard = $1 and owner = $2 and epoch = $3),
-                  free as (update outbox set batch = null where shard = (select shard from ours) and batch = any($4))
+                  free as (update outbox set batch = null
+                           where shard = (select shard from ours) and batch = any($4) and session_id <> all($5))
              select exists (select from ours) as \"ours!\"",
             owned.shard,
             owned.owner,
             owned.epoch,
-            batches
+            batches,
+            &published
         );
         Ok(unstamped.fetch_one(&self.pool).await?.ours)
     }
@@ -209,9 +217,7 @@ impl Store {
                      select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved),
                  sent as (delete from outbox where session_id = any($1))
                  select (select count(*) from moved) + (
-                     select count(*) from upload_sessions session join placed on session.id = placed.id
-                     where session.state = 'published' and session.published_partition = placed.partition
-                       and session.published_offset = placed.number) as "written!""#,
+                     select count(*) from upload_sessions where id = any($1) and state = 'published') as "written!""#,
                 &ids,
                 &partitions,
                 &offsets,
@@ -225,6 +231,16 @@ impl Store {
         .await?;
         failpoint::reach("relay.marked").await?;
         Ok(written)
+    }
+
+    /// How many of these sessions, which Kafka holds, the database takes for unfinished.
+    pub(crate) async fn unfinished(&self, placed: &[Placed]) -> Result<i64, Error> {
+        let ids: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
+        let count = query_scalar!(
+            r#"select count(*) as "count!" from upload_sessions where id = any($1) and state in ('open', 'completing')"#,
+            &ids
+        );
+        Ok(count.fetch_one(&self.pool).await?)
     }
 
     /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.

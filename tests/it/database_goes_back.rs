@@ -12,6 +12,12 @@ use crate::harness::{Answer, House};
 /// What the relay says when it notices.
 const NOTICED: &str = "is compared with Kafka before it goes on";
 
+/// Puts uploads back to before their proof.
+const REOPENED: &str = "update upload_sessions set state = 'open', verified_at = null, integrity = null, pointer = null,
+    object_etag = null, object_version_id = null, published_partition = null, published_offset = null, published_at = null";
+const RESERVED: &str = "update tenants set open_sessions = open_sessions + 1, reserved_bytes = reserved_bytes + back.size_bytes
+    from back where tenants.tenant = back.tenant";
+
 /// What a commit took with it when it was lost, or did not.
 #[derive(Clone, Copy)]
 struct Lost {
@@ -62,7 +68,7 @@ async fn go_back(house: &House, lost: Lost) {
          insert into outbox (session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at, batch, attempts)
              select session_id, log.shard, topic, ordering, partition, key, value, headers, created_at, next_try_at,
                     case when $1::int = 0 then shards.last_batch end, 0
-             from outbox_log log join back on back.id = session_id join shards on shards.shard = log.shard";
+             from (select distinct on (session_id) * from outbox_log order by session_id, number) log join back on back.id = session_id join shards on shards.shard = log.shard";
     let moved = sqlx::query(back).bind(i32::from(lost.stamp)).execute(&house.db).await.unwrap();
     assert!(moved.rows_affected() > 0);
 }
@@ -133,15 +139,13 @@ async fn a_relay_drops_its_shards_when_the_database_does_not_know_what_it_has_ju
     complete(&house, &serving, &second).await.expect(202);
     serving.says("reached failpoint relay.sent").await;
     // It is sent. The database goes back to before its proof, while it is on its way to be marked.
-    let back = "with back as (
-             update upload_sessions set state = 'open', verified_at = null, integrity = null, pointer = null, object_etag = null,
-                    object_version_id = null
-             where state = 'verified' returning id, tenant, size_bytes),
+    let back = format!(
+        "with back as ({REOPENED} where state = 'verified' returning id, tenant, size_bytes),
          unsent as (delete from outbox using back where session_id = back.id returning shard),
          shards as (update relay_shards set last_batch = last_batch - 1 where shard in (select shard from unsent))
-         update tenants set open_sessions = open_sessions + 1, reserved_bytes = reserved_bytes + back.size_bytes
-         from back where tenants.tenant = back.tenant";
-    assert_eq!(sqlx::query(back).execute(&house.db).await.unwrap().rows_affected(), 1);
+         {RESERVED}"
+    );
+    assert_eq!(sqlx::query(sqlx::AssertSqlSafe(back)).execute(&house.db).await.unwrap().rows_affected(), 1);
     let told = serving.says("PostgreSQL lost commits").await;
     assert!(told.contains("kafka holds 1 pointers") && told.contains("the database took note of 0"), "{told}");
     assert!(told.contains(NOTICED), "{told}");
@@ -153,6 +157,73 @@ async fn a_relay_drops_its_shards_when_the_database_does_not_know_what_it_has_ju
     assert_eq!(house.records(&house.topic).await.len(), 2);
     assert!(audit(&house, true).await.unwrap().finding(Kind::MarkerAhead).is_some());
     until(&house, &serving, &second, "published").await;
+    assert_eq!(house.records(&house.topic).await.len(), 2);
+    is_clean(&house).await;
+}
+
+#[tokio::test]
+async fn a_pointer_that_the_marker_lists_keeps_its_stamp_when_the_database_loses_that_it_was_settled() {
+    // Held up after what the marker lists is written down, before the other stamps are taken back.
+    let (house, serving) = broker(&[("FAILPOINTS", "relay.settled=1*return(3000)")]).await;
+    let first = put(&house, &serving, b"first").await;
+    complete(&house, &serving, &first).await;
+    let before = until(&house, &serving, &first, "published").await;
+    go_back(&house, Lost { stamp: false }).await;
+    serving.says("reached failpoint relay.settled").await;
+    if house.is_exactly_once() {
+        go_back(&house, Lost { stamp: false }).await;
+    }
+    // A later one, so that an earlier one that is under way would have arrived.
+    let second = put(&house, &serving, b"second").await;
+    complete(&house, &serving, &second).await;
+    until(&house, &serving, &second, "published").await;
+    let after = until(&house, &serving, &first, "published").await;
+    assert_eq!(house.distinct_records().await.len(), 2);
+    if house.is_exactly_once() {
+        assert_eq!(after.json["record"], before.json["record"]);
+    }
+}
+
+#[tokio::test]
+async fn a_pointer_that_the_marker_lists_is_not_sent_again_though_it_bears_no_stamp() {
+    let (house, serving) = broker(&[]).await;
+    let first = put(&house, &serving, b"first").await;
+    complete(&house, &serving, &first).await;
+    let before = until(&house, &serving, &first, "published").await;
+    drop(serving);
+    // The database went back, and a relay that lived on has stamped another batch under the number of the marker.
+    go_back(&house, Lost { stamp: false }).await;
+    sqlx::raw_sql("update outbox set batch = null").execute(&house.db).await.unwrap();
+    let serving = house.serving(&[]).await;
+    let after = until(&house, &serving, &first, "published").await;
+    if house.is_exactly_once() {
+        assert_eq!(after.json["record"], before.json["record"]);
+    }
+    let second = put(&house, &serving, b"second").await;
+    complete(&house, &serving, &second).await;
+    until(&house, &serving, &second, "published").await;
+    assert_eq!(house.distinct_records().await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_shard_whose_marker_lists_an_upload_that_is_open_again_waits_for_the_audit() {
+    let (house, serving) = broker(&[]).await;
+    let first = put(&house, &serving, b"first").await;
+    complete(&house, &serving, &first).await;
+    until(&house, &serving, &first, "published").await;
+    drop(serving);
+    let back = format!("with back as ({REOPENED} where state = 'published' returning tenant, size_bytes) {RESERVED}");
+    assert_eq!(sqlx::query(sqlx::AssertSqlSafe(back)).execute(&house.db).await.unwrap().rows_affected(), 1);
+    let serving = house.serving(&[("LFS_BROKER_COMPLETE_WAIT_SECONDS", "1")]).await;
+    let second = put(&house, &serving, b"second").await;
+    complete(&house, &serving, &second).await;
+    if house.is_exactly_once() {
+        serving.says("whose uploads the database takes for unfinished").await;
+        assert_eq!(house.records(&house.topic).await.len(), 1);
+    }
+    assert_eq!(audit(&house, true).await.unwrap().finding(Kind::KafkaAhead).map(|finding| finding.fixed), Some(1));
+    until(&house, &serving, &second, "published").await;
+    until(&house, &serving, &first, "published").await;
     assert_eq!(house.records(&house.topic).await.len(), 2);
     is_clean(&house).await;
 }
