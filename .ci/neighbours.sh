@@ -63,19 +63,25 @@ start_postgres() {
     share LFS_TEST_DATABASE_URL "postgres://lfs:lfs@127.0.0.1:$port/postgres"
 }
 
-# One node that is broker and controller. A topic that nobody made stays missing, as in most clusters.
+# One node that is broker and controller. A topic that nobody made stays missing, as in most clusters. On a second port the
+# user `limited` may do everything but write to topics whose name begins with `refused-`.
 start_kafka() {
-    local data=$NEIGHBOURS/kafka port control config
-    port=${LFS_CI_KAFKA_PORT:-$(free_port)} && control=$(free_port) || return
+    local data=$NEIGHBOURS/kafka port control limited config
+    port=${LFS_CI_KAFKA_PORT:-$(free_port)} && control=$(free_port) && limited=$(free_port) || return
     mkdir -p "$data" && config=$data/server.properties
     cat >"$config" <<PROPERTIES
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:$control
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$control
-advertised.listeners=PLAINTEXT://127.0.0.1:$port
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited,CONTROLLER://127.0.0.1:$control
+advertised.listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_limited="limited";
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+allow.everyone.if.no.acl.found=true
 log.dirs=$data/log
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
@@ -91,8 +97,10 @@ PROPERTIES
     "${java[@]}" kafka.tools.StorageTool format -t AAAAAAAAAAAAAAAAAAAAAQ -c "$config" \
         >"$NEIGHBOURS/kafka-format.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/kafka-format.log" >&2; return 1; }
     launch kafka "${java[@]}" kafka.Kafka "$config"
-    await kafka 60 "${java[@]}" org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$port" --list || return
+    await kafka 60 "${java[@]}" org.apache.kafka.tools.AclCommand --bootstrap-server "127.0.0.1:$port" --add \
+        --allow-principal User:limited --operation Describe --topic refused- --resource-pattern-type prefixed || return
     share LFS_TEST_KAFKA "127.0.0.1:$port"
+    share LFS_TEST_KAFKA_LIMITED "127.0.0.1:$limited"
 }
 
 # share_s3 FLAVOUR PORT ACCESS_KEY SECRET

@@ -11,9 +11,14 @@
 //! claimed only if the shard is as its holder left it: the last batch number, and no row stamped. If it is not, or the
 //! database fails in any way, the holder drops its shards, and takes them anew: fence, marker, comparison, settling.
 
+mod isolation;
+mod look_up;
+mod stall;
+
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,10 +28,11 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::failpoint;
-use crate::kafka::{self, Delivered, Kafka, PublishError, Record, Refusal, Shard};
+use crate::kafka::{self, Delivered, Delivery, Kafka, PublishError, Record, Refusal, Shard};
 use crate::restore_check::{Ahead, RestoreCheck};
 use crate::store::{self, Claim, Deployment, Ownership, Parked, Placed, Store, Waiting};
 use crate::wakes::Wakes;
+use isolation::Isolation;
 
 /// Most pointers a transaction: 500 cost 7 ms at the median, more only adds to the loss when one aborts.
 const BATCH: i64 = 500;
@@ -38,8 +44,6 @@ const TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// How long a crashed owner's shards stay its own. Kafka's fence is what makes a takeover safe, so this may be short:
 /// a broker that comes back publishes within five seconds.
 const LEASE: Duration = Duration::from_secs(3);
-/// So many batches of a shard may come to nothing without anyone to blame before its rows are tried singly.
-const PATIENCE: u32 = 2;
 /// How long a tick waits for the shards that it has begun. A batch takes some ten milliseconds; one that takes longer, for
 /// Kafka keeps it waiting, must cost neither the other shards their next batch nor this replica its leases.
 const PATIENT_FOR: Duration = Duration::from_millis(100);
@@ -73,6 +77,9 @@ struct Carrier {
     deployment: Deployment,
     /// For which topic and reason refused records were told of, and when.
     told: Mutex<HashMap<(String, String), Instant>>,
+    isolation: Isolation,
+    /// Kafka did not take a marker, or could not say which was the last: perhaps the marker topic is gone.
+    markers_in_doubt: AtomicBool,
 }
 
 /// A shard that is fenced and settled under one epoch.
@@ -83,10 +90,6 @@ struct Held {
     taken_at: Instant,
     /// The last batch number, as this relay read or wrote it.
     last_batch: i64,
-    /// After a failure of nobody in particular, so many rows go one at a time: then the culprit shows.
-    singly: usize,
-    /// Batches in a row that came to nothing.
-    failures: u32,
 }
 
 /// What keeps a shard from going on.
@@ -135,7 +138,15 @@ impl Relay {
         owner: Uuid,
     ) -> Self {
         Self {
-            carrier: Arc::new(Carrier { store, kafka, wakes, deployment, told: Mutex::default() }),
+            carrier: Arc::new(Carrier {
+                store,
+                kafka,
+                wakes,
+                deployment,
+                told: Mutex::default(),
+                isolation: Isolation::default(),
+                markers_in_doubt: AtomicBool::new(false),
+            }),
             restore_check,
             owner,
             owned: Vec::new(),
@@ -152,8 +163,10 @@ impl Relay {
     /// takes long holds up no other: it goes on by itself, and the first tick after its end tells of it.
     pub(crate) async fn tick(&mut self) -> Result<usize, Error> {
         if let Err(error) = self.own().await {
-            if matches!(error, Error::Store(_)) {
-                self.doubt();
+            match &error {
+                Error::Store(_) => self.doubt(),
+                Error::Kafka(_) => self.carrier.tell_stalled(0..self.carrier.deployment.shards, &error).await,
+                _ => {}
             }
             return Err(error);
         }
@@ -236,7 +249,9 @@ impl Relay {
                 if matches!(error, Error::Store(_)) {
                     self.doubt();
                 }
-                warn!(shard = owned.shard, %error, "shard {} waits", owned.shard);
+                if self.carrier.is_news(&format!("shard {}", owned.shard), &error.to_string()) {
+                    warn!(shard = owned.shard, %error, "shard {} publishes nothing until this is solved: {error}", owned.shard);
+                }
                 Err(error)
             }
         }
@@ -251,13 +266,22 @@ impl Relay {
 
     /// Takes free shards and renews the leases of ours, every third of a lease.
     async fn own(&mut self) -> Result<(), Error> {
+        let Carrier { kafka, deployment, markers_in_doubt, .. } = &*self.carrier;
+        let in_doubt = markers_in_doubt.load(Ordering::Acquire);
+        if !self.has_markers || in_doubt {
+            let was_missing = kafka.ensure_marker_topic(deployment.shards).await?;
+            if self.has_markers && was_missing {
+                warn!(
+                    "topic {} was gone, and has been made again: somebody deleted it, or another Kafka answers at the same \
+                     address; `lfs-broker audit` finds published pointers that Kafka lacks",
+                    kafka::MARKER_TOPIC
+                );
+            }
+            self.has_markers = true;
+            markers_in_doubt.store(false, Ordering::Release);
+        }
         if self.renewed_at.is_some_and(|at| at.elapsed() < LEASE / 3) {
             return Ok(());
-        }
-        let Carrier { kafka, deployment, .. } = &*self.carrier;
-        if !self.has_markers {
-            kafka.ensure_marker_topic(deployment.shards).await?;
-            self.has_markers = true;
         }
         self.owned = self.carrier.renew(self.owner).await?;
         self.renewed_at = Some(Instant::now());
@@ -307,6 +331,16 @@ impl Carrier {
     async fn carry(self: Arc<Self>, owned: Ownership, mut held: Option<Held>) -> Ended {
         let begun = Instant::now();
         let outcome = self.relay(owned, &mut held).await;
+        match &outcome {
+            Err(Error::Taken) => self.isolation.idle(owned.shard),
+            Err(Error::Store(_)) => {}
+            Err(error) => {
+                // Where Kafka cannot read a marker, the topic may be gone.
+                self.markers_in_doubt.fetch_or(matches!(error, Error::Kafka(_)), Ordering::AcqRel);
+                self.tell_stalled(owned.shard..owned.shard + 1, error).await;
+            }
+            Ok(_) => self.tell_stall(owned.shard).await,
+        }
         // Then no tick waits for it, or soon none.
         if begun.elapsed() > PATIENT_FOR / 2 {
             self.wakes.relay.notify_one();
@@ -315,23 +349,28 @@ impl Carrier {
     }
 
     async fn relay(&self, owned: Ownership, slot: &mut Option<Held>) -> Result<usize, Error> {
+        if self.isolation.is_paused(owned.shard) {
+            return Ok(0);
+        }
         let mut settled = 0;
         let held = match slot {
             Some(held) => held,
             // A shard that has nothing to send costs no producer.
-            None if !self.store.has_waiting(owned.shard).await? => return Ok(0),
+            None if !self.store.has_waiting(owned.shard).await? => {
+                self.isolation.idle(owned.shard);
+                return Ok(0);
+            }
             None => {
                 let (held, count) = self.take(owned).await?;
                 settled = count;
                 slot.insert(held)
             }
         };
-        let limit = if held.singly > 0 { 1 } else { BATCH };
         let now = self.store.now().await?;
-        let (batch, mut rows) = match self.store.stamp(owned, held.last_batch, limit, now).await? {
+        let (batch, mut rows) = match self.store.stamp(owned, held.last_batch, BATCH, now).await? {
             Claim::Stamped { batch, rows } => (batch, rows),
             Claim::Idle => {
-                held.singly = 0;
+                self.isolation.idle(owned.shard);
                 return Ok(settled);
             }
             Claim::Taken => return Err(Error::Taken),
@@ -340,15 +379,17 @@ impl Carrier {
             }
         };
         held.last_batch = batch;
-        held.singly = held.singly.saturating_sub(1);
-        let outcome = match self.kafka.place(rows.iter().map(record).collect()).await {
+        let selection = self.isolation.select(owned.shard, &rows);
+        self.park(owned, batch, &selection.refused, &mut rows).await?;
+        let selected = rows.iter().filter(|row| selection.send.contains(&row.session_id));
+        let outcome = match self.kafka.place(selected.map(record).collect()).await {
             Ok(placing) => {
                 self.park(owned, batch, &placing.refused, &mut rows).await?;
                 if placing.records.is_empty() { Ok(Vec::new()) } else { held.shard.publish(batch, &placing.records).await }
             }
             Err(failed) => Err(failed),
         };
-        Ok(settled + self.settle(owned, slot, batch, rows, outcome).await?)
+        Ok(settled + self.settle(owned, slot, (batch, &selection.send), rows, outcome).await?)
     }
 
     /// Fences the shard's last owner, and settles what that one had stamped. Says how much of it was published.
@@ -365,13 +406,18 @@ impl Carrier {
         }
         // All that the marker lists, stamped or not: where the database went back and a relay that lived on has stamped
         // once more, that batch may have the marker's number and be another.
-        let listed: Vec<Placed> = marker.iter().flat_map(|marker| &marker.published).map(placed).collect();
+        let stamped = self.store.stamped(owned.shard).await?;
+        let listed: Vec<Placed> = match &marker {
+            Some(marker) => marker.published.iter().map(placed).collect(),
+            // Nothing was ever committed, or the marker that knew is gone: the topics tell.
+            None if !stamped.is_empty() && self.kafka.delivery() == Delivery::ExactlyOnce => self.look_up(&stamped).await?,
+            None => Vec::new(),
+        };
         let unfinished = self.store.unfinished(&listed).await?;
         if unfinished > 0 {
             let batch = marker.map_or(0, |marker| marker.batch);
             return Err(Error::Forgotten { shard: owned.shard, batch, unfinished });
         }
-        let stamped = self.store.stamped(owned.shard).await?;
         if !listed.is_empty() {
             self.store.published(&listed, self.store.now().await?).await?;
             listed.iter().for_each(|placed| self.wakes.changed(placed.session_id));
@@ -385,80 +431,85 @@ impl Carrier {
             self.unstamp(owned, &batches, &listed).await?;
             info!(shard = owned.shard, stamped = stamped.len(), published, "settled shard {}", owned.shard);
         }
-        Ok((Held { epoch: owned.epoch, shard, taken_at, last_batch, singly: 0, failures: 0 }, published))
+        Ok((Held { epoch: owned.epoch, shard, taken_at, last_batch }, published))
     }
 
+    /// Writes down how a batch ended of which the rows of `sent` were sent, or were to be.
     async fn settle(
         &self,
         owned: Ownership,
         slot: &mut Option<Held>,
-        batch: i64,
+        (batch, sent): (i64, &[Uuid]),
         mut rows: Vec<Waiting>,
         outcome: Result<Vec<Delivered>, PublishError>,
     ) -> Result<usize, Error> {
         let Some(held) = slot.as_mut() else { return Ok(0) };
-        match outcome {
+        // Those that `place` refused are parked already.
+        let sent: Vec<Uuid> = sent.iter().copied().filter(|id| rows.iter().any(|row| row.session_id == *id)).collect();
+        let (marked, published) = match outcome {
             Ok(delivered) => {
-                held.failures = 0;
                 let now = self.store.now().await?;
                 let placed: Vec<Placed> = delivered.iter().map(placed).collect();
                 let marked = self.mark(owned, batch, &placed, now).await?;
-                // The others were not sent, because an earlier one of their key has no place.
+                self.isolation.published(owned.shard, topics_of(&rows, &delivered));
+                // The others were not sent: an earlier one of their key has no place, or the batch was narrowed.
                 if marked < rows.len() {
                     self.unstamp(owned, &[batch], &placed).await?;
+                    self.wakes.relay.notify_one();
                 }
-                Ok(marked)
+                return Ok(marked);
             }
             Err(PublishError::Refused { refused, delivered }) => {
                 let now = self.store.now().await?;
                 let placed: Vec<Placed> = delivered.iter().map(placed).collect();
                 let marked = self.mark(owned, batch, &placed, now).await?;
-                let (sent, only) = (rows.len(), rows.len() == 1);
-                let parked: Vec<Refusal> = refused.into_iter().filter(|refusal| refusal.permanent || only).collect();
+                let parked = self.blamed(&refused, &sent, &rows);
                 self.park(owned, batch, &parked, &mut rows).await?;
-                self.unstamp(owned, &[batch], &placed).await?;
-                // Nobody in particular is to blame: singly, the culprit shows.
-                if parked.is_empty() {
-                    held.singly = sent - marked;
-                }
+                self.isolation.refused(owned.shard, sent.len(), parked.len(), marked);
                 self.wakes.relay.notify_one();
-                Ok(marked)
+                (marked, placed)
             }
             Err(PublishError::Retry(why)) => {
-                warn!(shard = owned.shard, why, "shard {} tries again", owned.shard);
-                held.failures += 1;
-                let answers = self.kafka.reachable().await.is_ok();
                 // Where Kafka answers, it is something in the batch: a partition without a leader, for one.
-                if held.failures >= PATIENCE && answers {
-                    held.failures = 0;
-                    match rows.as_slice() {
-                        [row] => {
-                            let refusal = Refusal { upload_id: row.session_id, permanent: true, reason: why };
-                            self.park(owned, batch, &[refusal], &mut rows).await?;
-                        }
-                        rows => held.singly = rows.len(),
-                    }
+                let answers = self.kafka.reachable().await.is_ok();
+                self.tell_failure(owned.shard, &why);
+                if self.isolation.failed(owned.shard, &sent, answers, &why) {
+                    let refused = Refusal { upload_id: sent[0], permanent: true, whole_topic: false, reason: why };
+                    self.park(owned, batch, &[refused], &mut rows).await?;
                 }
                 self.unstamp(owned, &[batch], &[]).await?;
                 // Or it is the producer, which a Kafka that was away can leave without anybody to send to.
                 if answers {
-                    let (fresh, _) = self.take(owned).await?;
-                    *held = Held { singly: held.singly, failures: held.failures, ..fresh };
+                    *held = self.take(owned).await?.0;
                 }
-                Ok(0)
+                return Ok(0);
+            }
+            Err(PublishError::NoMarker(why)) => {
+                self.tell_failure(owned.shard, &why);
+                self.isolation.failed(owned.shard, &sent, false, &why);
+                self.markers_in_doubt.store(true, Ordering::Release);
+                (0, Vec::new())
             }
             // The stamp stays: the next owner reads the marker first.
             Err(error @ PublishError::Fenced(_)) => {
                 warn!(shard = owned.shard, %error, "shard {} was taken", owned.shard);
-                Err(Error::Taken)
+                return Err(Error::Taken);
             }
             // The same, and the next owner may be we.
-            Err(error @ PublishError::Lost(_)) => {
-                warn!(shard = owned.shard, %error, "shard {} is to be taken anew", owned.shard);
+            Err(PublishError::Lost(why)) => {
+                self.tell_failure(owned.shard, &why);
+                if self.isolation.failed(owned.shard, &sent, true, &why) {
+                    self.isolation.condemn(owned.shard, sent[0], &why);
+                }
                 *slot = None;
-                Ok(0)
+                return Ok(0);
             }
+        };
+        self.unstamp(owned, &[batch], &published).await?;
+        if held.shard.is_spent() {
+            *held = self.take(owned).await?.0;
         }
+        Ok(marked)
     }
 
     /// Lets the refused ones of a batch's rows wait, each with what comes after it in its topic and key, and takes them
@@ -541,4 +592,10 @@ fn placed(delivered: &Delivered) -> Placed {
         offset: delivered.offset,
         at: at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
     }
+}
+
+/// The topics of the rows that were delivered.
+fn topics_of<'a>(rows: &'a [Waiting], delivered: &'a [Delivered]) -> impl Iterator<Item = &'a str> {
+    let ids: std::collections::HashSet<Uuid> = delivered.iter().map(|delivered| delivered.upload_id).collect();
+    rows.iter().filter(move |row| ids.contains(&row.session_id)).map(|row| row.topic.as_str())
 }

@@ -90,7 +90,9 @@ async fn database(settings: &app::Settings) -> Result<(), store::Error> {
 }
 
 async fn kafka(settings: &app::Settings) -> Result<(), crate::kafka::Error> {
-    Kafka::connect(&settings.kafka)?.reachable().await
+    let kafka = Kafka::connect(&settings.kafka)?;
+    kafka.reachable().await?;
+    kafka.check_marker_policy().await
 }
 
 async fn store(settings: &app::Settings) -> Result<Capabilities, Error> {

@@ -176,6 +176,14 @@ impl Server {
         self.run(move |cluster| cluster.partition_leader(&topic, partition, led.then_some(1))).await
     }
 
+    /// Refuses a topic to everybody, as a Kafka with ACLs does, or takes it again.
+    pub async fn refuse_topic(&self, topic: &str, refused: bool) -> Result<(), Error> {
+        use rdkafka::types::RDKafkaRespErr::{RD_KAFKA_RESP_ERR_NO_ERROR, RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED};
+        let error = if refused { RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED } else { RD_KAFKA_RESP_ERR_NO_ERROR };
+        let topic = topic.to_owned();
+        self.run(move |cluster| cluster.topic_error(&topic, error)).await
+    }
+
     /// Stops it; everything in it is gone.
     pub fn stop(self) {
         drop(self);

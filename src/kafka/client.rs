@@ -67,7 +67,7 @@ pub(super) struct Context;
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         // A lost connection is logged by whoever needed it; librdkafka repeats it at every attempt of every client.
-        let expected = matches!(facility, "FAIL" | "ERROR" | "CONFWARN" | "TXNERR" | "MAXPOLL");
+        let expected = matches!(facility, "FAIL" | "ERROR" | "CONFWARN" | "TXNERR" | "ADDPARTS" | "MAXPOLL");
         match level {
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error if !expected => {
                 warn!(facility, "librdkafka: {message}");

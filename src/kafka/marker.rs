@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::{Message, Offset, TopicPartitionList};
+use tracing::warn;
 
 use super::client::{self, Context};
 use super::{Delivered, Error, MARKER_TOPIC, Settings};
@@ -65,7 +66,7 @@ pub(super) fn last(
         let from = start.max(stable.saturating_sub(look));
         let found = look_from(&reader, transactional_id, partition, from, deadline)?;
         if found.is_some() || from == start {
-            return found.map(|(offset, value)| parse(transactional_id, offset, &value)).transpose();
+            return Ok(found);
         }
         look = look.saturating_mul(16);
     }
@@ -76,14 +77,15 @@ fn watermarks(client: &BaseConsumer<Context>, partition: i32, deadline: Instant)
     client.fetch_watermarks(MARKER_TOPIC, partition, time_left).map_err(|error| Error::from_kafka(&error))
 }
 
-/// The last record with this key from `from` to the end of what is committed.
+/// The last marker with this key from `from` to the end of what is committed. What is no marker was written by somebody
+/// else, who has no business there: it is passed over.
 fn look_from(
     reader: &BaseConsumer<Context>,
     transactional_id: &str,
     partition: i32,
     from: i64,
     deadline: Instant,
-) -> Result<Option<(i64, Vec<u8>)>, Error> {
+) -> Result<Option<Marker>, Error> {
     let mut place = TopicPartitionList::new();
     place
         .add_partition_offset(MARKER_TOPIC, partition, Offset::Offset(from))
@@ -93,7 +95,17 @@ fn look_from(
     while Instant::now() < deadline {
         match reader.poll(Duration::from_millis(100)) {
             Some(Ok(record)) if record.key() == Some(transactional_id.as_bytes()) => {
-                last = record.payload().map(|value| (record.offset(), value.to_vec()));
+                match serde_json::from_slice(record.payload().unwrap_or_default()) {
+                    Ok(marker) => last = Some(marker),
+                    Err(error) => warn!(
+                        transactional_id,
+                        partition,
+                        offset = record.offset(),
+                        "passed over the record at {MARKER_TOPIC}-{partition}, offset {}: it is no marker of {transactional_id} \
+                         ({error}); only lfs-broker may write to this topic",
+                        record.offset()
+                    ),
+                }
             }
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
             Some(Err(error)) if !is_passing(&error) => return Err(Error::from_kafka(&error)),
@@ -110,12 +122,4 @@ fn is_passing(error: &KafkaError) -> bool {
         Error::Refused(_) => error.rdkafka_error_code() == Some(RDKafkaErrorCode::GroupAuthorizationFailed),
         _ => true,
     }
-}
-
-fn parse(transactional_id: &str, offset: i64, value: &[u8]) -> Result<Marker, Error> {
-    serde_json::from_slice(value).map_err(|error| Error::Marker {
-        transactional_id: transactional_id.to_owned(),
-        offset,
-        reason: error.to_string(),
-    })
 }

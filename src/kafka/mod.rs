@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 mod client;
+mod configs;
 mod follow;
 mod marker;
 mod place;
@@ -25,6 +26,8 @@ mod tests;
 mod topics;
 
 use client::Context;
+use configs::Configs;
+pub use configs::RecordLimits;
 pub use follow::{Follower, Incoming, Start};
 pub use marker::{Marker, transactional_id};
 pub use place::Placing;
@@ -35,6 +38,11 @@ use topics::Topics;
 /// The compacted topic in which each shard writes what it published, inside the same transaction; with at-least-once
 /// delivery, the number of each batch before anything of it is sent.
 pub const MARKER_TOPIC: &str = "lfs-broker-markers";
+
+/// Whether a topic is Kafka's own or the broker's own: no upload's pointer is written there.
+pub fn is_internal(topic: &str) -> bool {
+    topic == MARKER_TOPIC || topic.starts_with("__")
+}
 
 /// One request to Kafka may hold an HTTP request no longer than this: the answer is due within two seconds.
 const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
@@ -131,15 +139,14 @@ pub enum Error {
         /// What this deployment needs.
         wanted: i32,
     },
-    /// A marker that this version cannot read. Going on would risk a second publish.
-    #[error("the marker of {transactional_id} at offset {offset} cannot be read: {reason}")]
-    Marker {
-        /// Whose marker it is.
-        transactional_id: String,
-        /// Where it is in its partition.
-        offset: i64,
-        /// What is wrong with it.
-        reason: String,
+    /// The marker topic drops records by age or size: a marker that is gone would mean a second publish.
+    #[error(
+        "topic {MARKER_TOPIC} has cleanup.policy={found}, which deletes markers; set it to compact: \
+         kafka-configs.sh --alter --entity-type topics --entity-name {MARKER_TOPIC} --add-config cleanup.policy=compact"
+    )]
+    MarkerPolicy {
+        /// What Kafka has.
+        found: String,
     },
 }
 
@@ -195,6 +202,9 @@ struct Inner {
     /// And when it was made.
     observer: Mutex<(Observer, Instant)>,
     topics: Mutex<Topics>,
+    configs: Mutex<Configs>,
+    /// Which cluster answered when the marker topic was last looked at.
+    cluster_id: Mutex<Option<String>>,
     questions: Semaphore,
 }
 
@@ -213,6 +223,8 @@ impl Kafka {
             settings: settings.clone(),
             observer: Mutex::new((observer, Instant::now())),
             topics: Mutex::new(Topics::default()),
+            configs: Mutex::new(Configs::default()),
+            cluster_id: Mutex::new(None),
             questions: Semaphore::new(QUESTIONS),
         })))
     }

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::topics::Layout;
-use super::{Error, Kafka, PublishError, Record, Refusal};
+use super::{Error, Kafka, PublishError, Record, Refusal, is_internal};
 
 /// A batch, sorted by what can be sent now.
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ impl Kafka {
                 }
                 Err(reason) => {
                     waiting.extend(order);
-                    placing.refused.push(Refusal { upload_id: record.upload_id, permanent: true, reason });
+                    placing.refused.push(Refusal { upload_id: record.upload_id, permanent: true, whole_topic: false, reason });
                 }
             }
         }
@@ -57,6 +57,9 @@ impl Kafka {
 /// The partition to ask for, `None` to leave that to librdkafka; or why a record has no place in its topic.
 fn partition(record: &Record, topic: &Result<Option<Layout>, Error>) -> Result<Option<i32>, String> {
     let name = &record.topic;
+    if is_internal(name) {
+        return Err(format!("topic {name} is Kafka's or the broker's own: no pointer is written there"));
+    }
     let Layout { partitions, leaderless } = match topic {
         Err(error) => return Err(error.to_string()),
         Ok(None) => return Err(format!("kafka has no topic {name}")),

@@ -264,3 +264,67 @@ async fn without_transactions_a_batch_leaves_its_number_and_a_new_owner_sees_it(
     assert_eq!(kafka.shard(&id, 0).await.unwrap().last_marker().await.unwrap(), marker);
     assert_eq!(committed(&topic).await, sorted(&sent));
 }
+
+/// Kafka as a user sees it who may not write to topics that begin with `refused-`, and one topic of each kind.
+async fn limited(delivery: Delivery) -> (Kafka, String, String, String) {
+    let (_, allowed, id) = house().await;
+    let refused = format!("refused-{allowed}");
+    let admin = Kafka::connect(&settings(server(), Delivery::ExactlyOnce)).unwrap();
+    admin.create_topic(NewTopic::new(&refused, 2, TopicReplication::Fixed(1))).await.unwrap();
+    let limited = std::env::var("LFS_TEST_KAFKA_LIMITED").expect("LFS_TEST_KAFKA_LIMITED names the same Kafka's SASL listener");
+    let mut settings = settings(limited, delivery);
+    for (key, value) in [
+        ("security.protocol", "SASL_PLAINTEXT"),
+        ("sasl.mechanism", "PLAIN"),
+        ("sasl.username", "limited"),
+        ("sasl.password", "limited"),
+    ] {
+        settings.properties.insert(key.to_owned(), value.to_owned());
+    }
+    (Kafka::connect(&settings).unwrap(), allowed, refused, id)
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn a_topic_that_may_not_be_written_is_refused_alone_in_both_delivery_modes() {
+    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
+        let (kafka, allowed, refused, id) = limited(delivery).await;
+        let mut shard = kafka.shard(&id, 2).await.unwrap();
+        // After a committed transaction Kafka refuses the abort of one whose first topic it refused.
+        shard.publish(1, &[pointer(&allowed)]).await.unwrap();
+        let bad = [pointer(&refused), pointer(&refused)];
+        let Err(PublishError::Refused { refused: told, .. }) = shard.publish(2, &bad).await else { panic!("not refused") };
+        assert_eq!(told.len(), 2);
+        assert!(told.iter().all(|told| told.whole_topic && told.reason.contains("TopicAuthorizationFailed")), "{told:?}");
+        if delivery == Delivery::ExactlyOnce {
+            assert!(shard.is_spent(), "librdkafka does nothing more after an abort that was refused");
+            shard = kafka.shard(&id, 2).await.unwrap();
+            assert_eq!(shard.last_marker().await.unwrap().unwrap().batch, 1);
+        }
+        let good = pointer(&allowed);
+        let sent = shard.publish(3, &[good.clone(), pointer(&refused)]).await;
+        let Err(PublishError::Refused { delivered, .. }) = sent else { panic!("{sent:?}") };
+        if delivery == Delivery::AtLeastOnce {
+            assert_eq!(delivered.iter().map(|delivered| delivered.upload_id).collect::<Vec<_>>(), [good.upload_id]);
+        } else {
+            assert!(delivered.is_empty());
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn what_a_topic_never_takes_is_told_by_its_configuration() {
+    let kafka = Kafka::connect(&settings(server(), Delivery::ExactlyOnce)).unwrap();
+    let topic = format!("compacted-{}", Uuid::now_v7().simple());
+    let new = NewTopic::new(&topic, 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact");
+    kafka.create_topic(new.set("max.message.bytes", "2000")).await.unwrap();
+    let limits = kafka.record_limits(&topic).await;
+    assert_eq!(limits, super::RecordLimits { needs_key: true, max_bytes: Some(2000) });
+    let plain = format!("plain-{}", Uuid::now_v7().simple());
+    kafka.create_topic(NewTopic::new(&plain, 1, TopicReplication::Fixed(1))).await.unwrap();
+    assert!(!kafka.record_limits(&plain).await.needs_key);
+    let missing = kafka.record_limits("no-such-topic").await;
+    assert_eq!(missing, super::RecordLimits::default());
+    assert!(kafka.record_limits(&topic).await.needs_key, "a topic that is missing silences nothing");
+}

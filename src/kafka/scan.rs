@@ -84,6 +84,33 @@ impl Kafka {
     /// Where Kafka does not answer.
     pub async fn scan(&self, topic: &str, partition: i32) -> Result<Scan, Error> {
         let (start, end) = self.range(topic, partition).await?;
+        Ok(self.walk(topic, partition, (start, end)))
+    }
+
+    /// The same from the first record that is not older than `since_ms`, in milliseconds since 1970.
+    ///
+    /// # Errors
+    /// Where Kafka does not answer.
+    pub async fn scan_since(&self, topic: &str, partition: i32, since_ms: i64) -> Result<Scan, Error> {
+        let (start, end) = self.range(topic, partition).await?;
+        let name = topic.to_owned();
+        let ask = move |observer: Observer, time_left| {
+            let mut times = TopicPartitionList::new();
+            let asked = times.add_partition_offset(&name, partition, Offset::Offset(since_ms));
+            let found = asked.and_then(|()| observer.offsets_for_times(times, time_left));
+            let found = found.map_err(|error| Error::from_kafka(&error))?;
+            Ok(found.elements().first().map(|element| element.offset()))
+        };
+        let since = self.observe(|observer| self.ask(move |time_left| ask(observer, time_left))).await?;
+        let from = match since {
+            Some(Offset::Offset(offset)) => start.max(offset),
+            Some(Offset::End) => end,
+            _ => start,
+        };
+        Ok(self.walk(topic, partition, (from, end)))
+    }
+
+    fn walk(&self, topic: &str, partition: i32, (start, end): (i64, i64)) -> Scan {
         let (give, batches) = mpsc::channel(1);
         if start < end {
             let (settings, topic) = (self.settings().clone(), topic.to_owned());
@@ -95,7 +122,7 @@ impl Kafka {
                 }
             });
         }
-        Ok(Scan { batches, end })
+        Scan { batches, end }
     }
 
     /// The first offset of a partition and the one after its last, open transactions counted in.

@@ -30,6 +30,8 @@ pub struct Refusal {
     /// Sending it again cannot help until somebody changes something: its topic is gone, it is too large, … When
     /// false, the record is to blame only perhaps: send it again alone.
     pub permanent: bool,
+    /// The same holds for every record of its topic.
+    pub whole_topic: bool,
     /// Why, for the operator.
     pub reason: String,
 }
@@ -40,7 +42,7 @@ pub enum PublishError {
     /// Some records were refused; the shard stays usable.
     ///
     /// With exactly-once delivery nothing of the batch is published, and `delivered` is empty. With at-least-once
-    /// delivery `delivered` is published, and each other record is in `refused`.
+    /// delivery `delivered` is published, and what is neither there nor in `refused` was not sent.
     #[error("kafka refused {} records, the first: {}", refused.len(), refused.first().map_or("", |r| r.reason.as_str()))]
     Refused {
         /// What Kafka did not take.
@@ -52,6 +54,10 @@ pub enum PublishError {
     /// at-least-once delivery, where a record may still have arrived unseen.
     #[error("nothing was published: {0}")]
     Retry(String),
+    /// Nothing of the batch is published, because Kafka did not take its marker: no record is at fault. The shard stays
+    /// usable once the marker topic is.
+    #[error("nothing was published: {0}")]
+    NoMarker(String),
     /// Another owner has taken the shard. Drop it; whether the batch is published, the new owner knows.
     #[error("another owner has taken the shard: {0}")]
     Fenced(String),
@@ -76,6 +82,8 @@ pub struct Shard {
     marker_partition: i32,
     /// Set while a batch is under way and for ever after one whose end is not known, or not awaited.
     unsettled: AtomicBool,
+    /// Set when the producer failed for good before it was told to commit: nothing of that batch is published.
+    is_spent: AtomicBool,
 }
 
 impl Shard {
@@ -94,6 +102,7 @@ impl Shard {
             transactional_id: transactional_id.to_owned(),
             marker_partition,
             unsettled: AtomicBool::new(false),
+            is_spent: AtomicBool::new(false),
             kafka,
         })
     }
@@ -101,6 +110,12 @@ impl Shard {
     /// What this shard's last committed batch published. Fails rather than answer from a part of the log.
     pub async fn last_marker(&self) -> Result<Option<Marker>, Error> {
         self.kafka.last_marker(&self.transactional_id, self.marker_partition).await
+    }
+
+    /// Whether this shard must be taken anew before the next batch. Nothing is in doubt: whatever its last batch sent was
+    /// not committed, and the next owner's fence ends it.
+    pub fn is_spent(&self) -> bool {
+        self.is_spent.load(Ordering::Acquire)
     }
 
     /// Publishes `records` and the marker of `batch`: with exactly-once delivery all in one transaction, else the marker
@@ -123,7 +138,10 @@ impl Shard {
     }
 
     async fn publish_once(&self, batch: i64, records: &[Record]) -> Result<Vec<Delivered>, PublishError> {
-        self.step(|producer| producer.begin_transaction()).await.map_err(|error| self.broken(&error))?;
+        if let Err(error) = self.step(|producer| producer.begin_transaction()).await {
+            let broken = self.broken(&error);
+            return Err(self.unsent(broken));
+        }
         let sent = self.send(&records.iter().collect::<Vec<_>>()).await;
         if let Some(failed) = self.failure(records, &sent).await {
             return Err(self.abort(failed).await);
@@ -159,7 +177,11 @@ impl Shard {
         match self.failure(records, &sent).await {
             None => Ok(sent.into_iter().flatten().collect()),
             Some(PublishError::Retry(reason)) if !in_part => Err(PublishError::Retry(reason)),
-            Some(PublishError::Retry(_) | PublishError::Refused { .. }) => {
+            // Those that failed without a reason of their own come after one of their key that did.
+            Some(PublishError::Refused { refused, .. }) => {
+                Err(PublishError::Refused { refused, delivered: sent.into_iter().flatten().collect() })
+            }
+            Some(PublishError::Retry(_)) => {
                 let failed = records.iter().zip(&sent).filter_map(|(record, sent)| Some((record, sent.as_ref().err()?)));
                 let refused = failed.map(|(record, error)| self.refusal(record, records, error)).collect();
                 Err(PublishError::Refused { refused, delivered: sent.into_iter().flatten().collect() })
@@ -243,7 +265,7 @@ impl Shard {
             Ok(_) => Ok(()),
             Err(error) => {
                 let cause = self.transaction_error().await.unwrap_or(error);
-                Err(self.fatal().unwrap_or_else(|| PublishError::Retry(format!("marker: {cause}"))))
+                Err(self.fatal().unwrap_or_else(|| PublishError::NoMarker(format!("{MARKER_TOPIC}: {}", reason(&cause)))))
             }
         }
     }
@@ -254,23 +276,29 @@ impl Shard {
         if let Some(fatal) = self.fatal() {
             return Some(fatal);
         }
-        let failed = records.iter().zip(sent).filter_map(|(record, sent)| Some((record, sent.as_ref().err()?)));
-        let blamed = failed.filter(|(_, error)| blame(error).is_some());
-        let refused: Vec<_> = blamed.map(|(record, error)| self.refusal(record, records, error)).collect();
-        if !refused.is_empty() {
-            return Some(PublishError::Refused { refused, delivered: Vec::new() });
+        let failed: Vec<(&Record, &KafkaError)> =
+            records.iter().zip(sent).filter_map(|(record, sent)| Some((record, sent.as_ref().err()?))).collect();
+        let refuse = |refused: Vec<Refusal>| Some(PublishError::Refused { refused, delivered: Vec::new() });
+        if failed.iter().any(|(_, error)| blame(error).is_some()) {
+            let blamed = failed.iter().filter(|(_, error)| blame(error).is_some());
+            return refuse(blamed.map(|(record, error)| self.refusal(record, records, error)).collect());
         }
         // Perhaps a leader is gone: `place` finds out.
-        let failed = records.iter().zip(sent).filter(|(_, sent)| sent.is_err());
-        failed.for_each(|(record, _)| self.kafka.doubt(&record.topic));
-        // A transaction that fails as a whole purges its records; why, only the transaction knows.
+        failed.iter().for_each(|(record, _)| self.kafka.doubt(&record.topic));
+        // A transaction that fails as a whole purges its records; why, only the transaction knows. For which topic, Kafka
+        // told librdkafka, which does not tell us: every record may be to blame.
         let cause = self.transaction_error().await.unwrap_or_else(|| first.clone());
-        Some(match records {
-            [only] if blame(&cause).is_some() => {
-                PublishError::Refused { refused: vec![self.refusal(only, records, &cause)], delivered: Vec::new() }
-            }
-            _ => PublishError::Retry(cause.to_string()),
-        })
+        if blame(&cause).is_some() {
+            return refuse(records.iter().map(|record| self.refusal(record, records, &cause)).collect());
+        }
+        // Records of some topics failed by themselves, those of others did not: it is those topics.
+        let (own, others): (Vec<_>, Vec<_>) = records.iter().zip(sent).partition(|(_, sent)| sent.as_ref().is_err_and(is_own));
+        if !own.is_empty() && !others.iter().any(|(record, _)| own.iter().any(|(failed, _)| failed.topic == record.topic)) {
+            let refused = own.into_iter().filter_map(|(record, sent)| Some((record, sent.as_ref().err()?)));
+            let refused = refused.map(|(record, error)| Refusal { whole_topic: true, ..self.refusal(record, records, error) });
+            return if others.is_empty() { Some(PublishError::Retry(reason(&cause))) } else { refuse(refused.collect()) };
+        }
+        Some(PublishError::Retry(reason(&cause)))
     }
 
     fn refusal(&self, record: &Record, batch: &[Record], error: &KafkaError) -> Refusal {
@@ -279,22 +307,47 @@ impl Shard {
             self.kafka.doubt(&record.topic);
         }
         // A broker judges the records of a partition together, so only a record that was alone is surely at fault.
-        let alone = batch.iter().filter(|other| other.topic == record.topic).count() == 1;
+        let of_topic = batch.iter().filter(|other| other.topic == record.topic).count();
+        // What a transaction was refused for is said of all its topics.
+        let is_known = !matches!(error, KafkaError::Transaction(_)) || of_topic == batch.len();
         Refusal {
             upload_id: record.upload_id,
-            permanent: alone && blame(error) == Some(Blame::Record),
-            reason: error.to_string(),
+            permanent: is_known && of_topic == 1 && matches!(blame(error), Some(Blame::Record | Blame::Topic)),
+            whole_topic: is_known && blame(error) == Some(Blame::Topic),
+            reason: reason(error),
         }
     }
 
-    /// Gives up the transaction, so that the shard is usable again. When that fails too, the next owner's fence aborts.
+    /// Gives up a transaction that was not told to commit, so that the shard is usable again.
+    ///
+    /// Where that fails too, nothing is in doubt: Kafka commits nothing without being told. The producer is spent, and the
+    /// next one's fence aborts what is left. Kafka refuses even the abort where it refused the transaction's first topic:
+    /// it knows of no transaction then.
     async fn abort(&self, failed: PublishError) -> PublishError {
-        if matches!(failed, PublishError::Lost(_) | PublishError::Fenced(_)) {
+        let failed = self.unsent(failed);
+        if self.is_spent() || matches!(failed, PublishError::Fenced(_)) {
             return failed;
         }
         match self.step(|producer| producer.abort_transaction(STEP)).await {
             Ok(()) => failed,
-            Err(error) => self.broken(&error),
+            Err(error) => match self.broken(&error) {
+                fenced @ PublishError::Fenced(_) => fenced,
+                _ => {
+                    self.is_spent.store(true, Ordering::Release);
+                    failed
+                }
+            },
+        }
+    }
+
+    /// What an error means of a transaction that was not told to commit: nothing is lost, but perhaps the producer.
+    fn unsent(&self, failed: PublishError) -> PublishError {
+        match failed {
+            PublishError::Lost(reason) => {
+                self.is_spent.store(true, Ordering::Release);
+                PublishError::Retry(reason)
+            }
+            failed => failed,
         }
     }
 
@@ -362,6 +415,8 @@ impl Drop for Shard {
 enum Blame {
     /// Its topic or partition, as far as librdkafka has heard.
     Place,
+    /// Its topic, whatever the record is.
+    Topic,
     /// The record, or what the broker may do with it.
     Record,
 }
@@ -376,12 +431,25 @@ fn blame(error: &KafkaError) -> Option<Blame> {
         | Code::InvalidMessage
         | Code::InvalidRecord
         | Code::InvalidTimestamp
-        | Code::InvalidTopic
         | Code::InvalidRequiredAcks
         | Code::PolicyViolation
-        | Code::TopicAuthorizationFailed
         | Code::UnsupportedForMessageFormat => Some(Blame::Record),
+        Code::InvalidTopic | Code::TopicAuthorizationFailed => Some(Blame::Topic),
         _ => None,
+    }
+}
+
+/// Whether a record failed by itself, not because the rest of its transaction or of its key did.
+fn is_own(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    !matches!(error.rdkafka_error_code(), None | Some(Code::PurgeQueue | Code::PurgeInflight))
+}
+
+/// An error in words that are the same each time: librdkafka adds addresses and durations to those of a transaction.
+fn reason(error: &KafkaError) -> String {
+    match error {
+        KafkaError::Transaction(error) => format!("Transaction error: {:?} ({})", error.code(), error.code()),
+        error => error.to_string(),
     }
 }
 

@@ -182,6 +182,18 @@ async fn a_record_for_a_topic_or_partition_that_is_missing_is_refused_for_good_a
 }
 
 #[tokio::test]
+async fn a_pointer_for_a_topic_of_kafkas_own_is_refused_and_holds_up_no_other() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    server.create_topic("__transaction_state", 1).await.unwrap();
+    server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+    let sent = [record("__transaction_state", None), record("videos", None), record(super::MARKER_TOPIC, None)];
+    let placing = kafka.place(sent.to_vec()).await.unwrap();
+    assert_eq!(placing.records, [sent[1].clone()]);
+    let why = told(&placing).into_iter().map(|(_, permanent, why)| (permanent, why.contains("own"))).collect::<Vec<_>>();
+    assert_eq!(why, [(true, true), (true, true)]);
+}
+
+#[tokio::test]
 async fn a_record_for_a_partition_without_a_leader_is_refused_and_what_may_go_elsewhere_goes() {
     let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 3).await;
     server.create_topic("images", 1).await.unwrap();
@@ -342,9 +354,67 @@ async fn without_transactions_a_batch_leaves_its_number_before_any_of_its_record
     assert_eq!(shard.last_marker().await.unwrap(), marker(8));
     // And where the number does not, nothing is sent: the marker topic has no such partition.
     let shard = kafka.shard("lfs-broker.test.5", 5).await.unwrap();
-    assert!(matches!(shard.publish(9, &[record("videos", None)]).await, Err(PublishError::Retry(_))));
+    assert!(matches!(shard.publish(9, &[record("videos", None)]).await, Err(PublishError::NoMarker(_))));
     let sent = read(&server.bootstrap_servers(), "videos", 0, "read_committed");
     assert_eq!(sent.len(), 1, "a record was sent whose batch Kafka does not know");
+}
+
+#[tokio::test]
+async fn a_record_that_is_no_marker_is_passed_over() {
+    let (server, kafka) = house(Delivery::ExactlyOnce, "videos", 1).await;
+    server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+    let id = "lfs-broker.test.0";
+    let shard = kafka.shard(id, 0).await.unwrap();
+    let published = shard.publish(1, &[record("videos", None)]).await.unwrap();
+    let stranger = super::client::producer(kafka.settings(), None).unwrap();
+    for value in [Some(&b"{\"kfs_lfs\":1}"[..]), Some(&b"garbage"[..]), None] {
+        let mut garbage = rdkafka::producer::FutureRecord::<str, [u8]>::to(super::MARKER_TOPIC).partition(0).key(id);
+        garbage.payload = value;
+        stranger.send_result(garbage).unwrap().await.unwrap().unwrap();
+    }
+    assert_eq!(shard.last_marker().await.unwrap(), Some(super::Marker { batch: 1, published }));
+    let published = shard.publish(2, &[record("videos", None)]).await.unwrap();
+    assert_eq!(shard.last_marker().await.unwrap(), Some(super::Marker { batch: 2, published }));
+}
+
+#[tokio::test]
+async fn a_kafka_that_does_not_tell_its_topics_configuration_costs_an_open_no_time() {
+    let (server, kafka) = house(Delivery::AtLeastOnce, "videos", 1).await;
+    server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+    kafka.record_limits("videos").await;
+    let asked = Instant::now();
+    for number in 0..100 {
+        assert_eq!(kafka.record_limits(&format!("videos-{number}")).await, super::RecordLimits::default());
+    }
+    assert!(asked.elapsed() < Duration::from_millis(50), "{:?}", asked.elapsed());
+    // The marker topic's policy is not known either, and that is no reason not to begin.
+    assert!(!kafka.ensure_marker_topic(1).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_topic_that_kafka_refuses_in_a_transaction_is_named_and_the_shard_goes_on() {
+    let (server, kafka) = house(Delivery::ExactlyOnce, "videos", 1).await;
+    server.create_topic("secret", 1).await.unwrap();
+    server.create_topic(super::MARKER_TOPIC, 1).await.unwrap();
+    let shard = kafka.shard("lfs-broker.test.0", 0).await.unwrap();
+    // Both are known to librdkafka before the one is refused.
+    shard.publish(1, &[record("videos", None), record("secret", None)]).await.unwrap();
+    server.refuse_topic("secret", true).await.unwrap();
+    let (good, bad) = (record("videos", None), record("secret", None));
+    let Err(PublishError::Refused { refused, .. }) = shard.publish(2, &[good.clone(), bad.clone()]).await else {
+        panic!("not refused")
+    };
+    assert!(refused.iter().all(|refusal| !refusal.permanent && !refusal.whole_topic), "which topic, nobody said: {refused:?}");
+    let Err(PublishError::Refused { refused, .. }) = shard.publish(3, &[bad.clone(), record("secret", None)]).await else {
+        panic!("not refused")
+    };
+    assert!(
+        refused.iter().all(|refusal| refusal.whole_topic && refusal.reason.contains("TopicAuthorizationFailed")),
+        "{refused:?}"
+    );
+    assert_eq!(refused.len(), 2);
+    shard.publish(4, &[good]).await.unwrap();
+    server.refuse_topic("secret", false).await.unwrap();
 }
 
 #[test]

@@ -107,9 +107,14 @@ impl Kafka {
         Ok(self.ask_layout(MARKER_TOPIC).await?.map(|layout| layout.partitions))
     }
 
-    /// Makes the marker topic with a partition for each shard, unless it is there.
-    pub async fn ensure_marker_topic(&self, shards: i32) -> Result<(), Error> {
-        if self.ask_layout(MARKER_TOPIC).await?.is_none() {
+    /// Makes the marker topic with a partition for each shard, unless it is there. Says whether it was missing.
+    ///
+    /// # Errors
+    /// Also where it is there, and markers would not be safe in it.
+    pub async fn ensure_marker_topic(&self, shards: i32) -> Result<bool, Error> {
+        let is_missing = self.ask_layout(MARKER_TOPIC).await?.is_none();
+        self.note_cluster().await;
+        if is_missing {
             let replicas = self.brokers().await?.clamp(1, 3);
             // With three copies a marker survives the loss of a broker; losing one would mean a second publish.
             let in_sync = if replicas == 3 { "2" } else { "1" };
@@ -126,7 +131,32 @@ impl Kafka {
         }
         match self.appearing(MARKER_TOPIC, APPEARS_WITHIN).await?.partitions {
             found if found < shards => Err(Error::MarkerPartitions { found, wanted: shards }),
+            _ => self.check_marker_policy().await.map(|()| is_missing),
+        }
+    }
+
+    /// Whether the marker topic keeps markers, as far as Kafka tells.
+    ///
+    /// # Errors
+    /// [`Error::MarkerPolicy`] where it drops them by age or size.
+    pub async fn check_marker_policy(&self) -> Result<(), Error> {
+        match self.cleanup_policy(MARKER_TOPIC).await {
+            Some(found) if found != "compact" => Err(Error::MarkerPolicy { found }),
             _ => Ok(()),
+        }
+    }
+
+    /// Warns when another cluster answers than before.
+    async fn note_cluster(&self) {
+        let asked = |observer: Observer, time_left| Ok(observer.client().fetch_cluster_id(time_left));
+        let Ok(Some(found)) = self.observe(|observer| self.ask(move |time_left| asked(observer, time_left))).await else {
+            return;
+        };
+        let known = self.0.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
+        if let Some(known) = known.filter(|known| *known != found) {
+            tracing::warn!(
+                "the Kafka cluster is another one: its id was {known} and is {found} now; what was published before is not in it"
+            );
         }
     }
 

@@ -192,6 +192,25 @@ impl Store {
         Ok(())
     }
 
+    /// Writes on uploads that wait for a shard why nothing of it is published: on those that say nothing yet, as many as
+    /// take no time. Says on which. They are not parked: they are sent as soon as the shard goes on.
+    pub(crate) async fn tell_waiting(&self, shard: i32, why: &str, now: OffsetDateTime) -> Result<Vec<Uuid>, Error> {
+        let told = query_scalar!(
+            "update upload_sessions
+             set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $3
+             where id in (
+                 select session.id from outbox join upload_sessions session on session.id = outbox.session_id
+                 where outbox.shard = $1 and session.state = 'verified' and session.error_code is null
+                 order by outbox.number limit 500)
+               and state = 'verified' and error_code is null
+             returning id",
+            shard,
+            why,
+            now
+        );
+        Ok(told.fetch_all(&self.pool).await?)
+    }
+
     /// Writes down what Kafka holds, and says of how many sessions it is written now. Saying it twice changes nothing.
     ///
     /// It is fewer than were given where the database does not know a session any more, or does not know that it was

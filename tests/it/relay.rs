@@ -344,3 +344,137 @@ async fn a_pointer_that_was_refused_is_not_passed_by_its_key_when_a_batch_is_too
     house.start(|_| {}).await;
     are_published_in_order(house, kafka).await;
 }
+
+impl House {
+    /// Puts an upload's bytes and completes it, whether it is published by then or not.
+    async fn promise(&self, more: serde_json::Value) -> String {
+        let id = self.put_up(b"hello", more).await.id();
+        assert!([200, 202].contains(&self.complete(&id).await.status));
+        id
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn uploads_to_a_topic_that_may_not_be_written_are_parked_and_all_others_go_on() {
+    let limited = std::env::var("LFS_TEST_KAFKA_LIMITED").expect("LFS_TEST_KAFKA_LIMITED names Kafka's SASL listener");
+    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
+        let house = House::with(|settings| {
+            settings.kafka.bootstrap_servers.clone_from(&limited);
+            settings.kafka.delivery = delivery;
+            let user = [("security.protocol", "SASL_PLAINTEXT"), ("sasl.mechanism", "PLAIN")];
+            let secret = [("sasl.username", "limited"), ("sasl.password", "limited")];
+            settings
+                .kafka
+                .properties
+                .extend(user.into_iter().chain(secret).map(|(key, value)| (key.to_owned(), value.to_owned())));
+            settings.broker.complete_wait = Duration::ZERO;
+        })
+        .await;
+        let refused_topic = format!("refused-{}", house.topic);
+        house.make_topic(&refused_topic, 3).await;
+        // Each shard has committed something before: only then Kafka refuses an abort too.
+        let mut good = Vec::new();
+        for number in 0..8 {
+            good.push(house.promise(json!({"key": format!("first-{number}")})).await);
+        }
+        for id in &good {
+            house.until(id, "published").await;
+        }
+        let mut bad = Vec::new();
+        for number in 0..8 {
+            bad.push(house.promise(json!({"topic": refused_topic, "key": format!("k{number}")})).await);
+        }
+        let begun = Instant::now();
+        for number in 0..24 {
+            good.push(house.promise(json!({"key": format!("k{number}")})).await);
+        }
+        for id in &good {
+            house.until(id, "published").await;
+        }
+        eprintln!("{delivery:?}: 24 beside 8 that are refused in {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        for id in &bad {
+            let parked = || async {
+                let seen = house.upload(id).await;
+                seen.state() == "verified"
+                    && seen.json["error"]["detail"].as_str().is_some_and(|why| why.contains("TopicAuthorizationFailed"))
+            };
+            house.eventually("Kafka's reason is on the upload", parked).await;
+        }
+        assert_eq!(house.client().stats().await.unwrap().outbox.parked, 8);
+        assert_eq!(house.records(&house.topic).await.len(), 32);
+        // Redriven, it is tried now, and refused again.
+        let version = house.upload(&bad[0]).await.json["version"].as_i64();
+        house.post(&format!("/lfs/uploads/{}/redrive", bad[0]), &json!({})).await.expect(200);
+        let again = || async {
+            let seen = house.upload(&bad[0]).await;
+            seen.json["version"].as_i64() > version.map(|version| version + 1) && !seen.json["error"].is_null()
+        };
+        house.eventually("it is refused again", again).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn a_pointer_that_was_sent_is_found_in_its_topic_where_no_marker_tells_of_it() {
+    let mut house = House::new().await;
+    assert!(house.is_exactly_once(), "the embedded Kafka has transactions in name only");
+    house.log_the_outbox().await;
+    let done = house.publish(b"hello", json!({"key": "k"})).await;
+    house.forget_the_mark().await;
+    // As if the marker topic had been deleted: nothing is known under the new name.
+    sqlx::raw_sql("update deployment set id = gen_random_uuid()").execute(&house.db).await.unwrap();
+    house.crash(|_| {}).await;
+    house.until(&done.id(), "published").await;
+    assert_eq!(house.complete(&done.id()).await.expect(200).json, done.json);
+    house.publish(b"after", json!({"key": "k"})).await;
+    assert_eq!(house.records(&house.topic).await.len(), 2);
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn an_upload_that_its_topic_never_takes_is_refused_at_open() {
+    let house = House::new().await;
+    let compacted = format!("{}-compacted", house.topic);
+    house.make_topic(&compacted, 1).await;
+    servers::set_config(&compacted, &[("cleanup.policy", "compact"), ("max.message.bytes", "2000")]).await;
+    let refused = house.open(b"hello", json!({"topic": compacted})).await.expect_problem(422, "validation-failed");
+    assert_eq!(refused.json["errors"][0]["pointer"], "/key");
+    let large = json!({"topic": compacted, "key": "k", "headers": {"large": "x".repeat(1900)}});
+    let refused = house.open(b"hello", large).await.expect_problem(422, "record-too-large");
+    assert!(refused.json["detail"].as_str().unwrap().contains("takes 2000"), "{}", refused.text);
+    // What is let in is taken: nothing is refused too early, or too late.
+    let fits = |bytes: usize| json!({"topic": compacted, "key": "k", "headers": {"large": "x".repeat(bytes)}});
+    let (mut fit, mut too_large) = (1000, 1900);
+    while too_large - fit > 1 {
+        let between = usize::midpoint(fit, too_large);
+        match house.open(b"hello", fits(between)).await.status {
+            201 => fit = between,
+            _ => too_large = between,
+        }
+    }
+    house.publish(b"hello", fits(fit - 20)).await;
+}
+
+#[tokio::test]
+async fn uploads_say_why_while_kafka_takes_nothing() {
+    let (mut house, kafka) = {
+        let house = House::with(|settings| settings.broker.complete_wait = Duration::ZERO).await;
+        let kafka = house.settings.kafka.bootstrap_servers.clone();
+        (house, kafka)
+    };
+    let id = house.put_up(b"hello", json!({"key": "k"})).await.id();
+    house.restart(|settings| settings.kafka.bootstrap_servers = CLOSED.to_owned()).await;
+    house.complete(&id).await.expect(202);
+    let told = || async { house.upload(&id).await.json["error"]["code"] == "dependency-unavailable" };
+    house.eventually("the error is told", told).await;
+    let seen = house.upload(&id).await;
+    assert_eq!(seen.state(), "verified");
+    assert!(!seen.text.contains(CLOSED), "{}", seen.text);
+    let parked = house.client().stats().await.unwrap().outbox.parked;
+    assert_eq!(parked, 0, "it is sent as soon as Kafka is back");
+    house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
+    let done = house.until(&id, "published").await;
+    assert!(done.json["error"].is_null(), "{}", done.text);
+}

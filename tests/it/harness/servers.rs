@@ -147,3 +147,15 @@ pub(crate) async fn delete_topic(topic: &str) {
     let outcome = admin.delete_topics(&[topic], &AdminOptions::new()).await.expect("Kafka answers");
     outcome[0].as_ref().expect("the topic is deleted");
 }
+
+/// Changes a topic's configuration in a real Kafka.
+pub(crate) async fn set_config(topic: &str, entries: &[(&str, &str)]) {
+    use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+    use rdkafka::client::DefaultClientContext;
+    let admin: AdminClient<DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).create().expect("an admin client is made");
+    let config = AlterConfig::new(ResourceSpecifier::Topic(topic));
+    let config = entries.iter().fold(config, |config, (key, value)| config.set(key, value));
+    let outcome = admin.alter_configs([&config], &AdminOptions::new()).await.expect("Kafka answers");
+    outcome[0].as_ref().expect("the configuration is changed");
+}
