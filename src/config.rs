@@ -118,6 +118,7 @@ const SETTINGS: &[(&str, &str, Kind)] = &[
     ("LFS_BROKER_CORS_ORIGINS", "cors.origins", Kind::Text),
     ("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", Kind::Number),
     ("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Kind::Number),
+    ("LFS_BROKER_TENANT_CONNECTIONS", "tenant.connections", Kind::Number),
 ];
 
 #[derive(Deserialize, Default)]
@@ -204,6 +205,7 @@ struct TenantTable {
     open_sessions: Option<i64>,
     reserved_bytes: Option<i64>,
     requests_per_second: Option<u32>,
+    connections: Option<u32>,
 }
 
 #[derive(Deserialize, Default)]
@@ -335,7 +337,7 @@ fn settings(file: File) -> Result<app::Settings, Error> {
         cors_origins,
         http: http::Settings { local, ..http_settings(&file)? },
         policy: policy_settings(&file)?,
-        store: store::Settings::new(&file.database_url.ok_or(Error::Missing("DATABASE_URL"))?),
+        store: store_settings(file.database_url, file.tenant.connections)?,
         objects: file.s3,
         kafka: kafka_settings(file.kafka, file.delivery)?,
         auth: auth_settings(file.auth, file.jwt)?,
@@ -353,6 +355,11 @@ fn settings(file: File) -> Result<app::Settings, Error> {
             longest_put: file.longest_put_seconds.map_or(sweeps.longest_put, Duration::from_secs),
         },
     })
+}
+
+fn store_settings(url: Option<String>, tenant_connections: Option<u32>) -> Result<store::Settings, Error> {
+    let defaults = store::Settings::new(&url.ok_or(Error::Missing("DATABASE_URL"))?);
+    Ok(store::Settings { tenant_connections: tenant_connections.unwrap_or(defaults.tenant_connections), ..defaults })
 }
 
 fn policy_settings(file: &File) -> Result<policy::Settings, Error> {

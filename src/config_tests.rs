@@ -18,6 +18,9 @@ fn defaults_are_those_of_the_contract() {
     assert!(!settings.policy.default_enabled);
     assert_eq!((settings.policy.single_put_max_bytes, settings.policy.part_size_bytes), (64 << 20, 16 << 20));
     assert_eq!(settings.broker.complete_wait.as_secs(), 5);
+    assert_eq!(settings.store.tenant_connections, 5);
+    let fewer = with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_TENANT_CONNECTIONS", "2")]).unwrap();
+    assert_eq!(fewer.store.tenant_connections, 2);
     assert_eq!(settings.kafka.delivery, Delivery::ExactlyOnce);
 }
 

@@ -518,6 +518,7 @@ impl Carrier {
         if refused.is_empty() {
             return Ok(());
         }
+        let is_full = i64::try_from(rows.len()).is_ok_and(|rows| rows >= BATCH);
         let now = self.store.now().await?;
         let reasons: HashMap<Uuid, &str> = refused.iter().map(|refusal| (refusal.upload_id, refusal.reason.as_str())).collect();
         let mut parked = Vec::with_capacity(refused.len());
@@ -537,7 +538,9 @@ impl Carrier {
         rows.retain(|row| !reasons.contains_key(&row.session_id));
         reasons.into_keys().for_each(|id| self.wakes.changed(id));
         // What is behind them has room now.
-        self.wakes.relay.notify_one();
+        if is_full {
+            self.wakes.relay.notify_one();
+        }
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use crate::auth::Caller;
 use crate::finish::{missing, place, present};
 use crate::policy::{self, wrong};
 use crate::session::{Layout, Place, Session, State};
-use crate::store::Filter;
+use crate::store::{Filter, Listed};
 
 /// The longest that a reading waits, in seconds: proxies cut at 60.
 pub(crate) const MAX_WAIT_SECONDS: u64 = 30;
@@ -139,10 +139,8 @@ impl Broker {
             created_after: query.created_after,
             created_before: query.created_before,
         };
-        let mut sessions = self.store.list(&filter, page, i64::from(limit) + 1).await?;
-        let more = sessions.len() > limit as usize;
-        sessions.truncate(limit as usize);
-        let next_cursor = sessions.last().filter(|_| more).map(|last| write_cursor(last, &bound));
+        let Listed { sessions, next } = self.store.list(&filter, page, limit as usize).await?;
+        let next_cursor = next.map(|(at, id)| write_cursor(at, id, &bound));
         let now = self.store.now().await?;
         let items = sessions.iter().map(|session| view(session, now)).collect::<Result<_, _>>()?;
         Ok(UploadPage { items, next_cursor })
@@ -269,9 +267,9 @@ fn filters_digest(caller: &Caller, query: &ListUploads) -> [u8; 8] {
     Sha256::of(text.as_bytes()).0[..8].try_into().expect("a SHA-256 has more than eight bytes")
 }
 
-fn write_cursor(last: &Session, bound: &[u8; 8]) -> String {
-    let at = last.created_at.unix_timestamp_nanos().to_be_bytes();
-    URL_SAFE_NO_PAD.encode([bound.as_slice(), &at, last.id.as_bytes()].concat())
+fn write_cursor(at: OffsetDateTime, id: Uuid, bound: &[u8; 8]) -> String {
+    let at = at.unix_timestamp_nanos().to_be_bytes();
+    URL_SAFE_NO_PAD.encode([bound.as_slice(), &at, id.as_bytes()].concat())
 }
 
 fn read_cursor(cursor: &str, bound: &[u8; 8]) -> Option<(OffsetDateTime, Uuid)> {

@@ -219,7 +219,7 @@ impl Store {
     /// Sets every tenant's row to what its sessions add up to; says how many were wrong.
     pub(crate) async fn recount(&self) -> Result<u64, Error> {
         within(WORK_WITHIN, async {
-            let mut tx = self.pool.begin().await?;
+            let mut tx = self.pool.unbounded().begin().await?;
             // Who opens or ends a session meanwhile waits a moment, and then adds to the right number: without the lock the
             // count could be older than the row that it replaces.
             query!("lock table tenants in share row exclusive mode").execute(&mut *tx).await?;

@@ -6,17 +6,19 @@
 //! Every other write says in its `where` all that it rests on: the state, the lease, the multipart upload, the promise.
 
 mod audit;
+mod migrate;
 mod operate;
 mod outbox;
 mod pool;
 mod sessions;
+mod tenants;
 mod topics;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection as _, PgConnection, query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -26,7 +28,7 @@ use crate::failpoint::Struck;
 pub(crate) use audit::{Found, Owner, PAGE, Standing};
 pub(crate) use outbox::{Claim, Ownership, Parked, Placed, Waiting};
 pub use sessions::Quota;
-pub(crate) use sessions::{Created, Filter, Move};
+pub(crate) use sessions::{Created, Filter, Listed, Move};
 
 /// A caller hears within two seconds, whatever the database does.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(1700);
@@ -40,13 +42,16 @@ pub struct Settings {
     pub max_connections: u32,
     /// How long one call may hold its caller.
     pub answer_within: Duration,
+    /// `LFS_BROKER_TENANT_CONNECTIONS`: how many connections one tenant's writing and listing holds at once; 0: no limit.
+    pub tenant_connections: u32,
 }
 
 impl Settings {
     /// Settings for `url` with the default number of connections.
     pub fn new(url: &str) -> Self {
         // 20 connections keep two cores of PostgreSQL busy and leave room for other replicas under its default of 100.
-        Self { url: url.to_owned(), max_connections: 20, answer_within: ANSWER_WITHIN }
+        // A quarter of them suffices a tenant that waits for its own row anyway, and leaves the others theirs.
+        Self { url: url.to_owned(), max_connections: 20, answer_within: ANSWER_WITHIN, tenant_connections: 5 }
     }
 }
 
@@ -127,12 +132,12 @@ pub(crate) struct Deployment {
     pub(crate) shards: i32,
 }
 
-static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
-
 /// A handle on the database; cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     pool: pool::Pool,
+    options: PgConnectOptions,
+    turns: Arc<tenants::Turns>,
     shift_ms: Arc<AtomicI64>,
 }
 
@@ -142,33 +147,22 @@ impl Store {
     /// # Errors
     /// [`Error::Url`] when the URL cannot be read.
     pub fn connect(settings: &Settings) -> Result<Self, Error> {
-        let options: PgConnectOptions = settings.url.parse().map_err(|_| Error::Url)?;
-        // Bounds: a caller hears within 2 s, and a transaction whose owner froze gives its locks back.
-        let options = options.application_name("lfs-broker").options([
-            ("statement_timeout", "10s"),
-            ("lock_timeout", "1500ms"),
-            ("idle_in_transaction_session_timeout", "10s"),
-        ]);
-        let pool = PgPoolOptions::new()
-            .max_connections(settings.max_connections)
-            // Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
-            .acquire_timeout(settings.answer_within.mul_f64(0.9))
-            .connect_lazy_with(options);
-        Ok(Self { pool: pool::Pool::new(pool, settings.answer_within), shift_ms: Arc::default() })
+        let options = connect_options(&settings.url)?;
+        let pool = pool::Pool::new(&options, settings.max_connections, settings.answer_within);
+        let turns = Arc::new(tenants::Turns::new(settings.tenant_connections));
+        Ok(Self { pool, options, turns, shift_ms: Arc::default() })
     }
 
-    /// Brings the schema up to date; several may run at once.
+    /// Brings the schema up to date; several may run at once, and brokers may work meanwhile.
     ///
     /// # Errors
     /// When the database is not there or a migration fails.
     pub async fn migrate(&self) -> Result<(), Error> {
-        // A connection of its own, without the bounds of requests: another that migrates is waited for, and the index of
-        // a large table takes its time.
-        let options = PgConnectOptions::clone(&self.pool.unbounded().connect_options());
-        let options = options.options([("statement_timeout", "0"), ("lock_timeout", "0")]);
+        // A connection of its own, without the bounds of requests: the index of a large table takes its time.
+        let options = self.options.clone().options([("statement_timeout", "0")]);
         let connected = self.pool.in_time(async { Ok(PgConnection::connect_with(&options).await?) });
         let mut connection = connected.await?;
-        MIGRATIONS.run(&mut connection).await?;
+        migrate::run(&mut connection).await?;
         // It has ended well, whether or not the goodbye arrives.
         let _ = self.pool.in_time(async { Ok(connection.close().await?) }).await;
         Ok(())
@@ -179,7 +173,7 @@ impl Store {
     /// # Errors
     /// [`Error::Schema`] when it is older.
     pub async fn check_schema(&self) -> Result<(), Error> {
-        let needed = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
+        let needed = migrate::needed();
         let applied = sqlx::query_scalar::<_, Option<i64>>("select max(version) from _sqlx_migrations where success");
         let found = match applied.fetch_one(&self.pool).await {
             Ok(found) => found.unwrap_or(0),
@@ -217,5 +211,59 @@ impl Store {
     /// Closes every connection, and does not wait for those that hang.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+}
+
+/// Reads a URL, and sets what a session needs, whatever the server, the database or the role has for a default.
+fn connect_options(url: &str) -> Result<PgConnectOptions, Error> {
+    // A user without a host, as for a socket in `?host=`: PostgreSQL's own clients take it, URLs in general do not.
+    let options: PgConnectOptions = url.replacen("@/", "@localhost/", 1).parse().map_err(|_| Error::Url)?;
+    // An IPv6 address has brackets in a URL and nowhere else.
+    let address = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')).map(str::to_owned);
+    let options = match address {
+        Some(address) => options.host(&address),
+        None => options,
+    };
+    Ok(options.application_name("lfs-broker").options([
+        // Bounds: a caller hears within 2 s, and a transaction whose owner froze gives its locks back.
+        ("lock_timeout", "1500ms"),
+        ("idle_in_transaction_session_timeout", "10s"),
+        // A stricter level refuses what runs side by side; every statement here says in its `where` all that it rests on.
+        ("default_transaction_isolation", "read committed"),
+        // Statements are short and planned with their arguments; compiling one takes longer than running it.
+        ("jit", "off"),
+        ("plan_cache_mode", "auto"),
+    ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv6_address_in_the_url_is_connected_to_without_its_brackets() {
+        for (url, host, port) in [
+            ("postgres://u:p@[::1]:5433/db", "::1", 5433),
+            ("postgresql://u:p@[2001:db8::7]/db", "2001:db8::7", 5432),
+            ("postgres://u:p@127.0.0.1/db", "127.0.0.1", 5432),
+            ("postgres://db.example:6432/db", "db.example", 6432),
+            ("postgres:///db?host=fe80::1%25eth0", "fe80::1%eth0", 5432),
+        ] {
+            let options = connect_options(url).unwrap();
+            assert_eq!((options.get_host(), options.get_port()), (host, port), "{url}");
+        }
+        for url in [
+            "postgres://u@%2Frun%2Fpostgresql/db",
+            "postgres://u@/db?host=/run/postgresql",
+            "postgres:///db?host=/run/postgresql",
+        ] {
+            let options = connect_options(url).unwrap();
+            assert_eq!(
+                options.get_socket().map(|path| path.display().to_string().trim_end_matches('/').to_owned()).as_deref(),
+                Some("/run/postgresql"),
+                "{url}"
+            );
+        }
+        assert!(matches!(connect_options("not a url"), Err(Error::Url)));
     }
 }

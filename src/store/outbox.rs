@@ -9,6 +9,10 @@ use super::pool::{WORK_WITHIN, within};
 use super::{Error, Store};
 use crate::failpoint;
 
+/// Refused rows that a batch tries again. What was never refused waits until all of them are written back, so they are
+/// few; once Kafka takes them, batch follows batch.
+const REFUSED_AT_ONCE: i64 = 20;
+
 /// A pointer that waits for Kafka.
 #[derive(Debug, Clone)]
 pub(crate) struct Waiting {
@@ -123,7 +127,7 @@ impl Store {
     /// left it: `last_batch` is the last number, and no row is stamped.
     pub(crate) async fn stamp(&self, owned: Ownership, last_batch: i64, limit: i64, now: OffsetDateTime) -> Result<Claim, Error> {
         let claim = within(WORK_WITHIN, async {
-            let mut tx = self.pool.begin().await?;
+            let mut tx = self.pool.unbounded().begin().await?;
             let claim = stamp(&mut tx, owned, last_batch, limit, now).await?;
             match claim {
                 Claim::Stamped { .. } => tx.commit().await?,
@@ -221,7 +225,7 @@ impl Store {
         let offsets: Vec<i64> = placed.iter().map(|placed| placed.offset).collect();
         let times: Vec<OffsetDateTime> = placed.iter().map(|placed| placed.at).collect();
         let written = within(WORK_WITHIN, async {
-            let mut lent = self.pool.lend().await?;
+            let mut lent = self.pool.unbounded().lend().await?;
             let marking = query_scalar!(
                 r#"with placed as (
                      select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
@@ -348,14 +352,15 @@ async fn stamp(
                           select from outbox parked
                           where parked.shard = $1 and parked.error is not null
                             and parked.ordering = due.ordering and parked.number < due.number)
-                    order by due.next_try_at limit $2)) due
+                    order by due.next_try_at limit least($2, $5))) due
                order by refused, number limit $2)
            returning number, session_id, topic, partition, key, value,
                      headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
         owned.shard,
         limit,
         batch,
-        now
+        now,
+        REFUSED_AT_ONCE
     )
     .fetch_all(&mut *tx)
     .await?;

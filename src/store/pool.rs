@@ -1,41 +1,79 @@
-//! Connections that are never waited for without end.
+//! Connections that are never waited for without end, and never more than the settings say.
 //!
-//! PostgreSQL's own time-outs end what the server works on, but a server that is gone without a word answers nothing:
-//! here every call has an end, and a connection whose answer did not come is dropped, so that the pool cannot fill
-//! with dead ones.
+//! Every call ends after a time. A caller that gives up does not leave a statement behind: the statement is cancelled,
+//! and its connection keeps its place in the pool until the server has confirmed that. Requests and workers have pools
+//! of their own, so that neither takes the other's connections; a connection's `statement_timeout` is what its callers wait.
 
 use std::ops::{Deref, DerefMut};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgQueryResult, PgRow, PgStatement, PgTypeInfo};
-use sqlx::{Describe, Either, Execute, Executor, PgConnection, PgPool, Postgres, SqlStr, query};
+use sqlx::postgres::{PgConnectOptions, PgQueryResult, PgRow, PgStatement, PgTypeInfo};
+use sqlx::{
+    Connection as _, Describe, Either, Execute, Executor, PgConnection, Postgres, Row as _, SqlStr, query, query_scalar, raw_sql,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 /// A worker's batch may take longer; nobody waits for it with a stop-watch.
 pub(super) const WORK_WITHIN: Duration = Duration::from_secs(10);
-/// A connection that is given back must answer once more within this.
-const RETURN_WITHIN: Duration = Duration::from_secs(2);
+/// How long a server may take to confirm that a cancelled statement has ended. It takes milliseconds; a server that is
+/// silent has ended the statement by its own `statement_timeout` when this is over.
+const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 /// Closing says goodbye to the server, which may not be there.
 const CLOSE_WITHIN: Duration = Duration::from_secs(3);
+/// A connection that rested longer is asked whether it still works: the server may have been restarted.
+const RESTED: Duration = Duration::from_secs(1);
+/// Connections that nobody needed for so long are closed when the next one comes back.
+const IDLE: Duration = Duration::from_secs(600);
+/// Older connections are replaced: a server's process grows with what it has seen.
+const LIFETIME: Duration = Duration::from_secs(1800);
 
-/// The pool; cheap to clone.
-#[derive(Debug, Clone)]
+/// The pools of a store; cheap to clone.
+#[derive(Clone)]
 pub(super) struct Pool {
-    connections: PgPool,
+    connections: Arc<Connections>,
     /// How long one call may hold its caller.
     answer_within: Duration,
+    /// The same database for workers; the workers' own pool has none.
+    work: Option<Arc<Pool>>,
 }
 
-/// A connection on loan. Unless it is given back it is closed: what it was doing may still be under way.
-#[derive(Debug)]
-pub(super) struct Lent(Option<PoolConnection<Postgres>>);
+struct Connections {
+    options: PgConnectOptions,
+    acquire_within: Duration,
+    most: u32,
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<Idle>>,
+    /// Where statements are cancelled that callers left behind; `None`: here.
+    cancels: Option<Arc<Connections>>,
+}
 
-/// A transaction. Unless it is committed or rolled back its connection is closed, which rolls it back.
-#[derive(Debug)]
+struct Live {
+    connection: PgConnection,
+    /// The server's process.
+    pid: i32,
+    opened: Instant,
+}
+
+struct Idle {
+    live: Live,
+    since: Instant,
+}
+
+/// A connection on loan. Unless it is given back, what it was doing is cancelled.
+pub(super) struct Lent {
+    /// With its place in the pool; there until it is given back.
+    held: Option<(Live, OwnedSemaphorePermit)>,
+    connections: Arc<Connections>,
+    is_used: bool,
+    is_in_transaction: bool,
+}
+
+/// A transaction. Unless it is committed it is rolled back.
 pub(super) struct Tx(Lent);
 
 fn late(after: Duration) -> sqlx::Error {
@@ -43,9 +81,21 @@ fn late(after: Duration) -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))
 }
 
+// `Executor` asks for it. Nothing of it is worth reading, and the options hold a password.
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Pool").finish_non_exhaustive()
+    }
+}
+
 impl Pool {
-    pub(super) fn new(connections: PgPool, answer_within: Duration) -> Self {
-        Self { connections, answer_within }
+    /// Pools of `most` connections together. They are opened when they are first needed.
+    pub(super) fn new(options: &PgConnectOptions, most: u32, answer_within: Duration) -> Self {
+        let for_work = (most / 4).max(1);
+        let work = Connections::new(options, for_work, WORK_WITHIN, None);
+        let requests = Connections::new(options, most.saturating_sub(for_work).max(1), answer_within, Some(Arc::clone(&work)));
+        let work = Self { connections: work, answer_within: WORK_WITHIN, work: None };
+        Self { connections: requests, answer_within, work: Some(Arc::new(work)) }
     }
 
     /// Runs one verb's work on the database, all of it, within the time that a caller waits.
@@ -53,24 +103,156 @@ impl Pool {
         within(self.answer_within, work).await
     }
 
-    /// Without bounds, for what an operator waits for.
-    pub(super) fn unbounded(&self) -> &PgPool {
-        &self.connections
+    /// For workers, and for what an operator waits for: statements here may take [`WORK_WITHIN`].
+    pub(super) fn unbounded(&self) -> &Self {
+        self.work.as_deref().unwrap_or(self)
     }
 
     pub(super) async fn lend(&self) -> Result<Lent, sqlx::Error> {
-        Ok(Lent(Some(self.connections.acquire().await?)))
+        self.connections.lend().await
     }
 
     pub(super) async fn begin(&self) -> Result<Tx, sqlx::Error> {
         let mut lent = self.lend().await?;
+        lent.is_in_transaction = true;
         query("begin").execute(&mut *lent).await?;
         Ok(Tx(lent))
     }
 
     pub(super) async fn close(&self) {
         // Whoever closes is about to end: a connection that hangs ends with it.
-        let _ = timeout(CLOSE_WITHIN, self.connections.close()).await;
+        let _ = timeout(CLOSE_WITHIN, async {
+            self.connections.close().await;
+            self.unbounded().connections.close().await;
+        })
+        .await;
+    }
+}
+
+impl Connections {
+    fn new(options: &PgConnectOptions, most: u32, within: Duration, cancels: Option<Arc<Self>>) -> Arc<Self> {
+        let options = options.clone().options([("statement_timeout", format!("{}ms", within.as_millis()))]);
+        Arc::new(Self {
+            options,
+            // Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
+            acquire_within: within.mul_f64(0.9),
+            most,
+            permits: Arc::new(Semaphore::new(most as usize)),
+            idle: Mutex::default(),
+            cancels,
+        })
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn lend(self: &Arc<Self>) -> Result<Lent, sqlx::Error> {
+        timeout(self.acquire_within, self.lend_some()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    }
+
+    async fn lend_some(self: &Arc<Self>) -> Result<Lent, sqlx::Error> {
+        let mut permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+        loop {
+            // The one that rested shortest: those that are not needed grow old.
+            let Some(idle) = self.idle().pop() else { break };
+            let mut lent = Lent::new(Arc::clone(self), idle.live, permit);
+            if idle.since.elapsed() < RESTED || lent.ping().await.is_ok() {
+                lent.is_used = false;
+                return Ok(lent);
+            }
+            permit = lent.discard();
+        }
+        // A task of its own: whoever wants the connection may give up, and the next one finds it open.
+        let opening = tokio::spawn(Arc::clone(self).open(permit));
+        opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))
+    }
+
+    /// Opens a connection. A server that is just starting is asked again for as long as a caller may wait.
+    async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Lent, sqlx::Error> {
+        let deadline = Instant::now() + self.acquire_within;
+        let mut pause = Duration::from_millis(10);
+        loop {
+            let opened = timeout(deadline.saturating_duration_since(Instant::now()), Live::open(&self.options)).await;
+            match opened.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+                Ok(live) => return Ok(Lent::new(self, live, permit)),
+                Err(error) if is_starting(&error) && Instant::now() + pause < deadline => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(self.acquire_within / 5);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes a connection back whose last answer came whole.
+    fn take_back(&self, live: Live, permit: OwnedSemaphorePermit) {
+        if !self.permits.is_closed() && live.opened.elapsed() < LIFETIME {
+            let mut idle = self.idle();
+            idle.retain(|idle| idle.since.elapsed() < IDLE);
+            idle.push(Idle { live, since: Instant::now() });
+        }
+        // After it: whoever gets the permit finds the connection.
+        drop(permit);
+    }
+
+    /// Ends what a caller left behind. The connection keeps its permit until the server says that it has ended.
+    async fn recover(self: Arc<Self>, mut live: Live, permit: OwnedSemaphorePermit, is_in_transaction: bool) {
+        let ended = timeout(CANCEL_WITHIN, async {
+            self.cancels.as_ref().unwrap_or(&self).cancel(live.pid).await?;
+            live.connection.ping().await?;
+            if is_in_transaction {
+                query("rollback").execute(&mut live.connection).await?;
+            }
+            Ok::<(), sqlx::Error>(())
+        });
+        match ended.await {
+            Ok(Ok(())) => self.take_back(live, permit),
+            // The server does not answer, or not to us any more.
+            Ok(Err(_)) | Err(_) => drop((live, permit)),
+        }
+    }
+
+    /// Cancels what a process of the server works on.
+    async fn cancel(self: &Arc<Self>, pid: i32) -> Result<(), sqlx::Error> {
+        let Ok(mut lent) = self.lend().await else {
+            // Nothing was sent, so nothing can arrive late: the statement ends by its own time-out.
+            return Ok(());
+        };
+        // Sent before the connection is used for anything else, so that the signal cannot hit its next statement.
+        query_scalar::<_, bool>("select pg_cancel_backend($1)").bind(pid).fetch_one(&mut *lent).await?;
+        lent.give_back();
+        Ok(())
+    }
+
+    async fn close(&self) {
+        self.permits.close();
+        // What is on loan comes back in its own time.
+        while self.permits.available_permits() < self.most as usize {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let idle = std::mem::take(&mut *self.idle());
+        for idle in idle {
+            let _ = idle.live.connection.close().await;
+        }
+    }
+}
+
+/// Whether the server is about to be there: PostgreSQL starts, or has too many connections for a moment.
+fn is_starting(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        // 57P03: cannot_connect_now. 53300: too_many_connections (PostgreSQL, appendix A).
+        sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
+        _ => false,
+    }
+}
+
+impl Live {
+    async fn open(options: &PgConnectOptions) -> Result<Self, sqlx::Error> {
+        let mut connection = PgConnection::connect_with(options).await?;
+        let pid = raw_sql("select pg_backend_pid()").fetch_one(&mut connection).await?.try_get(0)?;
+        Ok(Self { connection, pid, opened: Instant::now() })
     }
 }
 
@@ -80,12 +262,21 @@ pub(super) async fn within<T>(time: Duration, work: impl Future<Output = Result<
 }
 
 impl Lent {
+    fn new(connections: Arc<Connections>, live: Live, permit: OwnedSemaphorePermit) -> Self {
+        Self { held: Some((live, permit)), connections, is_used: false, is_in_transaction: false }
+    }
+
     /// Gives the connection back: its last answer came whole.
     pub(super) fn give_back(mut self) {
-        if let Some(mut connection) = self.0.take() {
-            // The pool would ask the connection once more, and wait for ever.
-            tokio::spawn(timeout(RETURN_WITHIN, connection.return_to_pool()));
+        if let Some((live, permit)) = self.held.take() {
+            self.connections.take_back(live, permit);
         }
+    }
+
+    /// Closes the connection, which does not work any more, and gives its place.
+    fn discard(mut self) -> OwnedSemaphorePermit {
+        let (_, permit) = self.held.take().expect("it is there until it is given back");
+        permit
     }
 }
 
@@ -93,20 +284,24 @@ impl Deref for Lent {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.0.as_ref().expect("it is there until it is given back")
+        &self.held.as_ref().expect("it is there until it is given back").0.connection
     }
 }
 
 impl DerefMut for Lent {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.0.as_mut().expect("it is there until it is given back")
+        self.is_used = true;
+        &mut self.held.as_mut().expect("it is there until it is given back").0.connection
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            drop(connection.detach());
+        let Some((live, permit)) = self.held.take() else { return };
+        if !self.is_used {
+            self.connections.take_back(live, permit);
+        } else if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(Arc::clone(&self.connections).recover(live, permit, self.is_in_transaction));
         }
     }
 }
@@ -141,7 +336,14 @@ impl DerefMut for Tx {
 
 /// Whether the server answered, be it with an error: then the connection is in order.
 fn was_answered<T>(outcome: &Result<T, sqlx::Error>) -> bool {
-    matches!(outcome, Ok(_) | Err(sqlx::Error::Database(_) | sqlx::Error::RowNotFound))
+    match outcome {
+        // Of class 57 the server says goodbye with an error, except where it cancelled a statement.
+        Err(sqlx::Error::Database(error)) => {
+            error.code().is_none_or(|code| code == "57014" || !(code.starts_with("57") || code.starts_with("08")))
+        }
+        Ok(_) | Err(sqlx::Error::RowNotFound) => true,
+        Err(_) => false,
+    }
 }
 
 /// One statement on a connection of its own.
@@ -161,7 +363,6 @@ macro_rules! single {
         }
     }};
 }
-
 impl<'p> Executor<'p> for &'_ Pool {
     type Database = Postgres;
 

@@ -1,5 +1,6 @@
 //! Sessions: opened once, moved under their version, read in many ways.
 
+mod list;
 mod row;
 mod walk;
 mod write;
@@ -10,6 +11,7 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+pub(crate) use list::Listed;
 pub(super) use row::record_headers;
 use row::{Row, rows};
 pub(super) use write::fold_history;
@@ -94,15 +96,8 @@ impl Store {
         let created = self
             .pool
             .in_time(async {
-                let mut tx = self.pool.begin().await?;
-                let created = write::create(&mut tx, session, part_hashes, idempotency, quota).await?;
-                match created {
-                    Created::New => tx.commit().await?,
-                    Created::KeyTaken | Created::KeyInFlight | Created::TooManySessions | Created::TooManyBytes => {
-                        tx.rollback().await?;
-                    }
-                }
-                Ok(created)
+                let _turn = self.turns.wait(&session.tenant).await;
+                write::create(self, session, part_hashes, idempotency, quota).await
             })
             .await?;
         failpoint::reach("open.stored").await?;
@@ -144,20 +139,16 @@ impl Store {
 
     /// Writes a session's new state, if nobody moved it first.
     ///
-    /// One transaction: the session, its history, the tenant's quota where it leaves {open, completing}, and where
+    /// One statement: the session, its history, the tenant's quota where it leaves {open, completing}, and where
     /// it becomes verified its outbox row. That row's number is drawn under a lock on topic and key, so that
     /// numbers of one key are in the order of commit.
     pub(crate) async fn save(&self, step: &Move<'_>, shards: i32) -> Result<Session, Error> {
         let saved = self
             .pool
             .in_time(async {
-                let mut tx = self.pool.begin().await?;
-                let Some(row) = write::save(&mut tx, step, shards).await? else {
-                    tx.rollback().await?;
-                    return Err(Error::Moved(step.to.id));
-                };
-                tx.commit().await?;
-                Session::try_from(row)
+                let _turn = self.turns.wait(&step.to.tenant).await;
+                let row = write::save(&self.pool, step, shards).await?;
+                Session::try_from(row.ok_or(Error::Moved(step.to.id))?)
             })
             .await?;
         failpoint::reach(saved_as(saved.state.name())).await?;
@@ -308,41 +299,6 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?)
     }
 
-    /// Sessions, newest first.
-    ///
-    /// `version > 0` holds always. It lets a list over all tenants use the index that is meant for it, and no other do so.
-    pub(crate) async fn list(&self, filter: &Filter, page: Page, limit: i64) -> Result<Vec<Session>, Error> {
-        let (page_at, page_id) = page.unzip();
-        let (names, prefixes) = filter.topics.clone().unzip();
-        let rows = rows!(
-            "select ",
-            " from upload_sessions
-             where ($1::text is null or tenant = $1) and ($1 is not null or version > 0)
-               and ($2::text is null or topic = $2)
-               and (cardinality($3::text[]) = 0 or state = any($3))
-               and ($4::bytea is null or substring(record_key from 1 for octet_length($4)) = $4)
-               and ($5::timestamptz is null or created_at >= $5)
-               and ($6::timestamptz is null or created_at < $6)
-               and ($7::timestamptz is null or (created_at, id) < ($7, $8::uuid))
-               and ($9::text[] is null or topic = any($9) or exists (select from unnest($10::text[]) as p where starts_with(topic, p)))
-             order by created_at desc, id desc limit $11",
-            filter.tenant,
-            filter.topic,
-            &filter.states,
-            filter.key_prefix,
-            filter.created_after,
-            filter.created_before,
-            page_at,
-            page_id,
-            names.as_deref(),
-            prefixes.as_deref(),
-            limit
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        rows.into_iter().map(Session::try_from).collect()
-    }
-
     /// Open sessions whose time is over. A row that cannot be one holds the others up nowhere: it comes as an error beside them.
     pub(crate) async fn overdue(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Result<Session, Error>>, Error> {
         let rows = rows!(
@@ -354,15 +310,35 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
-    /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read.
-    pub(crate) async fn unattended(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Result<Session, Error>>, Error> {
+    /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read. The oldest `each` of every
+    /// tenant by name after `after`, of a few tenants, and without those that are `busy`.
+    pub(crate) async fn unattended(
+        &self,
+        now: OffsetDateTime,
+        after: &str,
+        busy: &[String],
+        each: i64,
+    ) -> Result<Vec<(String, Result<Session, Error>)>, Error> {
+        // From tenant to tenant by the index, not through all that wait.
         let rows = rows!(
-            "select ",
-            " from upload_sessions where state = 'completing' and lease_until <= $1 order by lease_until limit $2",
+            "with recursive waiting as (
+                 (select tenant as name from upload_sessions where state = 'completing' and tenant > $2 order by tenant limit 1)
+                 union all
+                 select (select tenant from upload_sessions where state = 'completing' and tenant > waiting.name order by tenant limit 1)
+                 from waiting where waiting.name is not null)
+             select ",
+            " from (select name from waiting where name is not null and name <> all($3) limit 20) waiting
+              cross join lateral (
+                  select * from upload_sessions where state = 'completing' and tenant = name and lease_until <= $1
+                  order by lease_until limit $4) due
+              order by tenant, lease_until",
             now,
-            limit
+            after,
+            busy,
+            each
         );
-        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
+        let rows = rows.fetch_all(self.pool.unbounded()).await?;
+        Ok(rows.into_iter().map(|row| (row.tenant.clone(), Session::try_from(row))).collect())
     }
 
     /// Failed sessions whose traces in S3 are due to be removed, taken until `until`: no other replica takes them before.

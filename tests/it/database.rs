@@ -179,3 +179,17 @@ async fn a_row_that_breaks_its_rules_holds_no_other_up() {
         house.upload(id).await.expect_problem(500, "internal");
     }
 }
+
+#[tokio::test]
+async fn a_stricter_default_isolation_refuses_no_upload() {
+    let mut house = House::new().await;
+    let name: String = sqlx::query_scalar("select current_database()").fetch_one(&house.db).await.unwrap();
+    let stricter = format!("alter database {name} set default_transaction_isolation = 'serializable'");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(stricter)).execute(&house.db).await.unwrap();
+    house.restart(|_| {}).await;
+    let opened = futures_util::future::join_all((0..60).map(|_| house.open(b"x", json!({})))).await;
+    for opened in opened {
+        opened.expect(201);
+    }
+    house.publish(b"hello", json!({"key": "k"})).await;
+}

@@ -14,7 +14,7 @@ use crate::store::Error;
 /// It names the columns one by one. A prepared `select *` fails once a migration adds a column ("cached plan must not
 /// change result type"), and replicas of the version before still run then.
 macro_rules! rows {
-    ($before:tt, $after:tt $($arguments:tt)*) => {
+    ($before:tt, [$($after:tt)+] $($arguments:tt)*) => {
         sqlx::query_as!(
             Row,
             $before
@@ -25,10 +25,11 @@ macro_rules! rows {
              lease_attempt, must_read, verified_at, integrity, object_etag, object_version_id, pointer, \
              published_partition, published_offset, published_at, error_code, error_detail, error_items, \
              cleanup_due_at, checksum_by_complete"
-                + $after
+                + $($after)+
             $($arguments)*
         )
     };
+    ($before:tt, $after:literal $($arguments:tt)*) => { rows!($before, [$after] $($arguments)*) };
 }
 pub(super) use rows;
 

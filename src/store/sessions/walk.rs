@@ -41,7 +41,7 @@ impl Store {
     pub(crate) async fn promise_again(&self, id: Uuid, shards: i32, now: OffsetDateTime) -> Result<bool, Error> {
         let Some(session) = self.session(id).await? else { return Ok(false) };
         within(WORK_WITHIN, async {
-            let mut tx = self.pool.begin().await?;
+            let mut tx = self.pool.unbounded().begin().await?;
             // As every promise: the numbers of one key are drawn one at a time, in the order of commit.
             if let Some(ordering) = ordering(&session.promise.topic, session.promise.key.as_deref()) {
                 query!("select pg_advisory_xact_lock($1)", ordering).execute(&mut *tx).await?;

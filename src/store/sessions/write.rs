@@ -1,16 +1,19 @@
-//! What opening and moving a session write, inside the transaction of whoever asked.
+//! What opening and moving a session write.
 
 use lfs_broker_client::api::UploadState;
 use lfs_broker_client::checksum::Sha256;
+use sqlx::postgres::PgDatabaseError;
 use sqlx::types::Json;
-use sqlx::{PgConnection, query};
+use sqlx::{PgConnection, query, query_scalar};
 use time::OffsetDateTime;
+use tracing::warn;
 use uuid::Uuid;
 
 use super::row::{self, Columns, Row, record_headers, rows};
 use super::{Created, Move, Quota};
-use crate::session::{Session, State, ordering, shard};
-use crate::store::Error;
+use crate::session::{Proof, Session, State, ordering, shard};
+use crate::store::pool::Pool;
+use crate::store::{Error, Store};
 
 /// The versions of a session that nothing went wrong with, and a few more: their history is short as it is.
 const STRAIGHT: i64 = 6;
@@ -27,12 +30,16 @@ fn number(hashes: &[Sha256]) -> Vec<(u32, Sha256)> {
     (1..).zip(hashes.iter().copied()).collect()
 }
 
+fn columns(parts: &[(u32, Sha256)]) -> (Vec<i32>, Vec<Vec<u8>>) {
+    let number = |number: u32| i32::try_from(number).expect("at most 10,000");
+    parts.iter().map(|(part, sha256)| (number(*part), sha256.0.to_vec())).unzip()
+}
+
 pub(super) async fn insert_parts(connection: &mut PgConnection, id: Uuid, parts: &[(u32, Sha256)]) -> Result<(), Error> {
     if parts.is_empty() {
         return Ok(());
     }
-    let numbers: Vec<i32> = parts.iter().map(|(number, _)| i32::try_from(*number).expect("at most 10,000")).collect();
-    let hashes: Vec<Vec<u8>> = parts.iter().map(|(_, sha256)| sha256.0.to_vec()).collect();
+    let (numbers, hashes) = columns(parts);
     query!(
         "insert into upload_parts (session_id, part_number, sha256)
          select $1, number, sha256 from unnest($2::int[], $3::bytea[]) as p(number, sha256) on conflict do nothing",
@@ -45,71 +52,77 @@ pub(super) async fn insert_parts(connection: &mut PgConnection, id: Uuid, parts:
     Ok(())
 }
 
+/// Writes a new session, its part hashes, its idempotency key and its share of the quota: all of it, or nothing.
+///
+/// One statement, because every open of a tenant waits for the tenant's row: it is held for no round trip.
 pub(super) async fn create(
-    tx: &mut PgConnection,
+    store: &Store,
     session: &Session,
     part_hashes: &[Sha256],
     idempotency: Option<(&str, &[u8])>,
     quota: Quota,
 ) -> Result<Created, Error> {
-    insert(tx, session).await?;
-    insert_parts(tx, session.id, &number(part_hashes)).await?;
-    if let Some((key, request_sha256)) = idempotency {
-        let taken = query!(
-            "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
-             values ($1, $2, $3, $4, $5, $6) on conflict do nothing",
-            session.tenant,
-            session.subject,
-            key,
-            request_sha256,
-            session.id,
-            session.created_at
-        )
-        .execute(&mut *tx)
-        .await
-        .map_err(Error::from);
-        match taken.map(|taken| taken.rows_affected()) {
-            // It waited for whoever stores the same key.
-            Err(Error::Busy) => return Ok(Created::KeyInFlight),
-            Err(error) => return Err(error),
-            Ok(0) => return Ok(Created::KeyTaken),
-            Ok(_) => {}
+    match insert(&store.pool, session, part_hashes, idempotency, quota).await {
+        Ok(true) => Ok(Created::New),
+        Ok(false) => {
+            let held = query_scalar!("select open_sessions from tenants where tenant = $1", session.tenant);
+            let held = held.fetch_optional(&store.pool).await?.unwrap_or(0);
+            let is_full = quota.open_sessions > 0 && held >= quota.open_sessions;
+            Ok(if is_full { Created::TooManySessions } else { Created::TooManyBytes })
         }
+        Err(error) => match error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) {
+            // 23505: the key is there already, and nothing was written.
+            Some(error) if error.code() == "23505" && error.constraint() == Some("idempotency_keys_pkey") => {
+                Ok(Created::KeyTaken)
+            }
+            // 55P03, lock_timeout: it waited for whoever stores the same key.
+            Some(error) if error.code() == "55P03" && error.r#where().is_some_and(|at| at.contains("idempotency_keys")) => {
+                Ok(Created::KeyInFlight)
+            }
+            _ => Err(error.into()),
+        },
     }
-    // Last, because every open of one tenant waits for this row.
-    let held = query!(
-        "insert into tenants (tenant, open_sessions, reserved_bytes) values ($1, 1, $2)
-         on conflict (tenant) do update set open_sessions = tenants.open_sessions + 1,
-             reserved_bytes = tenants.reserved_bytes + excluded.reserved_bytes
-         returning open_sessions, reserved_bytes",
-        session.tenant,
-        size(session)
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    if quota.open_sessions > 0 && held.open_sessions > quota.open_sessions {
-        return Ok(Created::TooManySessions);
-    }
-    if quota.reserved_bytes > 0 && held.reserved_bytes > quota.reserved_bytes {
-        return Ok(Created::TooManyBytes);
-    }
-    Ok(Created::New)
 }
 
-async fn insert(tx: &mut PgConnection, session: &Session) -> Result<(), Error> {
+/// `false`: the tenant has no room for it.
+async fn insert(
+    pool: &Pool,
+    session: &Session,
+    part_hashes: &[Sha256],
+    idempotency: Option<(&str, &[u8])>,
+    quota: Quota,
+) -> Result<bool, sqlx::Error> {
     let promise = &session.promise;
     let (mode, part_bytes, parts, hashes) = row::layout_columns(promise.layout);
-    query!(
-        "with told as (
+    let (numbers, part_hashes) = columns(&number(part_hashes));
+    let (key, request_sha256) = idempotency.unzip();
+    let created = query_scalar!(
+        r#"with held as (
+             insert into tenants as t (tenant, open_sessions, reserved_bytes)
+             select $2::text, 1, $14::bigint where $27::bigint = 0 or $14 <= $27
+             on conflict (tenant) do update set open_sessions = t.open_sessions + 1,
+                 reserved_bytes = t.reserved_bytes + excluded.reserved_bytes
+             where ($26::bigint = 0 or t.open_sessions < $26) and ($27 = 0 or t.reserved_bytes + excluded.reserved_bytes <= $27)
+             returning tenant),
+         opened as (
+             insert into upload_sessions (
+                 id, tenant, subject, state, created_at, updated_at, expires_at, expires_latest_at,
+                 topic, record_key, record_partition, record_headers, traceparent, content_type, filename,
+                 size_bytes, checksum_alg, checksum, min_integrity, bucket, object_key, kms_key_id,
+                 mode, part_size_bytes, part_count, part_hashes, url_seconds, session_seconds)
+             select $1, tenant, $3, 'open', $4, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
+                 $21, $22, $23, $24, $25, $28
+             from held),
+         told as (
              insert into upload_history (session_id, version, at, to_state, reason, by)
-             values ($1, 1, $4, 'open', 'opened', 'client:' || $3))
-         insert into upload_sessions (
-             id, tenant, subject, state, created_at, updated_at, expires_at, expires_latest_at,
-             topic, record_key, record_partition, record_headers, traceparent, content_type, filename,
-             size_bytes, checksum_alg, checksum, min_integrity, bucket, object_key, kms_key_id,
-             mode, part_size_bytes, part_count, part_hashes, url_seconds, session_seconds)
-         values ($1, $2, $3, 'open', $4, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-                 $21, $22, $23, $24, $25, $26)",
+             select $1, 1, $4, 'open', 'opened', 'client:' || $3 from held),
+         hashed as (
+             insert into upload_parts (session_id, part_number, sha256)
+             select $1, number, sha256 from held, unnest($29::int[], $30::bytea[]) as p(number, sha256)),
+         keyed as (
+             insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
+             select tenant, $3, $31::text, $32, $1, $4 from held where $31 is not null)
+         select exists (select from held) as "created!""#,
         session.id,
         session.tenant,
         session.subject,
@@ -135,61 +148,61 @@ async fn insert(tx: &mut PgConnection, session: &Session) -> Result<(), Error> {
         parts,
         hashes,
         row::int(promise.url_seconds),
+        quota.open_sessions,
+        quota.reserved_bytes,
         row::int(promise.session_seconds),
-    )
-    .execute(tx)
-    .await?;
-    Ok(())
+        &numbers,
+        &part_hashes,
+        key,
+        request_sha256
+    );
+    created.fetch_one(pool).await
 }
 
-/// `None`: somebody moved the session first.
-pub(super) async fn save(tx: &mut PgConnection, step: &Move<'_>, shards: i32) -> Result<Option<Row>, Error> {
+/// Moves a session. `None`: somebody moved it first. A session that ends asks for the end that holds now, for signing
+/// parts slides it and leaves its version alone.
+///
+/// One statement, as [`create`]. The lock of its topic and key is taken before anything else, and held until the commit.
+pub(super) async fn save(pool: &Pool, step: &Move<'_>, shards: i32) -> Result<Option<Row>, Error> {
     let session = step.to;
-    let key = session.promise.key.as_deref();
-    if let (State::Verified(_), Some(ordering)) = (&session.state, ordering(&session.promise.topic, key)) {
-        query!("select pg_advisory_xact_lock($1)", ordering).execute(&mut *tx).await?;
-    }
-    let Some(row) = update(tx, step).await? else { return Ok(None) };
-    remember(tx, step, row.version).await?;
-    // Whoever goes straight has four transitions.
-    if row.version > STRAIGHT {
-        fold_history(tx, session.id).await?;
-    }
-    let held = |state| matches!(state, UploadState::Open | UploadState::Completing);
-    if held(step.from) && !held(session.state.name()) {
-        query!(
-            "update tenants set open_sessions = open_sessions - 1, reserved_bytes = reserved_bytes - $2 where tenant = $1",
-            session.tenant,
-            // What a URL may still bring counts until it ends.
-            if Columns::of(session, step.now).bytes_held_until.is_some() { 0 } else { size(session) }
-        )
-        .execute(&mut *tx)
-        .await?;
-    }
-    if let State::Verified(_) = &session.state {
-        promise_pointer(tx, session, shards, step.now).await?;
-    }
-    Ok(Some(row))
-}
-
-/// Signing parts slides a session's end and leaves its version alone: whoever ends it asks for the end that holds now.
-async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, Error> {
-    let session = step.to;
+    let promise = &session.promise;
+    let is_held = |state| matches!(state, UploadState::Open | UploadState::Completing);
+    let is_freed = is_held(step.from) && !is_held(session.state.name());
+    let ordering = ordering(&promise.topic, promise.key.as_deref());
+    let headers = match &session.state {
+        State::Verified(proof) => Some(all_headers(session, proof)),
+        _ => None,
+    };
     let c = Columns::of(session, step.now);
     let row = rows!(
-        "update upload_sessions set version = version + 1, updated_at = $4, state = $3,
-             checksum = $5, traceparent = $6, lease_owner = $7, lease_until = $8, lease_attempt = $9, must_read = $10,
-             verified_at = $11, integrity = $12, object_etag = $13, object_version_id = $14, pointer = $15,
-             error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19,
-             checksum_by_complete = $21, bytes_held_until = $22
-         where id = $1 and version = $2 and state = $20 and ($3 <> 'expired' or expires_at <= $4) returning ",
-        "",
+        "with turn as materialized (select pg_advisory_xact_lock($21) where $21::bigint is not null and $3 = 'verified'),
+         moved as (
+             update upload_sessions set version = version + 1, updated_at = $4, state = $3,
+                 checksum = $5, traceparent = $6, lease_owner = $7, lease_until = $8, lease_attempt = $9, must_read = $10,
+                 verified_at = $11, integrity = $12, object_etag = $13, object_version_id = $14, pointer = $15,
+                 error_code = $16, error_detail = $17, error_items = $18, cleanup_due_at = $19,
+                 checksum_by_complete = $27, bytes_held_until = $28
+             where (select count(*) from turn) >= 0
+                 and id = $1 and version = $2 and state = $20 and ($3 <> 'expired' or expires_at <= $4)
+             returning *),
+         told as (
+             insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
+             select id, version, $4, $20, $3, $22, $23 from moved),
+         freed as (
+             update tenants t set open_sessions = t.open_sessions - 1,
+                 reserved_bytes = t.reserved_bytes - case when $28::timestamptz is null then moved.size_bytes else 0 end
+             from moved where $24::bool and t.tenant = moved.tenant),
+         promised as (
+             insert into outbox (session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at)
+             select id, $25, topic, $21, record_partition, record_key, pointer, $26, $4, $4 from moved where $3 = 'verified')
+         select ",
+        " from moved",
         session.id,
         session.version,
         session.state.name().name(),
         step.now,
         c.checksum,
-        session.promise.traceparent,
+        promise.traceparent,
         c.lease_owner,
         c.lease_until,
         c.lease_attempt,
@@ -204,28 +217,37 @@ async fn update(tx: &mut PgConnection, step: &Move<'_>) -> Result<Option<Row>, E
         c.error_items as _,
         c.cleanup_due_at,
         step.from.name(),
+        ordering,
+        step.reason,
+        step.by,
+        is_freed,
+        shard(&promise.topic, promise.key.as_deref(), session.id, shards),
+        headers.map(Json) as _,
         session.digest_by_complete,
+        // What a URL may still bring counts until it ends.
         c.bytes_held_until
-    )
-    .fetch_optional(tx)
-    .await?;
+    );
+    let row = row.fetch_optional(pool).await?;
+    // Whoever goes straight has four transitions. The session is saved, so a fold that fails is left to the next one.
+    if row.as_ref().is_some_and(|row| row.version > STRAIGHT)
+        && let Err(error) = fold(pool, session.id).await
+    {
+        warn!(session.id = %session.id, %error, "could not fold the history of {}: {error}", session.id);
+    }
     Ok(row)
 }
 
-async fn remember(tx: &mut PgConnection, step: &Move<'_>, version: i64) -> Result<(), Error> {
-    query!(
-        "insert into upload_history (session_id, version, at, from_state, to_state, reason, by) values ($1, $2, $3, $4, $5, $6, $7)",
-        step.to.id,
-        version,
-        step.now,
-        step.from.name(),
-        step.to.state.name().name(),
-        step.reason,
-        step.by
-    )
-    .execute(tx)
-    .await?;
+async fn fold(pool: &Pool, id: Uuid) -> Result<(), Error> {
+    let mut lent = pool.lend().await?;
+    fold_history(&mut lent, id).await?;
+    lent.give_back();
     Ok(())
+}
+
+fn all_headers(session: &Session, proof: &Proof) -> Vec<(String, String)> {
+    let promise = &session.promise;
+    let integrity = proof.integrity.name();
+    record_headers(session.id, integrity, proof.version_id.clone(), promise.traceparent.clone(), promise.headers.clone())
 }
 
 /// Keeps a history from growing with what repeats itself, such as a complete that comes too early a thousand times: of
@@ -270,13 +292,6 @@ pub(super) async fn promise_pointer(
 ) -> Result<(), Error> {
     let State::Verified(proof) = &session.state else { return Ok(()) };
     let promise = &session.promise;
-    let headers = record_headers(
-        session.id,
-        proof.integrity.name(),
-        proof.version_id.clone(),
-        promise.traceparent.clone(),
-        promise.headers.clone(),
-    );
     query!(
         "insert into outbox (session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at)
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $9)",
@@ -287,7 +302,7 @@ pub(super) async fn promise_pointer(
         promise.partition,
         promise.key,
         proof.pointer,
-        Json(headers) as _,
+        Json(all_headers(session, proof)) as _,
         now
     )
     .execute(tx)
