@@ -261,9 +261,22 @@ impl Finisher {
                 found
             }
         };
+        let found = self.with_defaults(&session, found).await?;
         let now = self.store.now().await?;
         let hashes: Vec<Sha256> = hashes.into_iter().map(|(_, sha256)| sha256).collect();
         Ok(session.verify(&found, &hashes, now)?)
+    }
+
+    /// Looks what the bucket sets on every object, where that may explain a header that the upload did not declare: it was
+    /// never looked at, or has changed since.
+    async fn with_defaults(&self, session: &Session, found: Object) -> Result<Object, Stop> {
+        match session.undeclared(&found) {
+            Some((name, _)) if objects::is_set_by_buckets(name) => {
+                self.objects.try_put(&session.bucket).await?;
+                Ok(self.objects.head(&place(session), None).await?.ok_or(Refusal::ObjectMissing)?)
+            }
+            _ => Ok(found),
+        }
     }
 
     /// Makes the object of its parts, unless it is made already.
@@ -333,6 +346,7 @@ impl Finisher {
     async fn read(&self, session: Session) -> Result<Session, Stop> {
         let place = place(&session);
         let found = self.objects.head(&place, None).await?.ok_or(Refusal::ObjectMissing)?;
+        let found = self.with_defaults(&session, found).await?;
         let mut hasher = session.promise.algorithm.hasher();
         let mut read_bytes = 0u64;
         let mut reading = self.objects.read(&place, found.etag.as_deref(), found.version_id.as_deref()).await?;

@@ -101,6 +101,9 @@ pub struct Object {
     pub composite_sha256: Option<String>,
     /// Other checksums of the whole.
     pub checksums: Vec<Digest>,
+    /// Headers that it was stored with and that no upload declares: names in lower case, and values. Without those that
+    /// its bucket sets on every object.
+    pub undeclared: Vec<(String, String)>,
 }
 
 /// What was proved, and the pointer that says so.
@@ -303,6 +306,7 @@ impl Session {
     pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, Refusal> {
         let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
         self.is_ours(found)?;
+        self.is_as_declared(found)?;
         match proof_by_s3(&self.promise, found, parts)? {
             Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
             _ => Ok(self.needing_a_read(now)),
@@ -318,6 +322,7 @@ impl Session {
         now: OffsetDateTime,
     ) -> Result<Self, Refusal> {
         let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
+        self.is_as_declared(found)?;
         if read_bytes != self.promise.size_bytes {
             return Err(Refusal::Size { promised: self.promise.size_bytes, found: read_bytes });
         }
@@ -384,6 +389,21 @@ impl Session {
         Ok(())
     }
 
+    /// The first header of an object that the upload did not declare and that makes a difference.
+    pub(crate) fn undeclared<'a>(&self, found: &'a Object) -> Option<&'a (String, String)> {
+        let is_declared = |name: &str| self.promise.kms_key_id.is_some() && name.starts_with("x-amz-server-side-encryption");
+        found.undeclared.iter().find(|(name, value)| !is_declared(name) && !is_harmless(name, value))
+    }
+
+    /// Whether an object was stored with nothing that the upload did not declare. Only its first verification asks: what
+    /// an operator or a lifecycle rule changes later is theirs to change.
+    fn is_as_declared(&self, found: &Object) -> Result<(), Refusal> {
+        match self.undeclared(found) {
+            Some((name, value)) => Err(Refusal::Undeclared { header: name.clone(), value: value.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// Gives a session back to its client: bytes or parts are missing, or S3 refuses for good. A digest that came with
     /// this completion goes with it: the next one may bring another.
     pub(crate) fn reopen(mut self, why: &Refusal) -> Result<Self, Refusal> {
@@ -430,6 +450,17 @@ impl Session {
     /// Ends an open session whose time is over. `None`: there is nothing to end.
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
         if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
+    }
+}
+
+/// Whether a header changes nothing for readers. Browsers add `Cache-Control` by themselves when a page is reloaded, or
+/// while their cache is switched off.
+fn is_harmless(name: &str, value: &str) -> bool {
+    let words = |harmless: &[&str]| value.split(',').all(|word| harmless.contains(&word.trim().to_ascii_lowercase().as_str()));
+    match name {
+        "content-encoding" => words(&["", "identity"]),
+        "cache-control" => words(&["max-age=0", "must-revalidate", "no-cache", "no-store", "private"]),
+        _ => false,
     }
 }
 

@@ -294,3 +294,26 @@ fn one_key_has_one_shard() {
     assert_ne!(ordering("t", Some(b"k")), ordering("u", Some(b"k")));
     assert_eq!(ordering("t", None), None);
 }
+
+#[test]
+fn an_object_stored_with_more_than_was_declared_is_foreign() {
+    let with = |name: &str, value: &str| Object { undeclared: vec![(name.to_owned(), value.to_owned())], ..object() };
+    let session = || completing(promise(Algorithm::Sha256));
+    for (name, value) in [("content-encoding", "gzip"), ("x-amz-tagging-count", "1"), ("cache-control", "no-cache, public")] {
+        let refusal = session().verify(&with(name, value), &[], NOW).unwrap_err();
+        assert_eq!(refusal.code(), "object-foreign");
+        assert!(refusal.to_string().contains(&format!("{name}: {value}")), "{refusal}");
+        let read = session().verify_read(&with(name, value), &Sha256::of(b"hello").into(), 5, NOW);
+        assert_eq!(read.unwrap_err().code(), "object-foreign");
+    }
+    for (name, value) in [("content-encoding", "identity"), ("cache-control", "No-Cache, max-age=0")] {
+        assert!(session().verify(&with(name, value), &[], NOW).is_ok(), "{name}: {value}");
+    }
+    // What is declared is not foreign, and what changes after the first verification is the operator's.
+    let key = with("x-amz-server-side-encryption", "aws:kms");
+    let kms = Promise { kms_key_id: Some("k".into()), ..promise(Algorithm::Sha256) };
+    assert!(completing(kms).verify(&key, &[], NOW).is_ok());
+    let verified = session().verify(&object(), &[], NOW).unwrap();
+    let proof = verified.state.proof().unwrap().clone();
+    assert!(verified.holds(&proof, &with("x-amz-storage-class", "GLACIER"), &[]).is_ok());
+}

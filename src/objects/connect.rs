@@ -16,6 +16,7 @@ use aws_sdk_s3::config::{
 use serde::Deserialize;
 
 use super::sign::Signer;
+use super::undeclared::Defaults;
 use super::{Error, Inner, Objects, code, failed};
 
 /// Where the objects are and who signs: the `[s3]` table.
@@ -156,6 +157,7 @@ impl Objects {
             downloads: Signer::new(public, own_key),
             inside: Signer::new(inside, signing_key),
             bucket: settings.bucket.clone(),
+            defaults: Defaults::default(),
         })))
     }
 

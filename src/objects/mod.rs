@@ -17,26 +17,33 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use lfs_broker_client::checksum::{Algorithm, Digest};
+use time::OffsetDateTime;
 
 use crate::failpoint::Struck;
 use crate::session::Object;
 
+mod answer;
 mod connect;
 mod download;
 mod list;
+mod lock;
 mod multipart;
 mod probe;
 mod remove;
 mod sign;
+mod undeclared;
 
+pub(crate) use answer::CLOCK;
 pub use connect::Settings;
 pub use list::{Behind, Listed, OpenUpload, Page};
 pub use multipart::{Finish, Part};
 pub use probe::{Capabilities, LONGEST_TRIAL};
 pub use sign::{Put, Signed};
+pub(crate) use undeclared::is_set_by_buckets;
 
 use connect::{READING, patient};
 use sign::Signer;
+use undeclared::{Defaults, undeclared};
 
 /// The metadata that names the session an object was written for (`x-amz-meta-` in front on the wire).
 ///
@@ -78,6 +85,12 @@ pub enum Error {
     /// The object is no longer the one that was looked at.
     #[error("the object changed: {0}")]
     Changed(String),
+    /// Object Lock keeps the object: it cannot be deleted yet.
+    #[error("object lock keeps the object {}", until.map_or_else(|| "by a legal hold".to_owned(), |until| format!("until {until}")))]
+    Locked {
+        /// When its retention ends; none where a legal hold has no end.
+        until: Option<OffsetDateTime>,
+    },
     /// A header would not be protected by the signature, so no URL is given out.
     #[error("a presigned URL signs {signed:?} but must sign {wanted:?}")]
     Unsigned {
@@ -119,6 +132,8 @@ struct Inner {
     /// PUT URLs for the broker's own endpoint: the probe's way in where the public one is out of its reach.
     inside: Signer,
     bucket: Option<String>,
+    /// What buckets set on every object by themselves.
+    defaults: Defaults,
 }
 
 impl fmt::Debug for Objects {
@@ -149,7 +164,11 @@ impl Objects {
             .send()
             .await;
         match answer {
-            Ok(output) => Ok(Some(found(&output))),
+            Ok(output) => {
+                let found = found(&output);
+                let undeclared = self.0.defaults.subtract(&place.bucket, found.undeclared);
+                Ok(Some(Object { undeclared, ..found }))
+            }
             Err(error) if status(&error) == Some(404) => Ok(None),
             // A version that cannot be, or one that says "deleted"; unless S3 dislikes more than the version.
             Err(error) if version_id.is_some() && matches!(status(&error), Some(400 | 405)) => {
@@ -251,6 +270,7 @@ fn found(output: &HeadObjectOutput) -> Object {
         sha256: whole(output.checksum_sha256(), Algorithm::Sha256).and_then(|digest| digest.sha256()),
         composite_sha256: output.checksum_sha256().filter(|text| text.contains('-')).map(str::to_owned),
         checksums: checksums.into_iter().flatten().collect(),
+        undeclared: undeclared(output),
     }
 }
 

@@ -13,8 +13,10 @@ use reqwest::header::{
 };
 use reqwest::{Client, Method, StatusCode, redirect};
 use serde::Serialize;
+use tracing::warn;
 use uuid::Uuid;
 
+use super::answer::Answer;
 use super::sign::Signer;
 use super::{Error, Objects, Place, Put, Signed, chain};
 use crate::session::Object;
@@ -23,16 +25,20 @@ use crate::session::Object;
 const BYTES: &[u8] = b"hello";
 /// As long, and not what was promised.
 const WRONG: &[u8] = b"jello";
-/// A life long enough for one request.
-const LIFE: Duration = Duration::from_secs(60);
+/// As long as an upload's URL lives by default, so that a clock which is off harms both alike.
+const LIFE: Duration = Duration::from_secs(900);
 /// One request of five bytes; longer means that the way is blocked.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// A public endpoint that takes longer to connect is out of the broker's reach.
 const CONNECT: Duration = Duration::from_secs(3);
 /// The longest trial: what was there before then belongs to one that has ended.
 pub const LONGEST_TRIAL: Duration = Duration::from_secs(60);
+/// One PUT and its HEAD, by slow endpoints.
+const ONE_PUT: Duration = Duration::from_secs(20);
 /// Where trials are made.
 const TRIALS: &str = ".lfs-broker-probe/";
+/// Where all trials are made in a bucket whose Object Lock keeps everything: at most one object a key stays.
+const KEPT: &str = ".lfs-broker-probe/kept";
 /// Nobody waits longer for a store that went away meanwhile.
 const CLEANING: Duration = Duration::from_secs(30);
 /// Any web page: a rule for one origin alone is found by its own users.
@@ -53,6 +59,18 @@ pub struct Capabilities {
     pub refuses_unsigned_copy_source_part: bool,
     /// A PUT of another size than the signed one fails.
     pub refuses_other_size: bool,
+    /// A `Content-Encoding` that was not signed makes a PUT fail, or is not kept. Where it is kept, complete refuses the
+    /// object; so with the next two.
+    pub refuses_unsigned_content_encoding: bool,
+    /// The same for `x-amz-tagging`.
+    pub refuses_unsigned_tagging: bool,
+    /// The same for `x-amz-storage-class`.
+    pub refuses_unsigned_storage_class: bool,
+    /// An unsigned `x-amz-checksum-algorithm` does not switch the signed SHA-256 off. Where it does, whoever has a URL can
+    /// store other bytes of the same size, and complete refuses them.
+    pub refuses_unsigned_checksum_algorithm: bool,
+    /// An unsigned `x-amz-acl` does not open the object to everybody.
+    pub refuses_unsigned_acl: bool,
     /// HEAD shows the metadata that was signed into the PUT.
     pub keeps_token: bool,
     /// HEAD shows the SHA-256 of the whole.
@@ -61,6 +79,8 @@ pub struct Capabilities {
     pub answers_cors: Option<bool>,
     /// The bucket keeps versions.
     pub versioned: bool,
+    /// Object Lock keeps every object by a default retention: what failed uploads leave stays until that ends.
+    pub object_lock: bool,
 }
 
 impl Capabilities {
@@ -71,22 +91,34 @@ impl Capabilities {
 }
 
 impl Objects {
-    /// Tries the store out: a dozen small requests under `.lfs-broker-probe/`, removed again whatever happens.
+    /// Tries the store out: some twenty small requests under `.lfs-broker-probe/`, removed again whatever happens. In a
+    /// bucket whose Object Lock keeps everything, the same few objects are used each time.
     ///
     /// # Errors
     /// Where not even an honest PUT works, or the store stops to answer.
     pub async fn probe(&self, bucket: &str) -> Result<Capabilities, Error> {
+        let mut trial = self.trial(bucket).await?;
+        let seen = within(LONGEST_TRIAL, trial.run()).await;
+        trial.end(seen).await
+    }
+
+    /// Puts an object as a client does, by a presigned URL, looks at it, and removes it again.
+    ///
+    /// # Errors
+    /// Why a client's PUT would fail now.
+    pub async fn try_put(&self, bucket: &str) -> Result<(), Error> {
+        let mut trial = self.trial(bucket).await?;
+        let put = within(ONE_PUT, trial.try_put()).await;
+        trial.end(put).await
+    }
+
+    async fn trial<'a>(&'a self, bucket: &'a str) -> Result<Trial<'a>, Error> {
+        let kept = Place { bucket: bucket.to_owned(), key: format!("{KEPT}/honest") };
+        let is_kept = self.0.defaults.is_any_accepted(bucket) || self.is_locked(bucket, &kept).await?;
+        let prefix = if is_kept { KEPT.to_owned() } else { format!("{TRIALS}{}", Uuid::new_v4()) };
         let http = Client::builder().connect_timeout(CONNECT).timeout(TIMEOUT).redirect(redirect::Policy::none()).build();
-        let prefix = format!("{TRIALS}{}", Uuid::new_v4());
-        let trial = Trial { objects: self, http: http.map_err(|error| Error::Settings(chain(&error)))?, bucket, prefix };
-        let late = || Error::Unavailable(format!("the store was not tried out in {} s", LONGEST_TRIAL.as_secs()));
-        let seen = tokio::time::timeout(LONGEST_TRIAL, trial.run()).await.unwrap_or_else(|_| Err(late()));
-        let cleaned = tokio::time::timeout(CLEANING, trial.clean()).await;
-        let seen = seen?;
-        match cleaned {
-            Ok(cleaned) => cleaned.map(|()| seen),
-            Err(_) => Err(Error::Unavailable(format!("the probe's objects were not removed in {} s", CLEANING.as_secs()))),
-        }
+        let http = http.map_err(|error| Error::Settings(chain(&error)))?;
+        Ok(Trial { objects: self, http, bucket, prefix, is_kept })
     }
 
     /// Removes what trials have left whose broker died, or whose store went away, in the middle: what is there now and
@@ -95,16 +127,23 @@ impl Objects {
     /// # Errors
     /// Where S3 does not answer; asking again goes on.
     pub async fn clean_after_trials(&self, bucket: &str, after: Duration) -> Result<(), Error> {
+        let mut locked = BTreeSet::new();
         loop {
             let left = self.list(bucket, TRIALS, None).await?;
             let prefixes: BTreeSet<String> =
                 left.items.iter().filter_map(|object| Some(object.key.rsplit_once('/')?.0.to_owned())).collect();
+            let prefixes: BTreeSet<String> =
+                prefixes.into_iter().filter(|prefix| prefix != KEPT && !locked.contains(prefix)).collect();
             if prefixes.is_empty() {
                 return Ok(());
             }
             tokio::time::sleep(after).await;
             for prefix in prefixes {
-                Trial { objects: self, http: Client::new(), bucket, prefix }.clean().await?;
+                let trial = Trial { objects: self, http: Client::new(), bucket, prefix, is_kept: false };
+                match trial.clean().await {
+                    Err(Error::Locked { .. }) => drop(locked.insert(trial.prefix)),
+                    cleaned => cleaned?,
+                }
             }
         }
     }
@@ -116,34 +155,108 @@ struct Trial<'a> {
     http: Client,
     bucket: &'a str,
     prefix: String,
+    /// Whether Object Lock keeps whatever is written: then every trial uses the same keys, and removes nothing.
+    is_kept: bool,
 }
 
 /// The last pieces of the keys; what is written is removed by this list. What is written first goes last: as long as
 /// anything is left of a trial, that is.
-const KEYS: [&str; 5] = ["copy-part", "copy", "other-size", "wrong-bytes", "honest"];
+const KEYS: [&str; 10] = [
+    "copy-part",
+    "copy",
+    "acl",
+    "checksum-algorithm",
+    "storage-class",
+    "tagging",
+    "content-encoding",
+    "other-size",
+    "wrong-bytes",
+    "honest",
+];
 
-impl Trial<'_> {
-    async fn run(&self) -> Result<Capabilities, Error> {
-        let honest = self.place("honest");
+impl<'a> Trial<'a> {
+    async fn run(&mut self) -> Result<Capabilities, Error> {
         let digest = Digest::from(Sha256::of(BYTES));
-
-        let (signer, answers_cors) = match self.preflight(&honest).await? {
-            Some(answers) => (&self.objects.0.uploads, Some(answers)),
-            None => (&self.objects.0.inside, None),
+        let (signer, answers_cors) = self.way_in().await?;
+        let found = self.put_first(signer, &digest).await?;
+        let honest = self.place("honest");
+        let (longer, source) = ([BYTES, BYTES].concat(), format!("/{honest}"));
+        let (class, algorithm) = (("x-amz-storage-class", "REDUCED_REDUNDANCY"), ("x-amz-checksum-algorithm", "CRC32"));
+        // Each question has a key of its own, so they are asked together. A copy comes without a checksum: one that did not
+        // match the copied bytes would hide the hole.
+        let promised = async {
+            tokio::try_join!(
+                self.refuses(signer, "wrong-bytes", Some(&digest), WRONG, None),
+                self.refuses_overwrite(signer, &honest, &digest, &found),
+                self.refuses(signer, "other-size", None, &longer, None),
+                self.refuses(signer, "copy", None, WRONG, Some(("x-amz-copy-source", &source))),
+                self.refuses_copy_part(signer, &honest),
+            )
         };
-        let found = self.put_honestly(signer, &honest, &digest).await?;
-
-        Ok(Capabilities {
-            refuses_wrong_bytes: self.refuses_wrong_bytes(signer, &digest).await?,
-            refuses_overwrite: self.refuses_overwrite(signer, &honest, &digest, &found).await?,
-            refuses_unsigned_copy_source_put: self.refuses_copy(signer, &honest).await?,
-            refuses_unsigned_copy_source_part: self.refuses_copy_part(signer, &honest).await?,
-            refuses_other_size: self.refuses_other_size(signer).await?,
+        let undeclared = async {
+            tokio::try_join!(
+                self.drops(signer, "content-encoding", ("content-encoding", "gzip")),
+                self.drops(signer, "tagging", ("x-amz-tagging", "a=b")),
+                self.drops(signer, "storage-class", class),
+                self.refuses(signer, "checksum-algorithm", Some(&digest), WRONG, Some(algorithm)),
+                self.refuses_acl(signer, &digest),
+            )
+        };
+        let (promised, undeclared) = tokio::try_join!(promised, undeclared)?;
+        let seen = Capabilities {
+            refuses_wrong_bytes: promised.0,
+            refuses_overwrite: promised.1,
+            refuses_unsigned_copy_source_put: promised.3,
+            refuses_unsigned_copy_source_part: promised.4,
+            refuses_other_size: promised.2,
+            refuses_unsigned_content_encoding: undeclared.0,
+            refuses_unsigned_tagging: undeclared.1,
+            refuses_unsigned_storage_class: undeclared.2,
+            refuses_unsigned_checksum_algorithm: undeclared.3,
+            refuses_unsigned_acl: undeclared.4,
             keeps_token: found.token.as_deref() == Some("honest"),
             returns_sha256_on_head: found.sha256 == digest.sha256(),
             answers_cors,
             versioned: found.version_id.is_some(),
+            object_lock: self.is_kept,
+        };
+        self.learn(&found);
+        Ok(seen)
+    }
+
+    async fn try_put(&mut self) -> Result<(), Error> {
+        let (signer, _) = self.way_in().await?;
+        let found = self.put_first(signer, &Digest::from(Sha256::of(BYTES))).await?;
+        self.learn(&found);
+        Ok(())
+    }
+
+    /// The signer whose endpoint can be reached from here, and whether it answers browsers.
+    async fn way_in(&self) -> Result<(&'a Signer, Option<bool>), Error> {
+        Ok(match self.preflight(&self.place("honest")).await? {
+            Some(answers) => (&self.objects.0.uploads, Some(answers)),
+            None => (&self.objects.0.inside, None),
         })
+    }
+
+    /// The honest PUT. Where its object turns out to be locked, that one stays, and the keys are used that every trial of
+    /// such a bucket uses.
+    async fn put_first(&mut self, signer: &Signer, digest: &Digest) -> Result<Object, Error> {
+        let found = self.put_honestly(signer, &self.place("honest"), digest).await?;
+        let is_locked = found.undeclared.iter().any(|(name, _)| name == "x-amz-object-lock-mode");
+        if self.is_kept || !is_locked {
+            return Ok(found);
+        }
+        self.is_kept = true;
+        KEPT.clone_into(&mut self.prefix);
+        self.put_honestly(signer, &self.place("honest"), digest).await
+    }
+
+    fn learn(&self, honest: &Object) {
+        match self.is_kept {
+            true => self.objects.0.defaults.accept_any(self.bucket),
+            false => self.objects.0.defaults.learn(self.bucket, &honest.undeclared),
+        }
     }
 
     /// Asks as a browser would; none where nobody answers.
@@ -171,13 +284,11 @@ impl Trial<'_> {
     }
 
     async fn put_honestly(&self, signer: &Signer, place: &Place, digest: &Digest) -> Result<Object, Error> {
-        let status = self.send(&signer.put(&promise(place, Some(digest)), LIFE).await?, BYTES, None).await?;
-        if !status.is_success() {
-            let message = format!("a presigned PUT that keeps every promise was answered {status}");
-            return Err(match status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED {
-                true => Error::Unavailable(message),
-                false => Error::Refused { code: format!("http-{}", status.as_u16()), message },
-            });
+        let answer = self.ask(&signer.put(&promise(place, Some(digest)), LIFE).await?, BYTES, None).await?;
+        // What an earlier trial put may be kept: then 412 says that the signature was found good.
+        let is_there = self.is_kept && answer.status == StatusCode::PRECONDITION_FAILED;
+        if !answer.status.is_success() && !is_there {
+            return Err(answer.refusal(self.bucket));
         }
         let found = self.objects.head(place, None).await?;
         found.ok_or_else(|| Error::Refused {
@@ -186,10 +297,49 @@ impl Trial<'_> {
         })
     }
 
-    async fn refuses_wrong_bytes(&self, signer: &Signer, digest: &Digest) -> Result<bool, Error> {
-        let place = self.place("wrong-bytes");
-        let status = self.send(&signer.put(&promise(&place, Some(digest)), LIFE).await?, WRONG, None).await?;
+    /// Whether a PUT that breaks its promise, or that adds headers, is refused and stores nothing.
+    async fn refuses(
+        &self,
+        signer: &Signer,
+        key: &str,
+        digest: Option<&Digest>,
+        bytes: &[u8],
+        more: Option<(&str, &str)>,
+    ) -> Result<bool, Error> {
+        let place = self.place(key);
+        if self.was_taken(&place).await? {
+            return Ok(false);
+        }
+        let status = self.send(&signer.put(&promise(&place, digest), LIFE).await?, bytes, more).await?;
         Ok(!status.is_success() && self.objects.head(&place, None).await?.is_none())
+    }
+
+    /// Whether a header that was not signed makes a PUT fail, or is not kept.
+    async fn drops(&self, signer: &Signer, key: &str, header: (&str, &str)) -> Result<bool, Error> {
+        let place = self.place(key);
+        if !self.was_taken(&place).await? {
+            self.send(&signer.put(&promise(&place, None), LIFE).await?, BYTES, Some(header)).await?;
+        }
+        let found = self.objects.head(&place, None).await?;
+        Ok(!found.is_some_and(|found| found.undeclared.iter().any(|(name, _)| name.starts_with(header.0))))
+    }
+
+    /// Whether a holder of a URL cannot open the object to everybody.
+    async fn refuses_acl(&self, signer: &Signer, digest: &Digest) -> Result<bool, Error> {
+        let place = self.place("acl");
+        let signed = signer.put(&promise(&place, Some(digest)), LIFE).await?;
+        if !self.was_taken(&place).await? {
+            self.send(&signed, BYTES, Some(("x-amz-acl", "public-read"))).await?;
+        }
+        // Without a signature, as anybody asks.
+        let answer = self.http.get(signed.url.split('?').next().unwrap_or_default()).send().await;
+        let answer = answer.map_err(|error| Error::Unavailable(format!("an unsigned GET: {}", chain(&error.without_url()))))?;
+        Ok(!answer.status().is_success())
+    }
+
+    /// Whether the store took this by mistake in an earlier trial, and its lock keeps it: then it is not asked again.
+    async fn was_taken(&self, place: &Place) -> Result<bool, Error> {
+        Ok(self.is_kept && self.objects.head(place, None).await?.is_some())
     }
 
     async fn refuses_overwrite(&self, signer: &Signer, place: &Place, digest: &Digest, found: &Object) -> Result<bool, Error> {
@@ -198,49 +348,53 @@ impl Trial<'_> {
         Ok(!status.is_success() && self.objects.head(place, None).await?.as_ref() == Some(found))
     }
 
-    async fn refuses_copy(&self, signer: &Signer, source: &Place) -> Result<bool, Error> {
-        let place = self.place("copy");
-        // Without a checksum: one that did not match the copied bytes would hide the hole.
-        let status = self.send(&signer.put(&promise(&place, None), LIFE).await?, WRONG, Some(source)).await?;
-        Ok(!status.is_success() && self.objects.head(&place, None).await?.is_none())
-    }
-
     async fn refuses_copy_part(&self, signer: &Signer, source: &Place) -> Result<bool, Error> {
         let place = self.place("copy-part");
         let id = self.objects.create_multipart(&promise(&place, None), false).await?;
         let signed = signer.part(&place, &id, 1, WRONG.len() as u64, None, LIFE).await?;
-        let status = self.send(&signed, WRONG, Some(source)).await?;
+        let status = self.send(&signed, WRONG, Some(("x-amz-copy-source", &format!("/{source}")))).await?;
         let parts = self.objects.list_parts(&place, &id).await?.unwrap_or_default();
         Ok(!status.is_success() && parts.is_empty())
     }
 
-    async fn refuses_other_size(&self, signer: &Signer) -> Result<bool, Error> {
-        let place = self.place("other-size");
-        let longer = [BYTES, BYTES].concat();
-        let status = self.send(&signer.put(&promise(&place, None), LIFE).await?, &longer, None).await?;
-        Ok(!status.is_success() && self.objects.head(&place, None).await?.is_none())
+    async fn send(&self, signed: &Signed, bytes: &[u8], more: Option<(&str, &str)>) -> Result<StatusCode, Error> {
+        Ok(self.ask(signed, bytes, more).await?.status)
     }
 
-    /// Sends what was signed, with other bytes or one header more if asked.
-    async fn send(&self, signed: &Signed, bytes: &[u8], copy_source: Option<&Place>) -> Result<StatusCode, Error> {
+    /// Sends what was signed, with other bytes or more headers if asked.
+    async fn ask(&self, signed: &Signed, bytes: &[u8], more: Option<(&str, &str)>) -> Result<Answer, Error> {
         let mut request = self.http.put(&signed.url).body(bytes.to_vec());
         // The length follows from the body, as in a browser.
-        for (name, value) in signed.headers.iter().filter(|(name, _)| *name != CONTENT_LENGTH.as_str()) {
+        let given = signed.headers.iter().filter(|(name, _)| *name != CONTENT_LENGTH.as_str());
+        for (name, value) in given.map(|(name, value)| (name.as_str(), value.as_str())).chain(more) {
             request = request.header(name, value);
         }
-        if let Some(source) = copy_source {
-            request = request.header("x-amz-copy-source", format!("/{source}"));
-        }
         match request.send().await {
-            Ok(response) => Ok(response.status()),
+            Ok(response) => Ok(Answer::read(response).await),
             Err(error) => Err(Error::Unavailable(format!("a presigned PUT: {}", chain(&error.without_url())))),
+        }
+    }
+
+    /// Cleans up, unless Object Lock keeps everything. Where the broker may not delete, nothing of what it was asked is
+    /// wrong, but from then on the same keys are used, so that what stays does not grow.
+    async fn end<T>(&self, outcome: Result<T, Error>) -> Result<T, Error> {
+        let cleaned = within(CLEANING, self.clean()).await;
+        // Whatever failed before fails the cleaning too, and is what matters.
+        let found = outcome?;
+        match cleaned {
+            Err(error @ (Error::Refused { .. } | Error::Locked { .. })) => {
+                warn!(%error, "the probe's objects stay in bucket {}: {error}", self.bucket);
+                self.objects.0.defaults.accept_any(self.bucket);
+                Ok(found)
+            }
+            cleaned => cleaned.map(|()| found),
         }
     }
 
     /// Removes what may be there, and goes on past a failure to the rest; gives the first one back.
     async fn clean(&self) -> Result<(), Error> {
         let mut outcome = self.objects.abort_uploads(&self.place("copy-part"), None).await.map(drop);
-        for key in KEYS {
+        for key in KEYS.into_iter().filter(|_| !self.is_kept) {
             let removed = self.objects.delete_versions(&self.place(key)).await.map(drop);
             outcome = outcome.and(removed);
         }
@@ -261,4 +415,9 @@ fn promise<'a>(place: &'a Place, digest: Option<&'a Digest>) -> Put<'a> {
         digest,
         kms_key_id: None,
     }
+}
+
+async fn within<T>(time: Duration, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let late = || Error::Unavailable(format!("the store was not tried out in {} s", time.as_secs()));
+    tokio::time::timeout(time, work).await.unwrap_or_else(|_| Err(late()))
 }

@@ -4,10 +4,13 @@ use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use super::connect::{REMOVING, patient};
+use super::lock::Lock;
 use super::{Error, Objects, Place, code, failed, status};
 
 /// A key of ours has one version, or a few after a race; ten pages of 1,000 are a store gone wrong.
 const MAX_PAGES: usize = 10;
+
+type DeleteError = SdkError<aws_sdk_s3::operation::delete_object::DeleteObjectError, HttpResponse>;
 
 impl Objects {
     /// Aborts every multipart upload of exactly this key, and the one that is known; says how many S3 let go
@@ -72,9 +75,9 @@ impl Objects {
     ///
     /// # Errors
     /// Where S3 does not answer or does not let us: a bucket that keeps versions needs `s3:ListBucketVersions`
-    /// and `s3:DeleteObjectVersion`.
+    /// and `s3:DeleteObjectVersion`. [`Error::Locked`] where Object Lock keeps a version; the others are deleted.
     pub async fn delete_versions(&self, place: &Place) -> Result<u32, Error> {
-        let mut deleted = 0;
+        let (mut deleted, mut kept) = (0, None);
         let (mut key_marker, mut version_marker) = (None, None);
         for _ in 0..MAX_PAGES {
             let answer = self
@@ -98,11 +101,15 @@ impl Objects {
             let markers = page.delete_markers().iter().map(|marker| (marker.key(), marker.version_id()));
             for (key, version_id) in versions.chain(markers) {
                 if key == Some(&place.key) {
-                    deleted += self.delete_version(place, version_id).await?;
+                    match self.delete_version(place, version_id).await {
+                        Ok(count) => deleted += count,
+                        Err(Error::Locked { until }) => kept = Some(Lock { until }.or_longer(kept)),
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             if page.is_truncated() != Some(true) {
-                return Ok(deleted);
+                return kept.map_or(Ok(deleted), |Lock { until }| Err(Error::Locked { until }));
             }
             key_marker = page.next_key_marker().map(str::to_owned);
             version_marker = page.next_version_id_marker().map(str::to_owned);
@@ -120,7 +127,21 @@ impl Objects {
             Err(error) if version_id == Some("null") && (is_lacking(&error) || status(&error) == Some(400)) => {
                 self.delete_plainly(place).await
             }
-            Err(error) => Err(failed("DeleteObject", &error)),
+            Err(error) => Err(self.not_deleted(place, version_id, &error).await),
+        }
+    }
+
+    /// Why an object was not deleted. Stores refuse what is locked with various codes; HEAD says whether a lock is the
+    /// reason.
+    async fn not_deleted(&self, place: &Place, version_id: Option<&str>, error: &DeleteError) -> Error {
+        if status(error).is_none_or(|status| status >= 500) {
+            return failed("DeleteObject", error);
+        }
+        let version_id = version_id.filter(|id| !id.is_empty() && *id != "null");
+        match self.lock_of(place, version_id).await {
+            Ok(Some(Lock { until })) => Error::Locked { until },
+            Ok(None) => failed("DeleteObject", error),
+            Err(unknown) => unknown,
         }
     }
 
@@ -135,7 +156,7 @@ impl Objects {
             }),
             Ok(_) => Ok(1),
             Err(error) if matches!(code(&error).as_str(), "NoSuchKey" | "NotFound") => Ok(0),
-            Err(error) => Err(failed("DeleteObject", &error)),
+            Err(error) => Err(self.not_deleted(place, None, &error).await),
         }
     }
 }

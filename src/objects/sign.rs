@@ -112,6 +112,8 @@ impl Objects {
             .set_version_id(version_id.map(str::to_owned))
             .response_content_disposition(disposition(filename))
             .response_content_type(safe_type(content_type))
+            // A browser must show the bytes that were verified, not what comes of decoding them.
+            .response_content_encoding("identity")
             .presigned(window.clone())
             .await
             .map_err(|error| failed("signing a GET", &error))?;
@@ -381,6 +383,7 @@ mod tests {
             "versionId=v1",
             "response-content-disposition=attachment%3B%20filename%3D%22a%20b.svg%22",
             "response-content-type=application%2Foctet-stream",
+            "response-content-encoding=identity",
         ] {
             assert!(signed.url.contains(piece), "{piece} in {}", signed.url);
         }

@@ -8,6 +8,9 @@ use super::Trouble;
 /// An answer names so many missing parts singly; it is enough to go on with, and GET's `missing_parts` has all.
 const NAMED_PARTS: usize = 100;
 
+/// So much of a header's value is enough to recognise it.
+const SHOWN_CHARACTERS: usize = 100;
+
 /// Why a move is refused: the caller's doing, told to the caller.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {
@@ -49,6 +52,14 @@ pub enum Refusal {
         /// S3's error code.
         said: String,
     },
+    /// The object was stored with a header that the upload did not declare.
+    #[error("the object was stored with {header}: {}, which this upload did not declare", shown(value))]
+    Undeclared {
+        /// The header's name.
+        header: String,
+        /// Its value.
+        value: String,
+    },
     /// The sha256 is missing, or is another one than promised.
     #[error("{0}")]
     Sha256(&'static str),
@@ -89,7 +100,7 @@ impl Refusal {
             Self::PartsIncomplete { .. } => "parts-incomplete",
             Self::Size { .. } => "size-mismatch",
             Self::Checksum { .. } => "checksum-mismatch",
-            Self::Foreign => "object-foreign",
+            Self::Foreign | Self::Undeclared { .. } => "object-foreign",
             Self::Storage { code, .. } => code,
             Self::Sha256(_) => "validation-failed",
             Self::InProgress => "completion-in-progress",
@@ -121,6 +132,11 @@ impl Refusal {
     pub(crate) fn trouble(&self) -> Trouble {
         Trouble { code: self.code().to_owned(), detail: self.to_string(), items: self.items() }
     }
+}
+
+/// What is shown of a header's value, which its sender chose: the beginning, without control characters.
+fn shown(value: &str) -> String {
+    value.chars().filter(|c| !c.is_control()).take(SHOWN_CHARACTERS).collect()
 }
 
 impl From<Trouble> for Rejection {

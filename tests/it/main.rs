@@ -53,4 +53,5 @@ mod single;
 mod tls;
 mod tokens;
 mod topics;
+mod undeclared;
 mod versions;

@@ -1,7 +1,7 @@
 //! Two ways to come between the broker and a server: one that knows only connections, one that knows S3's calls.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -206,6 +206,14 @@ struct Told {
     /// Whether a copy-source never arrives: a PUT that names one is a PUT like any other.
     is_lax: AtomicBool,
     seen: Mutex<Vec<(Call, Uri)>>,
+    /// What HEAD shows of each object besides, as where the bucket sets it.
+    shown: Mutex<Vec<(&'static str, String)>>,
+    /// Whether the bucket has Object Lock with a default retention of a day.
+    is_locked: AtomicBool,
+    /// How many DELETEs were refused for it.
+    refused_deletes: AtomicUsize,
+    /// How far its clock is ahead, in seconds. Where it is, no presigned URL is good.
+    clock_ahead_seconds: AtomicI64,
     /// How long each call is held back.
     pause: Mutex<Duration>,
     /// How many calls are under way, and were at most.
@@ -222,6 +230,10 @@ impl FaultyS3 {
             script: Mutex::default(),
             seen: Mutex::default(),
             is_lax: AtomicBool::default(),
+            shown: Mutex::default(),
+            is_locked: AtomicBool::default(),
+            refused_deletes: AtomicUsize::default(),
+            clock_ahead_seconds: AtomicI64::default(),
             pause: Mutex::default(),
             under_way: Mutex::default(),
         });
@@ -247,6 +259,29 @@ impl FaultyS3 {
     /// From now on a copy-source that nobody signed is not refused.
     pub(crate) fn accept_copy_sources(&self) {
         self.told.is_lax.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on each object shows these headers, and no others of this kind.
+    pub(crate) fn show(&self, headers: &[(&'static str, &str)]) {
+        *self.told.shown.lock().unwrap() = headers.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    }
+
+    /// From now on nothing can be deleted: each object is retained for a day.
+    pub(crate) fn lock_objects(&self) {
+        self.told.is_locked.store(true, Ordering::SeqCst);
+        let until = aws_sdk_s3::primitives::DateTime::from(std::time::SystemTime::now() + Duration::from_secs(86_400));
+        let until = until.fmt(aws_sdk_s3::primitives::DateTimeFormat::DateTime).unwrap();
+        self.show(&[("x-amz-object-lock-mode", "COMPLIANCE"), ("x-amz-object-lock-retain-until-date", &until)]);
+    }
+
+    /// How many DELETEs were refused because of the lock.
+    pub(crate) fn refused_deletes(&self) -> usize {
+        self.told.refused_deletes.load(Ordering::SeqCst)
+    }
+
+    /// Its clock is ahead of everybody's, and it refuses presigned URLs for it.
+    pub(crate) fn set_clock_ahead(&self, seconds: i64) {
+        self.told.clock_ahead_seconds.store(seconds, Ordering::SeqCst);
     }
 
     /// How often the call came.
@@ -304,6 +339,26 @@ async fn answer(State(told): State<Arc<Told>>, request: Request) -> Response {
         tokio::time::sleep(pause).await;
         at_once(|now| now - 1);
     }
+    let ahead = told.clock_ahead_seconds.load(Ordering::SeqCst);
+    if ahead != 0 && request.uri().query().unwrap_or_default().contains("X-Amz-Signature=") {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64 + ahead;
+        let date = aws_sdk_s3::primitives::DateTime::from_secs(now).fmt(aws_sdk_s3::primitives::DateTimeFormat::HttpDate);
+        let mut refused = error(403, "AccessDenied");
+        refused.headers_mut().insert(header::DATE, date.unwrap().parse().unwrap());
+        return refused;
+    }
+    if told.is_locked.load(Ordering::SeqCst) {
+        let query = request.uri().query().unwrap_or_default();
+        if query.contains("object-lock") {
+            let rule = "<ObjectLockConfiguration><ObjectLockEnabled>Enabled</ObjectLockEnabled><Rule><DefaultRetention>\
+                        <Mode>COMPLIANCE</Mode><Days>1</Days></DefaultRetention></Rule></ObjectLockConfiguration>";
+            return ([(header::CONTENT_TYPE, "application/xml")], rule).into_response();
+        }
+        if request.method() == Method::DELETE && !query.contains("uploadId=") {
+            told.refused_deletes.fetch_add(1, Ordering::SeqCst);
+            return error(403, "AccessDenied");
+        }
+    }
     let fault = {
         let mut script = told.script.lock().unwrap();
         let next = script.iter().position(|(expected, _)| *expected == call);
@@ -340,6 +395,10 @@ async fn forward(told: &Told, request: Request) -> Response {
     headers.remove(header::CONNECTION);
     if parts.method != Method::HEAD {
         headers.remove(header::CONTENT_LENGTH);
+    } else if status.is_success() {
+        for (name, value) in told.shown.lock().unwrap().iter() {
+            headers.insert(*name, value.parse().unwrap());
+        }
     }
     let body = answered.bytes().await.unwrap_or_default();
     (status, headers, body).into_response()
