@@ -34,6 +34,8 @@ const KEYS: i64 = 1000;
 const KEEP_KEYS: time::Duration = time::Duration::hours(24);
 /// What S3 refuses now it refuses in a minute: a permission that is given meanwhile is noticed within this.
 const REFUSED_AGAIN: time::Duration = time::Duration::hours(1);
+/// How soon an object is tried again that Object Lock keeps: a legal hold has no end, and a clock may be a little wrong.
+const LOCKED_AGAIN: time::Duration = time::Duration::hours(1);
 /// How long S3 may still work on a request whose sender has given up.
 const S3_TIME_OUT: time::Duration = time::Duration::seconds(60);
 
@@ -135,6 +137,13 @@ impl Sweeper {
             Ok(()) => {}
             // Everything went with the bucket.
             Err(objects::Error::Refused { code, .. }) if code == "NoSuchBucket" => {}
+            // Trying sooner cannot help, and a warning in each pass would hide others.
+            Err(objects::Error::Locked { until }) => {
+                let next = until.unwrap_or(now).max(now + LOCKED_AGAIN);
+                info!(session.id = %session.id, "object lock keeps what {} left in S3; the next try is at {next}", session.id);
+                self.store.set_cleanup(session.id, Some(next)).await?;
+                return Ok(true);
+            }
             Err(error @ objects::Error::Refused { .. }) => {
                 let id = session.id;
                 warn!(session.id = %id, %error, "S3 does not let the broker clean up after {id}; it tries again in an hour");

@@ -32,6 +32,7 @@ mod idempotency;
 mod integrity;
 mod kafscale;
 mod listing;
+mod lock;
 mod logs;
 mod migrate;
 mod multipart;
