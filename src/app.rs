@@ -19,6 +19,7 @@ use crate::http::{self, App, Tls};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Capabilities, LONGEST_TRIAL, Objects};
 use crate::policy;
+use crate::readiness::{self, Checks, Outcomes, put_failure};
 use crate::relay::Relay;
 use crate::restore_check::{self, RestoreCheck};
 use crate::store::{self, Store};
@@ -43,6 +44,8 @@ const COMPARE_AGAIN: Duration = Duration::from_secs(2);
 /// How long the start waits to see what the store does, and how soon it is tried again where it did not answer.
 const TRIAL: Duration = Duration::from_secs(3);
 const TRY_AGAIN: Duration = Duration::from_secs(60);
+/// When the dependencies are first checked: the start itself has just used them.
+const FIRST_CHECK: Duration = Duration::from_secs(2);
 /// How soon what trials have left is looked for again, where S3 did not answer.
 const CLEAN_AGAIN: Duration = Duration::from_secs(5);
 
@@ -138,7 +141,7 @@ impl Settings {
 
     /// Whether URLs are safe only on a store that refuses an unsigned copy-source: tenants are told apart, and what signs
     /// may also read.
-    fn must_refuse_copy_source(&self) -> bool {
+    pub(crate) fn must_refuse_copy_source(&self) -> bool {
         let objects = &self.objects;
         self.auth.mode != Mode::None && objects.signing_access_key_id.is_none() && !objects.allow_copy_source
     }
@@ -164,7 +167,9 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
     let restore_check = RestoreCheck::new(store.clone(), kafka.clone(), deployment);
-    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store), refuse_restored(&restore_check))?;
+    let outcomes = Arc::new(Outcomes::default());
+    let (tried, ()) =
+        tokio::try_join!(try_store(&settings, &objects, &store, &outcomes), refuse_restored(&restore_check))?;
     let (capabilities, trying) = tried;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();
@@ -188,6 +193,13 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         lease: settings.finish.lease,
         shards: deployment.shards,
     };
+    let checks = Checks {
+        store: store.clone(),
+        objects: objects.clone(),
+        kafka: kafka.clone(),
+        deployment,
+        outcomes: Arc::clone(&outcomes),
+    };
     let broker = Broker::new(Parts {
         store: store.clone(),
         objects,
@@ -199,6 +211,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
         capabilities,
+        outcomes,
         must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
@@ -221,6 +234,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
     ];
     work.push(tokio::spawn(until(stopped.clone(), trying)));
+    work.push(tokio::spawn(run_checks(checks, stopped.clone())));
     let scheme = if tls.is_some() { "https" } else { "http" };
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
         work.push(tokio::spawn(tls.keep_current(files, stopped)));
@@ -277,6 +291,7 @@ async fn try_store(
     settings: &Settings,
     objects: &Objects,
     store: &Store,
+    outcomes: &Arc<Outcomes>,
 ) -> Result<(Arc<OnceLock<Capabilities>>, JoinSet<()>), Error> {
     let mut trying = JoinSet::new();
     let seen = Arc::new(OnceLock::new());
@@ -293,13 +308,19 @@ async fn try_store(
         }
         let _ = seen.set(found);
     }
-    let (objects, noted) = (objects.clone(), Arc::clone(&seen));
+    let (objects, noted, outcomes) = (objects.clone(), Arc::clone(&seen), Arc::clone(outcomes));
     let (tried, is_tried) = oneshot::channel::<()>();
     trying.spawn(async move {
         while noted.get().is_none() {
             match objects.probe(&bucket).await {
-                Ok(found) => drop(noted.set(found)),
+                Ok(found) => {
+                    if found.object_lock {
+                        info!("bucket {bucket} has Object Lock: what failed uploads leave there stays until its retention ends");
+                    }
+                    drop(noted.set(found));
+                }
                 Err(error) => {
+                    outcomes.storage.record(Err(put_failure(&bucket, &error)));
                     warn!(%error, "the store could not be tried out yet: {error}");
                     tokio::time::sleep(TRY_AGAIN).await;
                 }
@@ -350,6 +371,24 @@ async fn until(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
     tokio::select! {
         _ = tasks.join_next() => {}
         _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
+}
+
+/// Tries what uploads need, soon again while something fails, until the end is asked for.
+async fn run_checks(checks: Checks, mut stopped: watch::Receiver<bool>) {
+    let (mut pause, mut is_first) = (FIRST_CHECK, true);
+    loop {
+        // Replicas that were started together must not stay in step.
+        let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
+        tokio::select! {
+            () = tokio::time::sleep(jittered) => {}
+            _ = stopped.wait_for(|stopped| *stopped) => return,
+        }
+        pause = tokio::select! {
+            is_sound = checks.tick(is_first) => if is_sound { readiness::EVERY } else { readiness::AGAIN },
+            _ = stopped.wait_for(|stopped| *stopped) => return,
+        };
+        is_first = false;
     }
 }
 

@@ -8,6 +8,7 @@
 //! - [`broker`] moves when it is asked; the verifier, the relay and the [`sweeper`] are ticks that move when bytes must be
 //!   read, when a pointer waits, and as time passes. They meet in the store and never call each other. [`finish`] is
 //!   what the broker and the verifier both do under a lease.
+//! - `readiness` tries what an upload needs, and keeps the last outcome for whoever asks.
 //! - [`audit`] asks whether PostgreSQL, S3 and Kafka tell the same story; [`restore_check`] whether the database is older
 //!   than Kafka, before anything is deleted.
 //! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
@@ -28,6 +29,7 @@ pub mod http;
 pub mod kafka;
 pub mod objects;
 pub mod policy;
+mod readiness;
 mod relay;
 pub mod restore_check;
 pub mod session;

@@ -25,6 +25,7 @@ use crate::finish::{self, Finisher};
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
+use crate::readiness::Outcomes;
 use crate::restore_check::RestoreCheck;
 use crate::session::{self, Session};
 use crate::store::{self, Deployment, Quota, Store};
@@ -114,6 +115,8 @@ pub(crate) struct Parts {
     pub(crate) settings: Settings,
     /// What the store was seen to do, once that is known.
     pub(crate) capabilities: Arc<OnceLock<Capabilities>>,
+    /// What the last checks of the dependencies came to.
+    pub(crate) outcomes: Arc<Outcomes>,
     /// Whether no URL may be signed on a store that accepts an unsigned copy-source.
     pub(crate) must_refuse_copy_source: bool,
 }

@@ -62,14 +62,18 @@ impl Broker {
         })
     }
 
-    /// Whether what the broker stands on answers.
+    /// Whether what the broker stands on answers, and did what uploads need when that was last tried.
     pub(crate) async fn dependencies(&self) -> Dependencies {
         let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
         let database = match (self.restore_check.is_older(), dependency("the database", database)) {
             (true, Dependency { ok: true, .. }) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
             (_, database) => database,
         };
-        Dependencies { database, storage: dependency("object storage", storage), kafka: dependency("Kafka", kafka) }
+        Dependencies {
+            database: self.outcomes.database.with(database),
+            storage: self.outcomes.storage.with(dependency("object storage", storage)),
+            kafka: self.outcomes.kafka.with(dependency("Kafka", kafka)),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
+mod check;
 mod client;
 mod configs;
 mod follow;
@@ -25,6 +26,7 @@ mod shard;
 mod tests;
 mod topics;
 
+pub use check::CheckError;
 use client::Context;
 use configs::Configs;
 pub use configs::RecordLimits;

@@ -448,3 +448,26 @@ async fn a_client_that_found_no_answer_is_not_asked_for_ever() {
     }
     assert!(first.upgrade().is_none(), "the same client is asked again and again");
 }
+
+#[tokio::test]
+async fn the_check_writes_as_a_shard_does_and_readers_of_committed_records_see_nothing_of_a_transaction() {
+    for delivery in [Delivery::ExactlyOnce, Delivery::AtLeastOnce] {
+        let (server, kafka) = house(delivery, super::MARKER_TOPIC, 1).await;
+        kafka.check(Uuid::nil()).await.unwrap();
+        kafka.check(Uuid::nil()).await.unwrap();
+        let bootstrap = server.bootstrap_servers();
+        let found =
+            tokio::task::spawn_blocking(move || read(&bootstrap, super::MARKER_TOPIC, 0, "read_uncommitted")).await.unwrap();
+        assert_eq!(found.len(), 2, "{delivery:?}");
+        let key = b"lfs-broker.00000000-0000-0000-0000-000000000000.check";
+        assert!(found.iter().all(|record| record.key() == Some(key) && record.payload().is_none()), "{delivery:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_check_names_the_addresses_that_cannot_be_reached() {
+    let kafka = Kafka::connect(&settings("127.0.0.1:9".to_owned(), Delivery::ExactlyOnce)).unwrap();
+    let failed = kafka.check(Uuid::nil()).await.unwrap_err();
+    assert_eq!(failed.to_string(), "these Kafka addresses cannot be reached from here: 127.0.0.1:9");
+    assert!(!failed.public_reason().contains("127.0.0.1"));
+}

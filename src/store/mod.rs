@@ -81,6 +81,9 @@ pub enum Error {
     /// The schema could not be brought up to date.
     #[error("migration: {0}")]
     Migration(#[from] sqlx::migrate::MigrateError),
+    /// Nothing can be written.
+    #[error("the database is read-only: it is a standby, or default_transaction_read_only is on")]
+    ReadOnly,
     /// `DATABASE_URL` cannot be read.
     #[error("DATABASE_URL is not a PostgreSQL URL")]
     Url,
@@ -196,10 +199,27 @@ impl Store {
         self.shift_ms.fetch_add(by_ms, Ordering::Relaxed);
     }
 
-    /// Whether the database answers.
+    /// Whether the database answers, and takes writes.
     pub(crate) async fn reachable(&self) -> Result<(), Error> {
-        query!("select 1 as one").fetch_one(&self.pool).await?;
-        Ok(())
+        let is_read_only = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool";
+        match sqlx::query_scalar::<_, bool>(is_read_only).fetch_one(&self.pool).await? {
+            true => Err(Error::ReadOnly),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes a row and takes it back: a role without rights, or a full disk, is noticed.
+    pub(crate) async fn check_write(&self) -> Result<(), Error> {
+        self.reachable().await?;
+        self.pool
+            .in_time(async {
+                let mut tx = self.pool.begin().await?;
+                sqlx::query("update deployment set shards = shards").execute(&mut *tx).await?;
+                // It has a right to each row that there will be; none of them is touched.
+                sqlx::query("update upload_sessions set version = version where false").execute(&mut *tx).await?;
+                Ok(tx.rollback().await?)
+            })
+            .await
     }
 
     /// The identity of this deployment.

@@ -44,6 +44,12 @@ impl Store {
         Ok(bucket.fetch_optional(&self.pool).await?)
     }
 
+    /// The buckets that stored policies name, at most twenty of them.
+    pub(crate) async fn policy_buckets(&self) -> Result<Vec<String>, Error> {
+        let buckets = "select distinct policy->>'bucket' from topics where policy->>'bucket' is not null order by 1 limit 20";
+        Ok(sqlx::query_scalar::<_, String>(buckets).fetch_all(&self.pool).await?)
+    }
+
     /// Stored policies by name, after `after`.
     pub(crate) async fn policies(&self, after: &str, limit: i64) -> Result<Vec<(String, Policy)>, Error> {
         let rows = query!(

@@ -16,6 +16,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("sweeper", 5),
     ("verifier", 5),
     ("finish", 6),
+    ("readiness", 6),
     ("restore_check", 6),
     ("auth", 7),
     ("kafka", 7),

@@ -43,6 +43,7 @@ mod order;
 mod parts;
 mod peer;
 mod problems;
+mod readiness;
 mod reading;
 mod refusals;
 mod relay;
