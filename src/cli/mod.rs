@@ -3,6 +3,7 @@
 mod audit;
 mod consume;
 mod dev;
+mod doctor;
 mod get;
 mod put;
 mod serve;
@@ -300,7 +301,7 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Serve { config, check_config } => serve::serve(config.load()?, check_config).await,
         Command::Migrate { config } => serve::migrate(config.load_store()?).await,
         Command::Dev(arguments) => dev::dev(arguments).await,
-        Command::Doctor { config, json } => serve::doctor(config.load()?, json).await,
+        Command::Doctor { config, json } => doctor::doctor(config.load()?, json).await,
         Command::Put(arguments) => put::put(arguments).await,
         Command::Get(arguments) => get::get(arguments).await,
         Command::Consume(arguments) => consume::consume(arguments).await,

@@ -95,6 +95,9 @@ impl Kafka {
             }
             asked => asked?,
         };
+        if layout.is_some() {
+            self.check_marker_policy().await?;
+        }
         let partition = layout.map(|layout| fastrand::i32(0..layout.partitions.max(1)));
         let mut settings = self.settings().clone();
         settings.properties.remove("delivery.timeout.ms");

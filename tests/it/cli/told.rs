@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{SERVERS, held_up, interrupt, run_aside, run_aside_with, text};
+use crate::faults::{faulty, house_on};
 use crate::harness::faults::clients_behind_s3;
 use crate::harness::serving::signal;
 use crate::harness::uploads::PART;
@@ -91,6 +92,50 @@ async fn doctor_tells_machines_what_is_away_and_why() {
     let report: Value = serde_json::from_slice(&told.stdout).expect("one object on stdout");
     assert_eq!(report["capabilities"]["keeps_token"], true, "{report}");
     assert!(report["checks"].as_array().unwrap().iter().any(|check| check["name"] == "kafka" && check["ok"] == true));
+}
+
+#[tokio::test]
+async fn doctor_warns_of_a_risk_that_the_settings_accept_and_does_not_fail() {
+    let s3 = faulty().await;
+    s3.accept_copy_sources();
+    let house = house_on(&s3).await;
+    let endpoint = s3.endpoint();
+    let jwt = |allow: &'static str| {
+        let mut environment = beside(&house);
+        environment.retain(|(name, _)| !matches!(*name, "AWS_ENDPOINT_URL_S3" | "LFS_BROKER_AUTH_MODE"));
+        environment.extend([
+            ("AWS_ENDPOINT_URL_S3", endpoint.as_str()),
+            ("LFS_BROKER_S3_BUCKET", house.bucket.as_str()),
+            ("LFS_BROKER_JWT_HS256_SECRET", "a secret of at least 32 characters"),
+            ("LFS_BROKER_JWT_ISSUER", "it"),
+            ("LFS_BROKER_JWT_AUDIENCE", "it"),
+            ("LFS_BROKER_S3_ALLOW_COPY_SOURCE", allow),
+        ]);
+        environment
+    };
+    let refused = run_aside(&["doctor"], &jwt("false")).await;
+    assert!(text(&refused.stdout).contains("FAIL s3: NOT: refuses an unsigned copy-source"), "{}", text(&refused.stdout));
+    assert_eq!(refused.status.code(), Some(1));
+    let accepted = run_aside(&["doctor"], &jwt("true")).await;
+    assert!(text(&accepted.stdout).contains("warn s3: NOT: refuses an unsigned copy-source"), "{}", text(&accepted.stdout));
+    assert_eq!(accepted.status.code(), Some(0), "{}", text(&accepted.stdout));
+}
+
+#[tokio::test]
+async fn doctor_fails_on_a_signing_secret_that_is_wrong_and_names_what_cannot_be_reached() {
+    let house = House::new().await;
+    let mut environment = beside(&house);
+    environment.retain(|(name, _)| *name != "KAFKA_BOOTSTRAP_SERVERS");
+    environment.extend([
+        ("LFS_BROKER_S3_BUCKET", house.bucket.as_str()),
+        ("LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", house.settings.objects.access_key_id.as_deref().unwrap()),
+        ("LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY", "another secret, long enough"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:9"),
+    ]);
+    let told = text(&run_aside(&["doctor"], &environment).await.stdout);
+    assert!(told.contains("FAIL s3:") && told.contains("SignatureDoesNotMatch"), "{told}");
+    assert!(told.contains("FAIL kafka:") && told.contains("127.0.0.1:9"), "{told}");
+    assert!(told.contains("ok   database: reachable, schema current, takes writes"), "{told}");
 }
 
 #[tokio::test]
