@@ -430,6 +430,41 @@ impl Session {
         }
     }
 
+    /// Gives up an upload whose pointer Kafka refuses.
+    pub(crate) fn discard(self, why: String) -> Result<Self, Refusal> {
+        match self.state {
+            State::Verified(_) => {
+                Ok(Self { state: State::Rejected(Refusal::Unpublishable(why).trouble()), trouble: None, ..self })
+            }
+            State::Open
+            | State::Completing { .. }
+            | State::Published(..)
+            | State::Aborted
+            | State::Expired
+            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+        }
+    }
+
+    /// The bytes that the record has at least, as Kafka counts a batch of one (its format is KIP-98's, version 2).
+    pub(crate) fn record_bytes(&self) -> usize {
+        /// The batch's header, and the record's attributes and differences.
+        const FRAME: usize = 61 + 4;
+        let none = Digest { algorithm: Algorithm::None, value: Vec::new() };
+        let unknown = Digest { algorithm: Algorithm::Sha256, value: vec![0; 32] };
+        let promise = &self.promise;
+        let digest = match promise.algorithm {
+            Algorithm::None => &none,
+            _ => promise.digest.as_ref().unwrap_or(&unknown),
+        };
+        let pointer =
+            Pointer::new(&self.bucket, &self.object_key, promise.size_bytes, digest, &promise.content_type, self.created_at);
+        let header = |name: usize, value: usize| 2 + name + value;
+        let ours = header("lfs-upload-id".len(), 36) + header("lfs-integrity".len(), promise.min_integrity.name().len());
+        let trace = promise.traceparent.as_ref().map_or(0, |trace| header("traceparent".len(), trace.len()));
+        let theirs: usize = promise.headers.iter().map(|(name, value)| header(name.len(), value.len())).sum();
+        FRAME + promise.key.as_ref().map_or(0, Vec::len) + pointer.to_json().len() + ours + trace + theirs
+    }
+
     /// Takes an upload back. `None`: it is over already, and nothing is left to do.
     pub(crate) fn abort(self) -> Result<Option<Self>, Refusal> {
         match self.state {

@@ -108,6 +108,21 @@ fn every_move_answers_every_state() {
 }
 
 #[test]
+fn only_a_verified_upload_is_discarded_and_says_why_for_ever() {
+    for session in every_state() {
+        let name = session.state.name();
+        match session.discard("topic gone".to_owned()) {
+            Ok(discarded) => {
+                assert_eq!(name, UploadState::Verified);
+                let told = discarded.claim(Uuid::from_u128(2), NOW, NOW + Duration::seconds(1)).unwrap_err();
+                assert_eq!((told.code(), told.to_string().as_str()), ("unpublishable", "Kafka refuses the pointer: topic gone"));
+            }
+            Err(refusal) => assert_eq!((refusal, name == UploadState::Verified), (Refusal::State(name), false)),
+        }
+    }
+}
+
+#[test]
 fn a_pointer_never_overstates_its_proof() {
     for (algorithm, expected) in [
         (Algorithm::Sha256, Integrity::Sha256),

@@ -63,6 +63,10 @@ pub(crate) enum Error {
     PolicyNotFound(String),
     #[error("the token does not allow topic {0}")]
     TopicForbidden(String),
+    #[error("topic {0} is Kafka's or the broker's own: it takes no uploads")]
+    TopicInternal(String),
+    #[error("the record would have {bytes} bytes or more, topic {topic} takes {max} (max.message.bytes)")]
+    RecordTooLarge { topic: String, bytes: usize, max: usize },
     #[error("an Idempotency-Key has 1 to 255 visible ASCII characters and comes once")]
     KeyInvalid,
     #[error("this Idempotency-Key opened another upload")]

@@ -17,6 +17,7 @@ use super::{Broker, Error, refused};
 use crate::auth::Caller;
 use crate::failpoint;
 use crate::finish::place;
+use crate::kafka;
 use crate::objects::{Put, Signed};
 use crate::policy::{self, Shaped, wrong};
 use crate::session::{Hashes, Layout, Refusal, Session, State};
@@ -48,6 +49,9 @@ impl Broker {
         if !caller.may_use(&topic) {
             return Err(Error::TopicForbidden(topic));
         }
+        if kafka::is_internal(&topic) {
+            return Err(Error::TopicInternal(topic));
+        }
         let key = context.idempotency_key.map(|key| key.ok_or(Error::KeyInvalid)).transpose()?;
         if let Some(replayed) = self.replay(caller, key.as_deref(), &digest).await? {
             return Ok(replayed);
@@ -61,10 +65,18 @@ impl Broker {
             let detail = format!("topic {topic} has {partitions} partitions");
             return Err(policy::Refusal::Invalid(vec![wrong("/partition", detail)]).into());
         }
+        let limits = self.kafka.record_limits(&topic).await;
+        if limits.needs_key && promise.key.is_none() {
+            let detail = format!("topic {topic} is compacted: Kafka takes no record without a key");
+            return Err(policy::Refusal::Invalid(vec![wrong("/key", detail)]).into());
+        }
         let now = self.store.now().await?;
         let id = new_id(now);
         let object_key = policy::object_key(policy.prefix.as_deref(), &caller.tenant, &topic, id, now);
         let session = Session::open(id, &caller.tenant, &caller.subject, (bucket.to_owned(), object_key), promise, now);
+        if let Some(max) = limits.max_bytes.filter(|max| session.record_bytes() > *max) {
+            return Err(Error::RecordTooLarge { topic, bytes: session.record_bytes(), max });
+        }
         let idempotency = key.as_deref().map(|key| (key, digest.0.as_slice()));
         match self.store.create(&session, &hashes, idempotency, self.settings.quota).await? {
             Created::New => {}

@@ -33,6 +33,31 @@ impl Broker {
         self.read(caller, id, &ReadUpload::default()).await
     }
 
+    /// Ends a verified upload whose pointer Kafka refuses. The sweeper removes its object.
+    pub(crate) async fn discard(&self, caller: &Caller, id: Uuid) -> Result<Upload, Error> {
+        let (session, now) = self.current(caller, id).await?;
+        let state = session.state.name();
+        session.clone().discard(String::new()).map_err(|refusal| refused(refusal, &session))?;
+        let by = format!("client:{}", caller.subject);
+        if !self.store.discard(id, &by, now).await? {
+            let session = self.session(caller, id).await?;
+            let words =
+                "the pointer is not parked: only one that Kafka has refused, and that is not being sent now, is discarded";
+            let refusal = if session.state.name() == state {
+                Refusal::Conflict(words.to_owned())
+            } else {
+                Refusal::State(session.state.name())
+            };
+            return Err(refused(refusal, &session));
+        }
+        tracing::info!(session.id = %id, "discarded {id}: Kafka refuses its pointer");
+        self.wakes.sweeper.notify_one();
+        // What comes after it in its key is not held up any more.
+        self.wakes.relay.notify_one();
+        self.wakes.changed(id);
+        self.read(caller, id, &ReadUpload::default()).await
+    }
+
     /// Looks at a promised upload's object again, and holds what S3 says against what was proved.
     pub(crate) async fn reverify(&self, caller: &Caller, id: Uuid) -> Result<Validated, Error> {
         let session = self.session(caller, id).await?;

@@ -6,6 +6,7 @@ use lfs_broker_client::api::{ListTopics, Policy, TopicPage, TopicPolicy};
 
 use super::read::{invalid_cursor, page_size};
 use super::{Broker, Error};
+use crate::kafka;
 use crate::policy::{self, wrong};
 
 impl Broker {
@@ -34,6 +35,9 @@ impl Broker {
         }
         if !errors.is_empty() {
             return Err(policy::Refusal::Invalid(errors).into());
+        }
+        if kafka::is_internal(topic) {
+            return Err(Error::TopicInternal(topic.to_owned()));
         }
         if let Some(bucket) = &policy.bucket {
             self.try_bucket(bucket).await?;

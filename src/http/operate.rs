@@ -12,7 +12,11 @@ use super::problem::Problem;
 
 /// The routes of this file.
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(redrive_upload)).routes(routes!(reverify_upload)).routes(routes!(get_stats))
+    OpenApiRouter::new()
+        .routes(routes!(redrive_upload))
+        .routes(routes!(reverify_upload))
+        .routes(routes!(discard_upload))
+        .routes(routes!(get_stats))
 }
 
 /// Try to publish now
@@ -57,6 +61,24 @@ async fn reverify_upload(
     UploadId(id): UploadId,
 ) -> Result<Json<Validated>, Problem> {
     Ok(Json(app.broker.reverify(&caller, id).await?))
+}
+
+/// Give up an upload that can never publish
+///
+/// For a verified upload whose pointer Kafka refuses: it becomes `rejected` with the code `unpublishable` and Kafka's last
+/// word, and its object is removed. Later completes answer 422 `unpublishable`. A pointer that is not parked (Kafka has not
+/// refused it, or it is being sent), and any other state: 409 `state-conflict`. It cannot be undone.
+#[utoipa::path(
+    post, path = "/lfs/uploads/{id}/discard", operation_id = "discardUpload", tag = "operations",
+    params(("id" = Uuid, Path, description = "The upload")),
+    responses(
+        (status = 200, description = "The upload, rejected", body = Upload),
+        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
+        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn discard_upload(State(app): State<App>, Admin(caller): Admin, UploadId(id): UploadId) -> Result<Json<Upload>, Problem> {
+    Ok(Json(app.broker.discard(&caller, id).await?))
 }
 
 /// How things stand

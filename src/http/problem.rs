@@ -42,7 +42,7 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
         ErrorCode::InsufficientScope => {
             kind(403, false, "Insufficient scope", "The token lacks the scope that this route needs.")
         }
-        ErrorCode::TopicForbidden => kind(403, false, "Topic forbidden", "The token does not name this topic."),
+        ErrorCode::TopicForbidden => kind(403, false, "Topic forbidden", "The token does not name this topic, or it is one of Kafka's or the broker's own."),
         ErrorCode::TopicNotEnabled => kind(
             403,
             false,
@@ -103,7 +103,18 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
             kind(422, false, "Content type not allowed", "The topic does not take this media type.")
         }
         ErrorCode::IdempotencyKeyReused => kind(422, false, "Idempotency-Key reused", "The key was used for another request."),
-        ErrorCode::RecordTooLarge => kind(422, false, "Record too large", "The record's headers have more than 8 KiB."),
+        ErrorCode::RecordTooLarge => kind(
+            422,
+            false,
+            "Record too large",
+            "The record's headers have more than 8 KiB, or the whole record more than the topic's max.message.bytes.",
+        ),
+        ErrorCode::Unpublishable => kind(
+            422,
+            false,
+            "Unpublishable",
+            "Kafka refuses the upload's pointer for good, and an administrator gave it up: open another.",
+        ),
         ErrorCode::PointerInvalid => kind(422, false, "Invalid pointer", "The body is not a pointer."),
         ErrorCode::RateLimited => kind(
             429,
@@ -175,7 +186,8 @@ impl From<Error> for Problem {
             Error::Policy(policy::Refusal::ContentTypeNotAllowed(_)) => ErrorCode::ContentTypeNotAllowed,
             Error::NotFound => ErrorCode::UploadNotFound,
             Error::TopicNotFound(_) | Error::PolicyNotFound(_) => ErrorCode::TopicNotFound,
-            Error::TopicForbidden(_) => ErrorCode::TopicForbidden,
+            Error::RecordTooLarge { .. } => ErrorCode::RecordTooLarge,
+            Error::TopicForbidden(_) | Error::TopicInternal(_) => ErrorCode::TopicForbidden,
             Error::KeyInvalid => ErrorCode::IdempotencyKeyInvalid,
             Error::KeyReused => ErrorCode::IdempotencyKeyReused,
             Error::KeyInFlight => ErrorCode::IdempotencyInFlight,

@@ -75,6 +75,9 @@ pub enum Refusal {
     /// It was rejected before; the same answer again.
     #[error("{}", .0.detail)]
     Rejected(Box<Rejection>),
+    /// Kafka will never take its pointer, an operator says.
+    #[error("Kafka refuses the pointer: {0}")]
+    Unpublishable(String),
     /// The state does not allow it.
     #[error("the upload is {0}")]
     State(UploadState),
@@ -107,6 +110,7 @@ impl Refusal {
             Self::Expired(_) => "upload-expired",
             Self::Aborted => "upload-aborted",
             Self::Rejected(rejection) => &rejection.code,
+            Self::Unpublishable(_) => "unpublishable",
             Self::State(_) | Self::Conflict(_) => "state-conflict",
         }
     }

@@ -37,7 +37,8 @@ impl Store {
                           case when $3 then 'redrive to any partition was asked for' else 'redrive was asked for' end, $4
                    from moved),
                due as (
-                   update outbox set next_try_at = $2, error = null, partition = case when $3 then null else partition end
+                   -- Below zero: the relay tries it even where it remembers that Kafka refuses the topic.
+                   update outbox set next_try_at = $2, error = null, attempts = -1, partition = case when $3 then null else partition end
                    where session_id in (select id from moved))
                select exists (select from moved) as "redriven!""#,
             id,
@@ -55,6 +56,32 @@ impl Store {
             })
             .await?;
         Ok(redriven)
+    }
+
+    /// Ends a verified session for good whose pointer Kafka refuses: its reason becomes the session's. `false` when the
+    /// pointer is not parked: it was not refused, is being sent, or is published.
+    pub(crate) async fn discard(&self, id: Uuid, by: &str, now: OffsetDateTime) -> Result<bool, Error> {
+        let discarded = query_scalar!(
+            r#"with parked as (
+                   select session_id, error from outbox
+                   where session_id = $1 and batch is null and error is not null for update),
+               moved as (
+                   update upload_sessions session
+                   set state = 'rejected', version = version + 1, updated_at = $2, cleanup_due_at = $2,
+                       error_code = 'unpublishable', error_detail = parked.error, error_items = null,
+                       verified_at = null, integrity = null, pointer = null
+                   from parked where session.id = parked.session_id and session.state = 'verified'
+                   returning session.id, session.version),
+               told as (
+                   insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
+                   select id, version, $2, 'verified', 'rejected', 'Kafka refuses the pointer, and it was discarded', $3 from moved),
+               gone as (delete from outbox where session_id in (select id from moved))
+               select exists (select from moved) as "discarded!""#,
+            id,
+            now,
+            by
+        );
+        Ok(discarded.fetch_one(&self.pool).await?)
     }
 
     /// Counts everything: with millions of sessions it takes a second.

@@ -55,6 +55,7 @@ fn routes(topic: &str, pointer: &Value) -> Vec<Route> {
         route(Write, "DELETE", "/lfs/uploads/{id}", None, 409),
         route(Admin, "POST", "/lfs/uploads/{id}/redrive", Some(json!({})), 200),
         route(Admin, "POST", "/lfs/uploads/{id}/reverify", None, 200),
+        route(Admin, "POST", "/lfs/uploads/{id}/discard", None, 409),
         route(Read, "POST", "/lfs/resolve", Some(pointer.clone()), 200),
         route(Token, "GET", "/lfs/topics", None, 200),
         route(Admin, "PUT", "/lfs/topics/videos", Some(json!({})), 200),
@@ -128,7 +129,7 @@ async fn every_route_lets_in_those_who_may_and_nobody_else() {
             }
         }
     }
-    assert_eq!(asked, 19 * 7 * 2);
+    assert_eq!(asked, 20 * 7 * 2);
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use crate::harness::{House, bytes, sha256};
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
 
 /// Every code of the contract with its status.
-pub(crate) const CODES: [(u16, &str); 42] = [
+pub(crate) const CODES: [(u16, &str); 43] = [
     (400, "malformed-request"),
     (400, "malformed-json"),
     (400, "idempotency-key-invalid"),
@@ -47,6 +47,7 @@ pub(crate) const CODES: [(u16, &str); 42] = [
     (422, "content-type-not-allowed"),
     (422, "idempotency-key-reused"),
     (422, "record-too-large"),
+    (422, "unpublishable"),
     (422, "pointer-invalid"),
     (429, "rate-limited"),
     (429, "quota-bytes-exceeded"),

@@ -208,3 +208,14 @@ async fn a_session_keeps_the_limits_it_was_opened_under() {
     house.complete(&opened.id()).await;
     assert_eq!(house.until(&opened.id(), "published").await.json["pointer"]["bucket"], house.bucket);
 }
+
+#[tokio::test]
+async fn a_topic_of_kafkas_own_or_the_brokers_own_takes_no_uploads_and_no_policy() {
+    let house = House::new().await;
+    for topic in ["lfs-broker-markers", "__consumer_offsets", "__transaction_state", "__anything"] {
+        let opened = house.open(b"hello", json!({"topic": topic})).await.expect_problem(403, "topic-forbidden");
+        assert!(opened.json["detail"].as_str().unwrap().contains(topic), "{}", opened.text);
+        house.put_policy(topic, &json!({})).await.expect_problem(403, "topic-forbidden");
+        house.get(&format!("/lfs/topics/{topic}")).await.expect_problem(404, "topic-not-found");
+    }
+}

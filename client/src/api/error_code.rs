@@ -67,6 +67,7 @@ error_codes! {
     ContentTypeNotAllowed = "content-type-not-allowed",
     IdempotencyKeyReused = "idempotency-key-reused",
     RecordTooLarge = "record-too-large",
+    Unpublishable = "unpublishable",
     PointerInvalid = "pointer-invalid",
     RateLimited = "rate-limited",
     QuotaBytesExceeded = "quota-bytes-exceeded",

@@ -15,6 +15,14 @@ impl Client {
         parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "redrive"], json(request)?)?).await?)
     }
 
+    /// Gives up a verified upload whose pointer Kafka refuses.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn discard(&self, id: Uuid) -> Result<Upload, Error> {
+        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "discard"], None)?).await?)
+    }
+
     /// Looks at a verified or published upload's object again.
     ///
     /// # Errors
