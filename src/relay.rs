@@ -335,8 +335,9 @@ impl Carrier {
             Err(Error::Taken) => self.isolation.idle(owned.shard),
             Err(Error::Store(_)) => {}
             Err(error) => {
-                // Where Kafka cannot read a marker, the topic may be gone.
-                self.markers_in_doubt.fetch_or(matches!(error, Error::Kafka(_)), Ordering::AcqRel);
+                // Where a marker cannot be read, the topic may be gone.
+                let is_refused = matches!(error, Error::Kafka(kafka::Error::Refused(_)));
+                self.markers_in_doubt.fetch_or(is_refused, Ordering::AcqRel);
                 self.tell_stalled(owned.shard..owned.shard + 1, error).await;
             }
             Ok(_) => self.tell_stall(owned.shard).await,

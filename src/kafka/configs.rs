@@ -83,6 +83,10 @@ impl Kafka {
 
     /// A topic's `cleanup.policy`, if Kafka tells.
     pub(super) async fn cleanup_policy(&self, topic: &str) -> Option<String> {
+        let is_silent = self.configs().silent_until.is_some_and(|until| Instant::now() < until);
+        if is_silent {
+            return None;
+        }
         self.describe(topic, super::ANSWER_WITHIN).await?.remove("cleanup.policy")
     }
 
