@@ -168,8 +168,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let deployment = store.deployment().await?;
     let restore_check = RestoreCheck::new(store.clone(), kafka.clone(), deployment);
     let outcomes = Arc::new(Outcomes::default());
-    let (tried, ()) =
-        tokio::try_join!(try_store(&settings, &objects, &store, &outcomes), refuse_restored(&restore_check))?;
+    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store, &outcomes), refuse_restored(&restore_check))?;
     let (capabilities, trying) = tried;
     let wakes = Arc::new(Wakes::default());
     let owner = Uuid::new_v4();

@@ -92,7 +92,6 @@ struct Run<'a> {
     now: OffsetDateTime,
     /// Where objects of ours may be: prefixes by bucket, the empty one for the whole of it.
     places: BTreeMap<String, BTreeSet<String>>,
-    restore_check: RestoreCheck,
     /// Whether the database was older than Kafka when the run began.
     is_older: bool,
     /// The partition and offset of each upload's record that a last marker lists.
@@ -130,7 +129,6 @@ impl Audit {
             now,
             places: self.places().await?,
             is_older: !ahead.is_empty(),
-            restore_check,
             listed: listed.map(|record| (record.upload_id, (record.partition, record.offset))).collect(),
             read: Mutex::default(),
         };

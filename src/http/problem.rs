@@ -42,7 +42,12 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
         ErrorCode::InsufficientScope => {
             kind(403, false, "Insufficient scope", "The token lacks the scope that this route needs.")
         }
-        ErrorCode::TopicForbidden => kind(403, false, "Topic forbidden", "The token does not name this topic, or it is one of Kafka's or the broker's own."),
+        ErrorCode::TopicForbidden => kind(
+            403,
+            false,
+            "Topic forbidden",
+            "The token does not name this topic, or it is one of Kafka's or the broker's own.",
+        ),
         ErrorCode::TopicNotEnabled => kind(
             403,
             false,
@@ -94,7 +99,9 @@ pub(crate) fn kind(code: ErrorCode) -> Kind {
         }
         ErrorCode::ObjectTooLarge => kind(422, false, "Object too large", "The upload is larger than the topic allows."),
         ErrorCode::SizeMismatch => kind(422, false, "Size mismatch", "S3 holds another number of bytes than was promised."),
-        ErrorCode::ChecksumMismatch => kind(422, false, "Checksum mismatch", "S3 holds other bytes than were promised, or than the pointer says."),
+        ErrorCode::ChecksumMismatch => {
+            kind(422, false, "Checksum mismatch", "S3 holds other bytes than were promised, or than the pointer says.")
+        }
         ErrorCode::ObjectForeign => {
             kind(422, false, "Foreign object", "The object in S3 was not written through this upload's URLs.")
         }

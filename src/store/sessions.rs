@@ -147,8 +147,9 @@ impl Store {
             .pool
             .in_time(async {
                 let _turn = self.turns.wait(&step.to.tenant).await;
-                let row = write::save(&self.pool, step, shards).await?;
-                Session::try_from(row.ok_or(Error::Moved(step.to.id))?)
+                let row = write::save(&self.pool, step, shards).await?.ok_or(Error::Moved(step.to.id))?;
+                write::fold_if_long(&self.pool, &row).await;
+                Session::try_from(row)
             })
             .await?;
         failpoint::reach(saved_as(saved.state.name())).await?;

@@ -227,21 +227,24 @@ pub(super) async fn save(pool: &Pool, step: &Move<'_>, shards: i32) -> Result<Op
         // What a URL may still bring counts until it ends.
         c.bytes_held_until
     );
-    let row = row.fetch_optional(pool).await?;
-    // Whoever goes straight has four transitions. The session is saved, so a fold that fails is left to the next one.
-    if row.as_ref().is_some_and(|row| row.version > STRAIGHT)
-        && let Err(error) = fold(pool, session.id).await
-    {
-        warn!(session.id = %session.id, %error, "could not fold the history of {}: {error}", session.id);
-    }
-    Ok(row)
+    Ok(row.fetch_optional(pool).await?)
 }
 
-async fn fold(pool: &Pool, id: Uuid) -> Result<(), Error> {
-    let mut lent = pool.lend().await?;
-    fold_history(&mut lent, id).await?;
-    lent.give_back();
-    Ok(())
+/// Folds the history of a session that was saved, where it may be long. What fails is left to the next time.
+pub(super) async fn fold_if_long(pool: &Pool, saved: &Row) {
+    // Whoever goes straight has four transitions.
+    if saved.version <= STRAIGHT {
+        return;
+    }
+    let folded = async {
+        let mut lent = pool.lend().await?;
+        fold_history(&mut lent, saved.id).await?;
+        lent.give_back();
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = folded.await {
+        warn!(session.id = %saved.id, %error, "could not fold the history of {}: {error}", saved.id);
+    }
 }
 
 fn all_headers(session: &Session, proof: &Proof) -> Vec<(String, String)> {
