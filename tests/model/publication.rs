@@ -29,6 +29,22 @@ pub(crate) struct Design {
     pub(crate) locks_the_key: bool,
     /// A batch takes rows above the highest number that was published, instead of those without a stamp.
     pub(crate) has_cursor: bool,
+    /// Whoever takes the shard sends nothing when the marker's batch is later than the last stamp.
+    pub(crate) refuses_ahead: bool,
+    /// A batch is stamped only if the last batch number is the one that the relay knows.
+    pub(crate) claims_by_number: bool,
+    /// A batch is stamped only if no row of the shard bears a stamp.
+    pub(crate) claims_when_settled: bool,
+    /// A database that went back gives the shard's next owner an epoch that nobody had before.
+    pub(crate) has_fresh_epochs: bool,
+    /// What the marker lists is published, stamped or not.
+    pub(crate) settles_all_listed: bool,
+    /// No stamp is taken back of what Kafka holds, also where that was written down already.
+    pub(crate) leaves_what_is_published: bool,
+    /// Only the shard's owner parks a row.
+    pub(crate) parks_as_owner: bool,
+    /// An audit lets the shard go on up to the marker that was the last one when it began to read the records.
+    pub(crate) audits_from_the_marker: bool,
 }
 
 /// What a new owner makes of rows that were stamped and not marked.
@@ -54,8 +70,19 @@ impl Design {
         parks_the_key: true,
         locks_the_key: true,
         has_cursor: false,
+        refuses_ahead: true,
+        claims_by_number: true,
+        claims_when_settled: true,
+        has_fresh_epochs: true,
+        settles_all_listed: true,
+        leaves_what_is_published: true,
+        parks_as_owner: true,
+        audits_from_the_marker: true,
     };
 }
+
+/// Kafka holds nothing of a transaction that was aborted.
+const NONE: [bool; POINTERS] = [false; POINTERS];
 
 pub(crate) const NEVER_LOST: &str = "at rest each promised pointer is published and has one record";
 pub(crate) const NEVER_TWICE: &str = "no pointer has two committed records";
@@ -73,6 +100,8 @@ pub(crate) struct Publication {
     pub(crate) crashes: u8,
     /// Everything else that goes wrong: so often in all.
     pub(crate) faults: u8,
+    /// How often a backup of PostgreSQL is made, which may be restored once while everybody else lives on.
+    pub(crate) backups: u8,
 }
 
 /// One atomic step of somebody. Whoever is between two steps may stay there while the others go on: a pause, a zombie
@@ -90,6 +119,9 @@ pub(crate) enum Action {
     DeadLeaseEnds,
     CommitLands(usize),
     ParkingEnds(usize),
+    /// An operator has the records read, where a relay refuses the shard.
+    AuditBegins,
+    AuditEnds,
 
     Crash(usize),
     /// The transaction that promises is rolled back.
@@ -105,11 +137,21 @@ pub(crate) enum Action {
     AbortAnew(usize),
     /// Kafka gives up a transaction that took too long, and its producer with it.
     TimeOut(usize),
+    /// PostgreSQL as it is now is kept: as a backup, or as what a standby has.
+    BackUp,
+    /// PostgreSQL is as it was; the lease of then may be over.
+    GoBack(bool),
+    /// As `Renew` after that, and under the number that the epoch of the batch under way has.
+    RenewAlike(usize),
 }
 
 impl Publication {
     pub(crate) fn house(keys: &'static [u8], crashes: u8, faults: u8) -> Self {
-        Self { design: Design::HOUSE, keys, crashes, faults }
+        Self { design: Design::HOUSE, keys, crashes, faults, backups: 0 }
+    }
+
+    pub(crate) fn with_backup(self) -> Self {
+        Self { backups: 1, ..self }
     }
 
     fn offer_usual(&self, world: &World, offers: &mut Vec<Action>) {
@@ -120,7 +162,7 @@ impl Publication {
             };
             match *state {
                 // Those of one key that nobody has begun are alike: the first stands for all.
-                Pointer::Proved if of_key(Pointer::Proved).next() != Some(pointer) => {}
+                Pointer::Proved if world.sent_before.is_none() && of_key(Pointer::Proved).next() != Some(pointer) => {}
                 Pointer::Proved if self.design.locks_the_key && of_key(Pointer::Drawn).next().is_some() => {}
                 Pointer::Proved => offers.push(Action::Draw(pointer)),
                 Pointer::Drawn => offers.push(Action::Promise(pointer)),
@@ -133,20 +175,29 @@ impl Publication {
         }
         let landing = world.open.iter().enumerate().filter(|(_, open)| open.is_committing);
         offers.extend(landing.map(|(number, _)| Action::CommitLands(number)));
+        // Whoever promises one of them at this moment is waited for.
+        let may_adopt = world.log.iter().all(|record| world.pointers[*record] != Pointer::Drawn);
+        match world.audit {
+            Some(_) => offers.extend(may_adopt.then_some(Action::AuditEnds)),
+            None => offers.extend((may_adopt && world.is_ahead()).then_some(Action::AuditBegins)),
+        }
         let is_free = world.shard.is_free || world.shard.owner == Owner::Nobody;
         // Two idle replicas are alike where neither is the owner: the first stands for both.
+        let is_alike = world.backup.is_none();
         let idle = world.relays.iter().position(|relay| relay.step == Step::Idle);
         for replica in 0..REPLICAS {
             let relay = &world.relays[replica];
             match relay.step {
                 Step::Idle => {
-                    let may_own = if is_free { idle == Some(replica) } else { world.shard.owner == Owner::Replica(replica) };
+                    let may_own =
+                        if is_free { idle == Some(replica) || !is_alike } else { world.shard.owner == Owner::Replica(replica) };
                     if (may_own || !self.design.has_owner) && world.has_waiting() {
                         offers.push(Action::Relay(replica, relay.step));
                     }
                     continue;
                 }
-                Step::Ready if !relay.is_ousted => {
+                Step::Refused if world.is_ahead() => {}
+                Step::Ready if !relay.is_ousted && !self.is_changed(world, relay) => {
                     let due = self.due(world).len();
                     offers.extend((due > 0).then_some(Action::Stamp(replica, 1)));
                     offers.extend((due > 1).then_some(Action::Stamp(replica, due)));
@@ -156,6 +207,9 @@ impl Publication {
             }
             if world.shard.is_free {
                 offers.push(Action::Renew(replica));
+                if !self.design.has_fresh_epochs && world.sent_before.is_some() {
+                    offers.push(Action::RenewAlike(replica));
+                }
             }
         }
     }
@@ -163,6 +217,10 @@ impl Publication {
     fn offer_faults(&self, world: &World, offers: &mut Vec<Action>) {
         let has_memory =
             |replica: &usize| world.relays[*replica].step != Step::Idle || world.shard.owner == Owner::Replica(*replica);
+        offers.extend((world.backups_left > 0).then_some(Action::BackUp));
+        if world.backup.is_some() {
+            offers.extend([Action::GoBack(false), Action::GoBack(true)]);
+        }
         if world.crashes_left > 0 {
             offers.extend((0..REPLICAS).filter(has_memory).map(Action::Crash));
         }
@@ -213,6 +271,12 @@ impl Publication {
         due
     }
 
+    /// Whether the shard is not as its holder left it: then no batch of it is stamped.
+    fn is_changed(&self, world: &World, relay: &Relay) -> bool {
+        let is_other = self.backups > 0 && relay.last_batch != world.shard.last_batch;
+        (self.design.claims_by_number && is_other) || (self.design.claims_when_settled && world.stamps() != [None; POINTERS])
+    }
+
     /// Whether a cursor stands behind this place already.
     fn is_passed(&self, world: &World, place: usize) -> bool {
         self.design.has_cursor && world.drawn[place..].iter().any(|later| world.pointers[*later] == Pointer::Published)
@@ -220,12 +284,13 @@ impl Publication {
 
     /// What a relay does next, and where it stands then.
     fn go(&self, world: &mut World, replica: usize) -> Step {
-        let Relay { step, is_ousted, is_fenced } = world.relays[replica];
+        let Relay { step, is_ousted, is_fenced, .. } = world.relays[replica];
         match step {
             Step::Idle => {
                 if self.design.has_owner && (world.shard.is_free || world.shard.owner != Owner::Replica(replica)) {
                     world.own(replica);
                 }
+                world.note_epoch(replica);
                 world.relays[replica].is_ousted = false;
                 Step::Owning
             }
@@ -234,25 +299,36 @@ impl Publication {
                 Step::Fenced
             }
             Step::Fenced => Step::Asked(world.marker.filter(|_| self.design.settling != Settling::Unread)),
-            Step::Asked(marker) => {
+            Step::Asked(_) if self.design.refuses_ahead && world.is_ahead() => Step::Refused,
+            Step::Asked(marker) if self.backups > 0 => {
+                world.relays[replica].last_batch = world.shard.last_batch;
+                Step::Compared(marker)
+            }
+            Step::Asked(marker) | Step::Compared(marker) => {
                 let stamps = world.stamps();
-                if stamps == [None; POINTERS] { Step::Ready } else { Step::Settling(stamps, self.listed(stamps, marker)) }
+                let listed = self.listed(stamps, marker);
+                let is_settled = |(state, is_listed): (&Pointer, bool)| !is_listed || *state == Pointer::Published;
+                if stamps == [None; POINTERS] && world.pointers.iter().zip(listed).all(is_settled) {
+                    Step::Ready
+                } else {
+                    Step::Settling(stamps, listed)
+                }
             }
+            Step::Settling(_, listed) if !world.mark(listed) => Step::Idle,
             Step::Settling(stamps, listed) => {
-                world.mark(listed);
-                Step::Unstamping(stamps)
+                Step::Unstamping(stamps, listed.map(|is_listed| is_listed && self.design.leaves_what_is_published))
             }
-            Step::Unstamping(_) | Step::Retaking(_) if is_ousted && self.design.unstamps_as_owner => Step::Idle,
-            Step::Unstamping(stamps) => {
-                world.unstamp(stamps);
+            Step::Unstamping(..) | Step::Retaking(_) if is_ousted && self.design.unstamps_as_owner => Step::Idle,
+            Step::Unstamping(stamps, published) => {
+                world.unstamp(stamps, published);
                 Step::Ready
             }
             Step::Retaking(stamps) => {
-                world.unstamp(stamps);
+                world.unstamp(stamps, NONE);
                 Step::Owning
             }
-            // The epoch that was read on renewing is another.
-            Step::Ready => Step::Idle,
+            // The epoch that was read on renewing is another, or the shard is not as it was left, or was audited.
+            Step::Ready | Step::Refused => Step::Idle,
             Step::Stamped(_) | Step::Sent(_) if is_fenced => {
                 world.leave(replica);
                 Step::Idle
@@ -270,16 +346,20 @@ impl Publication {
             // The transaction is gone: Kafka refuses the commit.
             Step::Committing(_) => Step::Idle,
             Step::Marking(stamps) => {
-                world.mark(stamps.map(|stamp| stamp.is_some()));
-                Step::Ready
+                if world.mark(stamps.map(|stamp| stamp.is_some())) {
+                    Step::Ready
+                } else {
+                    Step::Idle
+                }
             }
             Step::Parking(stamps, refused) => {
                 if let Pointer::Promised { batch, .. } = world.pointers[refused]
                     && (batch == stamps[refused] || !self.design.parks_by_stamp)
+                    && !(is_ousted && self.design.parks_as_owner)
                 {
                     world.pointers[refused] = Pointer::Promised { batch: None, parked: true };
                 }
-                Step::Unstamping(stamps)
+                Step::Unstamping(stamps, NONE)
             }
         }
     }
@@ -295,11 +375,12 @@ impl Publication {
         world.relays[replica].is_fenced = false;
     }
 
-    /// Which of the stamped rows are published.
+    /// What is published, of the stamped rows or of all.
     fn listed(&self, stamps: Stamps, marker: Option<Marker>) -> [bool; POINTERS] {
         std::array::from_fn(|pointer| match (stamps[pointer], marker) {
             (Some(batch), Some(marker)) if self.design.settling == Settling::ByNumber => batch <= marker.batch,
             (Some(_), Some(marker)) => marker.lists[pointer],
+            (None, Some(marker)) => marker.lists[pointer] && self.design.settles_all_listed,
             _ => false,
         })
     }
@@ -328,6 +409,10 @@ impl Model for Publication {
             marker: None,
             crashes_left: self.crashes,
             faults_left: self.faults,
+            backups_left: self.backups,
+            backup: None,
+            sent_before: None,
+            audit: None,
         }]
     }
 
@@ -355,12 +440,36 @@ impl Model for Publication {
                 let due = self.due(&world);
                 let stamped = Step::Stamped(world.stamp(&due[..rows]));
                 world.turn(replica, stamped);
+                if self.backups > 0 {
+                    world.relays[replica].last_batch = world.shard.last_batch;
+                }
             }
             Action::Renew(replica) => world.own(replica),
             Action::DeadLeaseEnds => world.shard.is_free = true,
             Action::CommitLands(number) => world.commit(number),
             Action::ParkingEnds(pointer) => world.pointers[pointer] = Pointer::Promised { batch: None, parked: false },
+            Action::AuditBegins => {
+                if !self.design.audits_from_the_marker {
+                    world.adopt();
+                }
+                world.audit = world.marker.map(|marker| marker.batch);
+            }
+            Action::AuditEnds => {
+                let mut began = world.audit.take();
+                if self.design.audits_from_the_marker {
+                    world.adopt();
+                } else {
+                    began = world.marker.map(|marker| marker.batch);
+                }
+                world.shard.last_batch = world.shard.last_batch.max(began.unwrap_or_default());
+            }
             Action::Crash(replica) => world.crash(replica),
+            Action::BackUp => world.back_up(),
+            Action::GoBack(is_free) => world.go_back(is_free),
+            Action::RenewAlike(replica) => {
+                world.own(replica);
+                world.relays[replica].is_ousted = false;
+            }
             fault => {
                 world.faults_left -= 1;
                 match fault {
@@ -371,7 +480,9 @@ impl Model for Publication {
                     Action::LeaseEnds => world.shard.is_free = true,
                     Action::Unheard(replica) => self.fail(&mut world, replica),
                     Action::Refuse(replica, refused) => world.give_up(replica, |stamps| Step::Parking(stamps, refused)),
-                    Action::Abort(replica) if self.design.settles_first => world.give_up(replica, Step::Unstamping),
+                    Action::Abort(replica) if self.design.settles_first => {
+                        world.give_up(replica, |stamps| Step::Unstamping(stamps, NONE));
+                    }
                     Action::Abort(replica) => world.give_up(replica, |_| Step::Ready),
                     Action::AbortAnew(replica) => world.give_up(replica, Step::Retaking),
                     Action::TimeOut(number) => {
@@ -394,16 +505,16 @@ impl Model for Publication {
             }),
             Property::always(NEVER_TWICE, |_, world: &World| (0..POINTERS).all(|pointer| world.records(pointer) <= 1)),
             Property::always(IN_ORDER, |house: &Self, world: &World| {
-                house.keys.iter().all(|key| world.is_in_order(|pointer| house.keys[**pointer] == *key))
+                // What was sent of a promise that PostgreSQL has forgotten has no order with the promises of later.
+                let counts = |pointer: usize| world.sent_before.is_none_or(|sent| !sent[pointer]);
+                house.keys.iter().all(|key| world.is_in_order(|pointer| house.keys[**pointer] == *key && counts(**pointer)))
             }),
             Property::always(TRULY_MARKED, |_, world: &World| {
                 let is_so = |(pointer, state): (usize, &Pointer)| *state != Pointer::Published || world.records(pointer) > 0;
                 world.pointers.iter().enumerate().all(is_so)
             }),
             Property::always(ONE_TRANSACTION, |house: &Self, world: &World| !house.design.fences || world.open.len() <= 1),
-            Property::always(NEVER_AHEAD, |_, world: &World| {
-                world.marker.is_none_or(|marker| marker.batch <= world.shard.last_batch)
-            }),
+            Property::always(NEVER_AHEAD, |_, world: &World| !world.is_ahead() || world.sent_before.is_some()),
             Property::sometimes("all pointers are published in one batch", |house: &Self, world: &World| {
                 world.marker.is_some_and(|marker| marker.lists[..house.keys.len()].iter().all(|listed| *listed))
             }),
@@ -421,7 +532,17 @@ impl Model for Publication {
                 }),
             ]);
         }
-        if self.faults > 0 {
+        if self.backups > 0 {
+            properties.extend([
+                Property::sometimes("a relay that lived on refuses the shard", |house: &Self, world: &World| {
+                    world.crashes_left == house.crashes && world.relays.iter().any(|relay| relay.step == Step::Refused)
+                }),
+                Property::sometimes("what was lost is published after an audit", |_, world: &World| {
+                    world.sent_before.is_some_and(|sent| sent.contains(&true)) && world.is_published() && !world.is_ahead()
+                }),
+            ]);
+        }
+        if self.faults > 0 && self.backups == 0 {
             properties.extend([
                 Property::sometimes("a zombie's commit is fenced while the new owner sends", |_, world: &World| {
                     let is_zombie = |relay: &Relay| matches!(relay.step, Step::Committing(_)) && relay.is_fenced;
