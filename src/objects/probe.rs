@@ -98,7 +98,7 @@ impl Objects {
     /// Where not even an honest PUT works, or the store stops to answer.
     pub async fn probe(&self, bucket: &str) -> Result<Capabilities, Error> {
         let mut trial = self.trial(bucket).await?;
-        let seen = within(LONGEST_TRIAL, trial.run()).await;
+        let seen = within(LONGEST_TRIAL, Box::pin(trial.run())).await;
         trial.end(seen).await
     }
 
@@ -108,7 +108,7 @@ impl Objects {
     /// Why a client's PUT would fail now.
     pub async fn try_put(&self, bucket: &str) -> Result<(), Error> {
         let mut trial = self.trial(bucket).await?;
-        let put = within(ONE_PUT, trial.try_put()).await;
+        let put = within(ONE_PUT, Box::pin(trial.try_put())).await;
         trial.end(put).await
     }
 
@@ -182,24 +182,24 @@ impl<'a> Trial<'a> {
         let honest = self.place("honest");
         let (longer, source) = ([BYTES, BYTES].concat(), format!("/{honest}"));
         let (class, algorithm) = (("x-amz-storage-class", "REDUCED_REDUNDANCY"), ("x-amz-checksum-algorithm", "CRC32"));
-        // Each question has a key of its own, so they are asked together. A copy comes without a checksum: one that did not
-        // match the copied bytes would hide the hole.
+        // Each question has a key of its own, so they are asked together; on the heap, for ten calls of the SDK are too much
+        // for a thread's stack. A copy comes without a checksum: one that did not match the copied bytes would hide the hole.
         let promised = async {
             tokio::try_join!(
-                self.refuses(signer, "wrong-bytes", Some(&digest), WRONG, None),
-                self.refuses_overwrite(signer, &honest, &digest, &found),
-                self.refuses(signer, "other-size", None, &longer, None),
-                self.refuses(signer, "copy", None, WRONG, Some(("x-amz-copy-source", &source))),
-                self.refuses_copy_part(signer, &honest),
+                Box::pin(self.refuses(signer, "wrong-bytes", Some(&digest), WRONG, None)),
+                Box::pin(self.refuses_overwrite(signer, &honest, &digest, &found)),
+                Box::pin(self.refuses(signer, "other-size", None, &longer, None)),
+                Box::pin(self.refuses(signer, "copy", None, WRONG, Some(("x-amz-copy-source", &source)))),
+                Box::pin(self.refuses_copy_part(signer, &honest)),
             )
         };
         let undeclared = async {
             tokio::try_join!(
-                self.drops(signer, "content-encoding", ("content-encoding", "gzip")),
-                self.drops(signer, "tagging", ("x-amz-tagging", "a=b")),
-                self.drops(signer, "storage-class", class),
-                self.refuses(signer, "checksum-algorithm", Some(&digest), WRONG, Some(algorithm)),
-                self.refuses_acl(signer, &digest),
+                Box::pin(self.drops(signer, "content-encoding", ("content-encoding", "gzip"))),
+                Box::pin(self.drops(signer, "tagging", ("x-amz-tagging", "a=b"))),
+                Box::pin(self.drops(signer, "storage-class", class)),
+                Box::pin(self.refuses(signer, "checksum-algorithm", Some(&digest), WRONG, Some(algorithm))),
+                Box::pin(self.refuses_acl(signer, &digest)),
             )
         };
         let (promised, undeclared) = tokio::try_join!(promised, undeclared)?;

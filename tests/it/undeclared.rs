@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use crate::faults::{faulty, house_on};
 use crate::harness::servers::servers;
-use crate::harness::{Answer, House};
+use crate::harness::uploads::PART;
+use crate::harness::{Answer, House, bytes};
 use crate::stores::Flavour;
 
 /// Sends what was signed, and one header more.
@@ -104,4 +105,24 @@ async fn an_encoding_that_somebody_gave_an_object_does_not_reach_who_resolves_it
     let encoding = got.headers().get("content-encoding").map(|value| value.to_str().unwrap().to_owned());
     assert_eq!(encoding.as_deref(), Some("identity"));
     assert_eq!(got.bytes().await.unwrap().as_ref(), b"hello");
+}
+
+#[tokio::test]
+async fn a_part_cannot_give_its_object_a_header_that_nobody_declared() {
+    let house = House::new().await;
+    let content = bytes(PART + 9, 1);
+    for header in [("content-encoding", "gzip"), ("x-amz-tagging", "a=b")] {
+        let opened = house.open_hashed_parts(&content, json!({})).await.expect(201);
+        for part in opened.json["parts"].as_array().unwrap() {
+            let (from, size) = (part["offset"].as_u64().unwrap() as usize, part["size"].as_u64().unwrap() as usize);
+            let put = put_with(&house, part, &content[from..from + size], header).await;
+            if put.status != 200 {
+                house.put(part, &content[from..from + size]).await.expect(200);
+            }
+        }
+        house.insist(&opened.id()).await;
+        let key = opened.json["object_key"].as_str().unwrap();
+        let head = house.s3.head_object().bucket(&house.bucket).key(key).send().await.unwrap();
+        assert_eq!((head.content_encoding(), head.tag_count()), (None, None), "{header:?}");
+    }
 }
