@@ -49,7 +49,8 @@ impl Run<'_> {
             may_have_failed: self.is_older,
         };
         if let Some(stored) = &standing.pointer {
-            let is_same = stored.as_bytes() == seen.value || (self.is_older && is_same_but_older(stored, &pointer));
+            let is_same = stored.as_bytes() == seen.value
+                || (self.is_older && is_same_but_older(stored, &pointer) && pointer.to_json().as_bytes() == seen.value);
             // What was proved is stored with the pointer, and stays.
             return Ok(if is_same { Ok(found) } else { Err("its value is not the pointer that was promised".to_owned()) });
         }

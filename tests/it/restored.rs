@@ -170,3 +170,19 @@ async fn a_database_that_goes_back_under_a_running_broker_deletes_nothing_until_
     assert_eq!((&last["from"], &last["to"], &last["by"]), (&json!("expired"), &json!("published"), &json!("audit")));
     is_clean(&house).await;
 }
+
+#[tokio::test]
+async fn nothing_is_deleted_while_kafka_lists_no_marker_topic_though_batches_were_sent() {
+    let mut house = House::new().await;
+    house.publish(b"hello", json!({"key": "k"})).await;
+    let failed = house.put_up(b"taken back", json!({})).await;
+    let kafka = house.settings.kafka.bootstrap_servers.clone();
+    // As a Kafka that has just come back: it answers, and does not know its topics yet.
+    let blank = lfs_broker::dev::kafka::Server::start().unwrap();
+    house.restart(|settings| settings.kafka.bootstrap_servers = blank.bootstrap_servers()).await;
+    house.delete(&format!("/lfs/uploads/{}", failed.id())).await.expect(204);
+    house.is_swept_over(&failed.id()).await;
+    assert_eq!(house.objects().await.len(), 2);
+    house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
+    house.eventually("what failed is removed", || async { house.objects().await.len() == 1 }).await;
+}
