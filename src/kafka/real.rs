@@ -324,6 +324,10 @@ async fn what_a_topic_never_takes_is_told_by_its_configuration() {
     let plain = format!("plain-{}", Uuid::now_v7().simple());
     kafka.create_topic(NewTopic::new(&plain, 1, TopicReplication::Fixed(1))).await.unwrap();
     assert!(!kafka.record_limits(&plain).await.needs_key);
+    // Markers would vanish from a topic that is not compacted, or not only.
+    assert!(kafka.check_policy(&topic).await.is_ok());
+    let deletes = kafka.check_policy(&plain).await;
+    assert!(matches!(&deletes, Err(super::Error::MarkerPolicy { found }) if found == "delete"), "{deletes:?}");
     let missing = kafka.record_limits("no-such-topic").await;
     assert_eq!(missing, super::RecordLimits::default());
     assert!(kafka.record_limits(&topic).await.needs_key, "a topic that is missing silences nothing");

@@ -140,7 +140,11 @@ impl Kafka {
     /// # Errors
     /// [`Error::MarkerPolicy`] where it drops them by age or size.
     pub async fn check_marker_policy(&self) -> Result<(), Error> {
-        match self.cleanup_policy(MARKER_TOPIC).await {
+        self.check_policy(MARKER_TOPIC).await
+    }
+
+    pub(super) async fn check_policy(&self, marker_topic: &str) -> Result<(), Error> {
+        match self.cleanup_policy(marker_topic).await {
             Some(found) if found != "compact" => Err(Error::MarkerPolicy { found }),
             _ => Ok(()),
         }
