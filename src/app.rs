@@ -41,7 +41,8 @@ const MARKERS: Duration = Duration::from_secs(2);
 /// How soon the database is compared with Kafka again where it was found older, or could not be compared yet.
 const COMPARE_AGAIN: Duration = Duration::from_secs(2);
 
-/// How long the start waits to see what the store does, and how soon it is tried again where it did not answer.
+/// How long the start waits to see what the store does, and the longest pause until it is tried again where it did not
+/// answer.
 const TRIAL: Duration = Duration::from_secs(3);
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 /// When the dependencies are first checked: the start itself has just used them.
@@ -310,6 +311,7 @@ async fn try_store(
     let (objects, noted, outcomes) = (objects.clone(), Arc::clone(&seen), Arc::clone(outcomes));
     let (tried, is_tried) = oneshot::channel::<()>();
     trying.spawn(async move {
+        let mut pause = readiness::AGAIN;
         while noted.get().is_none() {
             match objects.probe(&bucket).await {
                 Ok(found) => {
@@ -321,7 +323,8 @@ async fn try_store(
                 Err(error) => {
                     outcomes.storage.record(Err(put_failure(&bucket, &error)));
                     warn!(%error, "the store could not be tried out yet: {error}");
-                    tokio::time::sleep(TRY_AGAIN).await;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(TRY_AGAIN);
                 }
             }
         }

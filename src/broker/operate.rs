@@ -10,6 +10,7 @@ use crate::auth::Caller;
 use crate::finish::{place, still_proved};
 use crate::restore_check::ADVICE;
 use crate::session::{Refusal, State};
+use crate::store;
 
 impl Broker {
     /// Tries now to publish what waits, and gives the upload as it is then. What is published stays as it is.
@@ -90,9 +91,11 @@ impl Broker {
     /// Whether what the broker stands on answers, and did what uploads need when that was last tried.
     pub(crate) async fn dependencies(&self) -> Dependencies {
         let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
-        let database = match (self.restore_check.is_older(), dependency("the database", database)) {
-            (true, Dependency { ok: true, .. }) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
-            (_, database) => database,
+        let database = match (self.restore_check.is_older(), database) {
+            (true, Ok(())) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
+            // Its cause is known, and names no address.
+            (_, Err(error @ store::Error::ReadOnly)) => Dependency { ok: false, reason: Some(error.to_string()) },
+            (_, answered) => dependency("the database", answered),
         };
         Dependencies {
             database: self.outcomes.database.with(database),
