@@ -271,7 +271,8 @@ impl Store {
     pub(crate) async fn adopt(&self, found: &Found, now: OffsetDateTime) -> Result<bool, Error> {
         let adopted = query_scalar!(
             r#"with was as (
-                   select id, state, tenant, size_bytes from upload_sessions
+                   select id, state in ('open', 'completing') as is_open, state, tenant, size_bytes,
+                          cleanup_due_at is not null and bytes_held_until is not null as holds_bytes from upload_sessions
                    where id = $1 and (state in ('open', 'completing', 'verified')
                                       or $12 and state in ('aborted', 'expired', 'rejected')) for update),
                moved as (
@@ -281,15 +282,17 @@ impl Store {
                        verified_at = coalesce(s.verified_at, $6), integrity = coalesce(s.integrity, $7),
                        object_version_id = coalesce(s.object_version_id, $8), pointer = $9,
                        checksum = coalesce(s.checksum, $10), object_etag = coalesce(s.object_etag, $11),
-                       lease_owner = null, lease_until = null, must_read = false, cleanup_due_at = null, error_code = null,
-                       error_detail = null, error_items = null
-                   from was where s.id = was.id returning s.id, s.version, was.state, was.tenant, was.size_bytes),
+                       lease_owner = null, lease_until = null, must_read = false, cleanup_due_at = null, bytes_held_until = null,
+                       error_code = null, error_detail = null, error_items = null
+                   from was where s.id = was.id
+                   returning s.id, s.version, was.state, was.is_open, was.holds_bytes, was.tenant, was.size_bytes),
                told as (
                    insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
                    select id, version, $2, state, 'published', 'Kafka holds its pointer', 'audit' from moved),
                freed as (
-                   update tenants t set open_sessions = t.open_sessions - 1, reserved_bytes = t.reserved_bytes - moved.size_bytes
-                   from moved where t.tenant = moved.tenant and moved.state in ('open', 'completing')),
+                   update tenants t
+                   set open_sessions = t.open_sessions - moved.is_open::int, reserved_bytes = t.reserved_bytes - moved.size_bytes
+                   from moved where t.tenant = moved.tenant and (moved.is_open or moved.holds_bytes)),
                sent as (delete from outbox where session_id in (select id from moved))
                select exists (select from moved) as "adopted!""#,
             found.id,

@@ -186,3 +186,17 @@ async fn nothing_is_deleted_while_kafka_lists_no_marker_topic_though_batches_wer
     house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
     house.eventually("what failed is removed", || async { house.objects().await.len() == 1 }).await;
 }
+
+#[tokio::test]
+async fn an_upload_that_was_aborted_in_a_restored_database_is_taken_back_and_holds_no_quota() {
+    let house = House::new().await;
+    let done = house.publish(b"hello", json!({"key": "k"})).await;
+    house.go_back().await;
+    house.delete(&format!("/lfs/uploads/{}", done.id())).await.expect(204);
+    house.is_swept_over(&done.id()).await;
+    assert_eq!(house.audited(true).await.finding(Kind::KafkaAhead).map(|finding| finding.fixed), Some(1));
+    assert_eq!(house.upload(&done.id()).await.state(), "published");
+    assert_eq!(house.quota().await, (0, 0));
+    assert_eq!(house.only_record().await.1, b"hello");
+    is_clean(&house).await;
+}
