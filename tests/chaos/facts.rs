@@ -112,7 +112,7 @@ pub(crate) async fn gather(stage: &Stage, known: Known) -> Result<Facts, Failure
     let bootstrap = stage.bootstrap.clone();
     let records = tokio::task::spawn_blocking(move || records(&bootstrap));
     let records = records.await.map_err(|error| Failure(error.to_string()))??;
-    let objects = objects(stage, &sessions).await?;
+    let objects = objects(stage, &sessions, &records).await?;
     let mut uploads = Vec::new();
     let parts = stage.dir.join("minio/.minio.sys/multipart");
     leftovers(&parts, &mut uploads);
@@ -124,9 +124,15 @@ pub(crate) async fn gather(stage: &Stage, known: Known) -> Result<Facts, Failure
         let panics = replica.log().lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect::<Vec<_>>();
         complaints.extend(panics);
     }
-    match stage.broker(&["audit", "--json"]).await {
-        Ok(report) if serde_json::from_str::<Value>(&report).is_ok_and(|report| report["clean"] == true) => {}
-        Ok(report) => complaints.push(format!("audit: {report}")),
+    match stage.audit(&[]).await {
+        Ok(report) => {
+            let findings = report["findings"].as_array().into_iter().flatten();
+            complaints
+                .extend(findings.map(|finding| format!("audit: {}: {finding}", finding["kind"].as_str().unwrap_or_default())));
+            if report["clean"] != true && complaints.is_empty() {
+                complaints.push(format!("audit: {report}"));
+            }
+        }
         Err(error) => complaints.push(error.to_string()),
     }
     Ok(Facts { sessions, waiting, records, objects, uploads, known, complaints })
@@ -161,10 +167,16 @@ async fn sessions(pool: &PgPool) -> Result<BTreeMap<Uuid, Session>, Failure> {
     Ok(sessions)
 }
 
-/// Lists the bucket and reads again what a session's pointer names.
-async fn objects(stage: &Stage, sessions: &BTreeMap<Uuid, Session>) -> Result<BTreeMap<String, Object>, Failure> {
-    let pointed: std::collections::HashSet<&str> =
-        sessions.values().filter(|session| session.pointer.is_some()).map(|session| session.object_key.as_str()).collect();
+/// Lists the bucket and reads again what a session's pointer or a record names.
+async fn objects(
+    stage: &Stage,
+    sessions: &BTreeMap<Uuid, Session>,
+    records: &[Record],
+) -> Result<BTreeMap<String, Object>, Failure> {
+    let mut pointed: std::collections::HashSet<String> =
+        sessions.values().filter(|session| session.pointer.is_some()).map(|session| session.object_key.clone()).collect();
+    let named = records.iter().filter_map(|record| serde_json::from_str::<Value>(&record.value).ok());
+    pointed.extend(named.filter_map(|pointer| pointer["key"].as_str().map(str::to_owned)));
     let mut objects = BTreeMap::new();
     let mut pages = stage.s3.list_objects_v2().bucket(BUCKET).into_paginator().send();
     while let Some(page) = pages.next().await {

@@ -39,6 +39,9 @@ pub(crate) struct Known {
     pub(crate) promises: Vec<Promise>,
     /// Uploads that were told to have failed for good, and by which word.
     pub(crate) failed: HashMap<Uuid, String>,
+    /// When each upload was first heard of, and when it was told to have failed.
+    pub(crate) opened_at: HashMap<Uuid, Duration>,
+    pub(crate) failed_at: HashMap<Uuid, Duration>,
     /// Answers that the contract does not allow for what was asked.
     pub(crate) unexpected: Vec<String>,
     pub(crate) outcomes: BTreeMap<String, u64>,
@@ -71,7 +74,9 @@ impl Journal {
 
     /// Takes note of an upload. One upload stays what it was meant to be.
     pub(crate) fn opened(&self, id: Uuid, intent: &Intent) {
+        let now = self.now();
         let mut known = self.known();
+        known.opened_at.entry(id).or_insert(now);
         let before = known.intents.entry(id).or_insert_with(|| intent.clone());
         if before != intent {
             let what = format!("{id} was opened for {before:?} and given out for {intent:?}");
@@ -80,7 +85,10 @@ impl Journal {
     }
 
     pub(crate) fn failed(&self, id: Uuid, why: &str) {
-        self.known().failed.insert(id, why.to_owned());
+        let now = self.now();
+        let mut known = self.known();
+        known.failed.insert(id, why.to_owned());
+        known.failed_at.insert(id, now);
     }
 
     /// Takes note of an answer of complete, or of a state, that promises the pointer; `false` when it promises nothing.

@@ -10,6 +10,7 @@ mod checker;
 mod clients;
 mod facts;
 mod faults;
+mod goes_back;
 mod jobs;
 mod journal;
 mod parts;
@@ -63,6 +64,10 @@ struct Arguments {
     /// Clients that upload at the same time
     #[arg(long, default_value_t = 8)]
     clients: usize,
+    /// Instead of kills: how often PostgreSQL goes back to a copy of some seconds ago, under replicas that live on; then
+    /// `lfs-broker audit --fix` lets them go on
+    #[arg(long, value_name = "N")]
+    goes_back: Option<usize>,
     /// How long everything may take to come to rest once all is healed: the last session expires, the last lease runs
     /// out, and a minute after that S3 is swept again
     #[arg(long, default_value_t = 240)]
@@ -124,16 +129,21 @@ async fn run(arguments: &Arguments) -> Result<bool, Failure> {
     if arguments.self_test {
         return Ok(true);
     }
-    let plan = plan::draw(arguments.seed, arguments.kills, usize::from(arguments.replicas));
+    let kills = if arguments.goes_back.is_some() { 0 } else { arguments.kills };
+    let plan = plan::draw(arguments.seed, kills, usize::from(arguments.replicas));
     if arguments.plan {
         for event in &plan {
             println!("after {:>4} ms, for {:>4} ms: {:?}", event.gap.as_millis(), event.lasts.as_millis(), event.fault);
         }
         return Ok(true);
     }
+    let (what, option) = match arguments.goes_back {
+        Some(times) => (format!("PostgreSQL goes back {times} times"), format!("--goes-back {times}")),
+        None => (format!("{kills} kills"), format!("--kills {kills}")),
+    };
     println!(
-        "seed {}, {} kills, {} replicas, {} clients; to see the same again: .ci/chaos --seed {0} --kills {1} --replicas {2} --clients {3}",
-        arguments.seed, arguments.kills, arguments.replicas, arguments.clients
+        "seed {}, {what}, {} replicas, {} clients; to see the same again: .ci/chaos --seed {0} {option} --replicas {1} --clients {2}",
+        arguments.seed, arguments.replicas, arguments.clients
     );
     for _ in 0..ATTEMPTS {
         if let Some(sound) = once(arguments, &plan).await? {
@@ -201,7 +211,8 @@ async fn asked_to_end() {
 }
 
 async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result<Outcome, Failure> {
-    let stage = Arc::new(Stage::set(dir, usize::from(arguments.replicas), arguments.broker.clone()).await?);
+    let more = if arguments.goes_back.is_some() { goes_back::SETTINGS } else { &[] };
+    let stage = Arc::new(Stage::set(dir, usize::from(arguments.replicas), arguments.broker.clone(), more).await?);
     eprintln!("everything runs");
     let journal = Arc::new(Journal::new());
     let ended = Arc::new(AtomicBool::new(false));
@@ -217,7 +228,14 @@ async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result
         let worker = Worker { number, seed: arguments.seed, http, replicas, journal: Arc::clone(&journal) };
         workers.spawn(worker.work(Arc::clone(&ended)));
     }
-    let tally = faults::play(&stage, plan).await?;
+    let mut lost = goes_back::Lost::default();
+    let tally = match arguments.goes_back {
+        Some(times) => {
+            lost = goes_back::play(&stage, &journal, arguments.seed, times).await?;
+            Tally::default()
+        }
+        None => faults::play(&stage, plan).await?,
+    };
     faults::all_up(&stage).await?;
     eprintln!("all faults are over");
     let published = facts::published(&stage, Duration::from_secs(60)).await?;
@@ -230,12 +248,18 @@ async fn play(arguments: &Arguments, dir: &Path, plan: &[plan::Event]) -> Result
     let rested = facts::rest(&stage, Duration::from_secs(arguments.rest_seconds)).await?;
     eprintln!("rests after {} s", rested.as_secs());
     let known = std::mem::take(&mut *journal.known());
-    let facts = facts::gather(&stage, known).await?;
+    let mut facts = facts::gather(&stage, known).await?;
     for part in stage.parts(Target::Everything) {
         part.kill().await?;
     }
+    if arguments.goes_back.is_some() {
+        println!("{}", lost.words());
+        goes_back::forgive(&mut facts, &lost);
+    }
     let mut findings = check(&facts);
-    findings.extend(too_little(&facts, &tally, plan).map(|what| Finding { verdict: Verdict::Wrong, what }));
+    findings.extend(
+        lost.too_little().or_else(|| too_little(&facts, &tally, plan)).map(|what| Finding { verdict: Verdict::Wrong, what }),
+    );
     Ok(Outcome { facts, tally, findings, published, rested })
 }
 

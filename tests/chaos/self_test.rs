@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::Failure;
 use crate::checker::{Verdict, check};
 use crate::facts::{Facts, Object, Record, Session};
+use crate::goes_back::{Lost, forgive};
 use crate::journal::{Intent, Promise};
 
 const SHA256: &str = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824";
@@ -69,6 +70,8 @@ fn sound() -> Facts {
     for number in 1..=3 {
         let intent = Intent { topic: "a".into(), key: Some("k".into()), size_bytes: 5, sha256: SHA256.into(), is_sound: true };
         facts.known.intents.insert(id(number), intent);
+        let opened_at = Duration::from_secs(u64::try_from(number).expect("a small number") * 10 - 1);
+        facts.known.opened_at.insert(id(number), opened_at);
     }
     facts
 }
@@ -127,6 +130,44 @@ const SPOILT: [(&str, &[Verdict], Spoil); 24] = [
     }),
 ];
 
+/// What a database that lost the commits of upload 1 takes away, and what it does not: whatever is in Kafka is there once,
+/// where it was told to be, and its bytes are in S3.
+const LOST: [(&str, &[Verdict], Spoil); 10] = [
+    ("an upload and its promise are gone, its record is there", &[], |f| drop(f.sessions.remove(&id(1)))),
+    ("a promise is gone that was not sent", &[], |f| {
+        f.sessions.insert(id(1), session(1, "expired"));
+        f.records.remove(0);
+        f.objects.remove(&object_key(1));
+        f.known.promises[0].place = None;
+    }),
+    ("an abort is gone", &[], |f| {
+        f.known.failed.insert(id(1), "aborted".into());
+        f.known.failed_at.insert(id(1), Duration::from_secs(12));
+    }),
+    ("an unknown record is told", &[], |f| f.complaints.push("audit: record-unknown: {}".into())),
+    (
+        "a record of an upload that is gone comes twice",
+        &[Verdict::Lost, Verdict::Duplicate, Verdict::Wrong, Verdict::Orphan],
+        |f| {
+            f.sessions.remove(&id(1));
+            f.records.insert(1, Record { offset: 3, ..record(1) });
+        },
+    ),
+    ("a record comes twice", &[Verdict::Duplicate], |f| f.records.insert(1, Record { offset: 3, ..record(1) })),
+    ("the object of a record is gone with its upload", &[Verdict::Lost, Verdict::Wrong], |f| {
+        f.sessions.remove(&id(1));
+        f.objects.remove(&object_key(1));
+    }),
+    ("a record that was told of is missing", &[Verdict::Lost, Verdict::Wrong, Verdict::Orphan], |f| {
+        f.sessions.remove(&id(1));
+        f.records.remove(0);
+    }),
+    ("an upload is gone that was opened afterwards", &[Verdict::Lost, Verdict::Wrong, Verdict::Orphan], |f| {
+        f.sessions.remove(&id(2));
+    }),
+    ("records of a key are in the wrong order", &[Verdict::Order], |f| f.records.swap(0, 1)),
+];
+
 /// Runs the checker over all of it; says how many ways to fail it knows.
 pub(crate) fn run() -> Result<usize, Failure> {
     let findings = check(&sound());
@@ -136,12 +177,22 @@ pub(crate) fn run() -> Result<usize, Failure> {
     for (name, expected, spoil) in SPOILT {
         let mut facts = sound();
         spoil(&mut facts);
-        let mut found: Vec<Verdict> = check(&facts).into_iter().map(|finding| finding.verdict).collect();
-        found.sort_unstable();
-        found.dedup();
-        if found != expected {
-            return Err(Failure(format!("{name}: the checker says {found:?}, not {expected:?}")));
-        }
+        expect(name, &facts, expected)?;
     }
-    Ok(SPOILT.len())
+    let second = Duration::from_secs(1);
+    let lost = Lost { between: vec![(5 * second, 15 * second)], ..Lost::default() };
+    for (name, expected, spoil) in LOST {
+        let mut facts = sound();
+        spoil(&mut facts);
+        forgive(&mut facts, &lost);
+        expect(&format!("after a loss, {name}"), &facts, expected)?;
+    }
+    Ok(SPOILT.len() + LOST.iter().filter(|(_, expected, _)| !expected.is_empty()).count())
+}
+
+fn expect(name: &str, facts: &Facts, expected: &[Verdict]) -> Result<(), Failure> {
+    let mut found: Vec<Verdict> = check(facts).into_iter().map(|finding| finding.verdict).collect();
+    found.sort_unstable();
+    found.dedup();
+    (found == expected).then_some(()).ok_or_else(|| Failure(format!("{name}: the checker says {found:?}, not {expected:?}")))
 }

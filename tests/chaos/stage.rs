@@ -9,6 +9,7 @@ use std::time::Duration;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
+use serde_json::Value;
 
 use crate::Failure;
 use crate::parts::{Part, Probe, Spec, command};
@@ -52,6 +53,8 @@ struct Programs {
 pub(crate) struct Stage {
     pub(crate) dir: PathBuf,
     broker: PathBuf,
+    /// What the brokers are told besides `SETTINGS`.
+    more: &'static [(&'static str, &'static str)],
     pub(crate) replicas: Vec<Arc<Part>>,
     pub(crate) postgres: Arc<Part>,
     pub(crate) kafka: Arc<Part>,
@@ -110,7 +113,12 @@ async fn programs() -> Result<Programs, Failure> {
 
 impl Stage {
     /// Sets everything up in `dir` and starts it.
-    pub(crate) async fn set(dir: &Path, replicas: usize, broker: PathBuf) -> Result<Self, Failure> {
+    pub(crate) async fn set(
+        dir: &Path,
+        replicas: usize,
+        broker: PathBuf,
+        more: &'static [(&'static str, &'static str)],
+    ) -> Result<Self, Failure> {
         let http = reqwest::Client::builder().no_proxy().build().map_err(|error| Failure(error.to_string()))?;
         let programs = programs().await?;
         let toxiproxy_port = port()?;
@@ -137,6 +145,7 @@ impl Stage {
         let mut stage = Self {
             dir: dir.to_owned(),
             broker,
+            more,
             replicas: Vec::new(),
             postgres: Arc::new(postgres),
             kafka: Arc::new(kafka),
@@ -175,7 +184,7 @@ impl Stage {
 
     fn replica(&self, number: usize, listen: u16) -> Part {
         let mut environment: BTreeMap<String, String> =
-            SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            SETTINGS.iter().chain(self.more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let near = |link| self.proxies.address(link);
         let more = [
             ("LFS_BROKER_LISTEN", format!("127.0.0.1:{listen}")),
@@ -201,12 +210,7 @@ impl Stage {
 
     /// Runs a command of the broker's around every proxy; gives what it printed.
     pub(crate) async fn broker(&self, arguments: &[&str]) -> Result<String, Failure> {
-        let mut command = command(&self.broker, &[]);
-        command.args(arguments).envs(SETTINGS).kill_on_drop(true);
-        command.env("DATABASE_URL", &self.database_url).env("KAFKA_BOOTSTRAP_SERVERS", &self.bootstrap);
-        command.env("AWS_ENDPOINT_URL_S3", &self.s3_endpoint).env("LFS_BROKER_S3_BUCKET", BUCKET);
-        let ran = tokio::time::timeout(Duration::from_secs(600), command.output());
-        let output = ran.await.map_err(|_| Failure(format!("lfs-broker {arguments:?} did not end")))??;
+        let output = self.run(arguments).await?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         match output.status.success() {
             true => Ok(printed),
@@ -215,6 +219,25 @@ impl Stage {
                 Err(Failure(format!("lfs-broker {arguments:?}: {}: {printed}{told}", output.status)))
             }
         }
+    }
+
+    /// What `audit` reports; it need not be clean.
+    pub(crate) async fn audit(&self, more: &[&str]) -> Result<Value, Failure> {
+        let arguments = [&["audit", "--json"], more].concat();
+        let output = self.run(&arguments).await?;
+        serde_json::from_slice(&output.stdout).map_err(|error| {
+            let told = String::from_utf8_lossy(&output.stderr);
+            Failure(format!("lfs-broker {arguments:?}: {}: {error}: {told}", output.status))
+        })
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Result<std::process::Output, Failure> {
+        let mut command = command(&self.broker, &[]);
+        command.args(arguments).envs(SETTINGS).envs(self.more.iter().copied()).kill_on_drop(true);
+        command.env("DATABASE_URL", &self.database_url).env("KAFKA_BOOTSTRAP_SERVERS", &self.bootstrap);
+        command.env("AWS_ENDPOINT_URL_S3", &self.s3_endpoint).env("LFS_BROKER_S3_BUCKET", BUCKET);
+        let ran = tokio::time::timeout(Duration::from_secs(600), command.output());
+        Ok(ran.await.map_err(|_| Failure(format!("lfs-broker {arguments:?} did not end")))??)
     }
 
     /// The parts that a target stands for.
