@@ -203,7 +203,7 @@ async fn an_upload_whose_end_slides_while_the_sweeper_looks_does_not_expire() {
     sqlx::raw_sql(slide).execute(&mut *sliding).await.unwrap();
     house.push_clock(EXPIRED);
     let waits = "select count(*) from pg_stat_activity
-                 where datname = current_database() and wait_event_type = 'Lock' and query like 'update upload_sessions%'";
+                 where datname = current_database() and wait_event_type = 'Lock' and query like '%update upload_sessions%'";
     let waiting = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&house.db).await.unwrap();
     house.eventually("the sweeper has read the end before, and waits for the row", || async { waiting().await == 1 }).await;
     sliding.commit().await.unwrap();

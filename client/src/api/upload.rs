@@ -309,7 +309,8 @@ pub struct Upload {
 pub struct UploadPage {
     /// The uploads.
     pub items: Vec<Upload>,
-    /// Give it as `cursor` for the next page; null at the end.
+    /// Give it as `cursor` for the next page; null at the end. With filters that match little a page may be short or empty
+    /// and not be the last one.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }
