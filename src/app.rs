@@ -9,6 +9,7 @@ use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -33,8 +34,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const LOOK_OUT: Duration = Duration::from_millis(100);
 /// How long after a failure a worker tries again.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long requests and workers may take to end once the end was asked for.
-const DRAIN: Duration = Duration::from_secs(10);
+/// A completion that is nearly done ends well also where requests took all the time that there was.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// How long the start may take to read the markers: a crashed replica's open transaction can hide them for a minute.
 const MARKERS: Duration = Duration::from_secs(2);
@@ -119,6 +120,8 @@ pub struct Running {
     address: SocketAddr,
     store: Store,
     stop: watch::Sender<bool>,
+    ending: http::Ending,
+    grace: Duration,
     work: Vec<JoinHandle<()>>,
     tasks: Tasks,
 }
@@ -215,18 +218,11 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
-    let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
-    let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
-    let public_url = settings.public_url.as_deref().unwrap_or_default();
-    let auth = Auth::new(&settings.auth)?;
-    auth.warm();
-    let app = App::new(broker, auth, public_url, settings.http.clone());
     let (stop, stopped) = watch::channel(false);
-    let base_path = app.base_path.clone();
-    let router = http::router(app, &settings.cors_origins);
-    let door = http::serve(listener, router, base_path, tls.clone(), settings.http.clone(), stopped.clone());
+    let (ending, grace) = (http::Ending::new(stopped.clone()), settings.http.shutdown_grace);
+    let (address, door) = listen(&settings, broker, tls.clone(), ending.clone()).await?;
     let mut work = vec![
-        tokio::spawn(serve(door, stopped.clone())),
+        tokio::spawn(serve(door, grace, stopped.clone())),
         tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
         tokio::spawn(run_sweeper(sweeper, stopped.clone())),
@@ -240,7 +236,26 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         work.push(tokio::spawn(tls.keep_current(files, stopped)));
     }
     info!(%address, "serving on {scheme}://{address}");
-    Ok(Running { address, store, stop, work, tasks })
+    Ok(Running { address, store, stop, ending, grace, work, tasks })
+}
+
+/// Opens the address, and gives what serves it until the end is asked for.
+async fn listen(
+    settings: &Settings,
+    broker: Broker,
+    tls: Option<Tls>,
+    ending: http::Ending,
+) -> Result<(SocketAddr, impl Future<Output = ()> + use<>), Error> {
+    let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
+    let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
+    let public_url = settings.public_url.as_deref().unwrap_or_default();
+    let auth = Auth::new(&settings.auth)?;
+    auth.warm();
+    let http = settings.http.clone().fitted();
+    let app = App::new(broker, auth, public_url, http.clone(), ending.clone());
+    let base_path = app.base_path.clone();
+    let router = http::router(app, &settings.cors_origins);
+    Ok((address, http::serve(listener, router, base_path, tls, http, ending)))
 }
 
 impl Running {
@@ -254,8 +269,15 @@ impl Running {
         &self.store
     }
 
+    /// Says that the end is near: `/readyz` is not ready, and every answer ends its connection. All is still served.
+    pub fn announce_end(&self) {
+        self.ending.announce();
+    }
+
     /// Ends it in order: no new requests, those under way finish, the relay finishes its batch and gives its shards back.
     pub async fn stop(self) {
+        self.ending.announce();
+        let deadline = Instant::now() + self.grace;
         let _ = self.stop.send(true);
         let drained = async {
             for work in self.work {
@@ -264,11 +286,11 @@ impl Running {
                 }
             }
         };
-        if tokio::time::timeout(DRAIN * 2, drained).await.is_err() {
+        if tokio::time::timeout_at(deadline, drained).await.is_err() {
             warn!("stopped without waiting any longer; leases will run out");
         }
         // Most completions take milliseconds. A long reading begins again elsewhere.
-        if tokio::time::timeout(DRAIN, self.tasks.ended()).await.is_err() {
+        if tokio::time::timeout_at(deadline.max(Instant::now() + LAST_WORD), self.tasks.ended()).await.is_err() {
             warn!("uploads were still being completed at the end; their leases will run out");
         }
         self.store.close().await;
@@ -357,10 +379,10 @@ async fn refuse_restored(restore_check: &RestoreCheck) -> Result<(), Error> {
     }
 }
 
-async fn serve(door: impl Future<Output = ()>, mut stopped: watch::Receiver<bool>) {
+async fn serve(door: impl Future<Output = ()>, grace: Duration, mut stopped: watch::Receiver<bool>) {
     let late = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
-        tokio::time::sleep(DRAIN).await;
+        tokio::time::sleep(grace).await;
     };
     tokio::select! {
         () = door => {}

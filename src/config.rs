@@ -5,6 +5,7 @@
 //! the value, for secrets that are mounted.
 
 mod file;
+mod urls;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +19,8 @@ use toml::{Table, Value};
 
 use crate::kafka::Delivery;
 use crate::{app, auth, broker, finish, http, kafka, objects, policy, session, store, sweeper};
+pub(crate) use urls::origin;
+use urls::{host, public_url};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +85,11 @@ const SETTINGS: &[(&str, &str, Kind)] = &[
     ("LFS_BROKER_TLS_KEY_FILE", "tls.key_file", Kind::Text),
     ("LFS_BROKER_TRUSTED_PROXIES", "trusted_proxies", Kind::Text),
     ("LFS_BROKER_CONNECTIONS", "connections", Kind::Number),
+    ("LFS_BROKER_CONNECTIONS_PER_ADDRESS", "connections_per_address", Kind::Number),
+    ("LFS_BROKER_BODY_MEMORY_BYTES", "body_memory_bytes", Kind::Number),
+    ("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "shutdown_delay_seconds", Kind::Number),
+    ("LFS_BROKER_SHUTDOWN_GRACE_SECONDS", "shutdown_grace_seconds", Kind::Number),
+    ("LFS_BROKER_TENANT_LONG_POLLS", "tenant.long_polls", Kind::Number),
     ("LFS_BROKER_HEADER_SECONDS", "header_seconds", Kind::Number),
     ("LFS_BROKER_BODY_SECONDS", "body_seconds", Kind::Number),
     ("LFS_BROKER_REQUEST_SECONDS", "request_seconds", Kind::Number),
@@ -138,6 +146,10 @@ struct File {
     /// Separated by commas.
     trusted_proxies: String,
     connections: Option<usize>,
+    connections_per_address: Option<usize>,
+    body_memory_bytes: Option<usize>,
+    shutdown_delay_seconds: Option<u64>,
+    shutdown_grace_seconds: Option<u64>,
     header_seconds: Option<u64>,
     body_seconds: Option<u64>,
     request_seconds: Option<u64>,
@@ -206,6 +218,7 @@ struct TenantTable {
     reserved_bytes: Option<i64>,
     requests_per_second: Option<u32>,
     connections: Option<u32>,
+    long_polls: Option<usize>,
 }
 
 #[derive(Deserialize, Default)]
@@ -407,49 +420,6 @@ fn wrong(name: &str, value: &str, kind: &'static str) -> Error {
     Error::Value { name: name.to_owned(), value: value.to_owned(), kind }
 }
 
-/// Whether it is `http://host` or `https://host`, and what may follow.
-fn is_base(url: &str) -> bool {
-    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://")).unwrap_or_default();
-    let (host, _) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let sound = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#\"<>\\@".contains(&byte));
-    !host.is_empty() && sound(rest)
-}
-
-/// The host that a URL names.
-fn host(url: &str) -> Option<String> {
-    reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned)
-}
-
-fn public_url(url: Option<String>) -> Result<Option<String>, Error> {
-    match url {
-        Some(url) if !is_base(&url) => Err(wrong("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net")),
-        url => Ok(url),
-    }
-}
-
-/// An origin as browsers write it (RFC 6454, section 6.2); what they never write would silently match nothing.
-pub(crate) fn origin(origin: &str) -> Result<String, Error> {
-    if origin == "*" {
-        return Ok(origin.to_owned());
-    }
-    let wrong = |hint: &str| Err(Error::Origin { value: origin.to_owned(), hint: hint.to_owned() });
-    if origin == "null" {
-        return wrong("pages without an origin of their own are let in by * only");
-    }
-    let Ok(url) = reqwest::Url::parse(origin) else { return wrong("* or origins such as https://app.example.net") };
-    if !matches!(url.scheme(), "http" | "https") {
-        return wrong("an origin begins with http:// or https://");
-    }
-    if url.host_str().is_some_and(|host| host.contains('*')) {
-        return wrong("browsers name one host, so a * within a name never matches: list each origin, or * alone");
-    }
-    let written = url.origin().ascii_serialization();
-    match written == origin {
-        true => Ok(written),
-        false => wrong(&format!("browsers write {written}")),
-    }
-}
-
 /// A request may wait for a change or for Kafka, and is not given up before.
 fn request_time(file: &File, default: Duration) -> Result<Duration, Error> {
     let seconds = file.request_seconds.unwrap_or(default.as_secs());
@@ -481,6 +451,17 @@ fn http_settings(file: &File) -> Result<http::Settings, Error> {
         request_time: request_time(file, defaults.request_time)?,
         idle_time: at_least("LFS_BROKER_IDLE_SECONDS", file.idle_seconds, 1, defaults.idle_time)?,
         connections: least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?,
+        connections_per_address: file.connections_per_address.unwrap_or(defaults.connections_per_address),
+        tenant_long_polls: file.tenant.long_polls.unwrap_or(defaults.tenant_long_polls),
+        body_memory_bytes: match file.body_memory_bytes {
+            Some(bytes) if !http::BODY_MEMORY.contains(&bytes) => {
+                let kind = "1048576 to 1099511627776: a request with part hashes has up to 1 MiB";
+                return Err(wrong("LFS_BROKER_BODY_MEMORY_BYTES", &bytes.to_string(), kind));
+            }
+            bytes => bytes.unwrap_or(defaults.body_memory_bytes),
+        },
+        shutdown_delay: file.shutdown_delay_seconds.map_or(defaults.shutdown_delay, Duration::from_secs),
+        shutdown_grace: file.shutdown_grace_seconds.map_or(defaults.shutdown_grace, Duration::from_secs),
         tls,
         trusted_proxies: listed(&file.trusted_proxies).map(proxy).collect::<Result<_, _>>()?,
         tenant_requests_per_second: file.tenant.requests_per_second.unwrap_or(defaults.tenant_requests_per_second),

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::pin::pin;
 
 use super::{Error, asked_to_end, log, talk};
-use crate::config;
 use crate::dev::{self, Dev};
+use crate::{config, http};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -29,6 +29,7 @@ pub(super) struct Arguments {
 
 pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     log("lfs_broker=info,warn");
+    http::raise_descriptors();
     let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
     let mut ending = pin!(asked_to_end());
     let cors_origins = cors_origins.iter().map(|origin| config::origin(origin)).collect::<Result<Vec<_>, _>>()?;

@@ -1,8 +1,8 @@
 //! `serve` and `migrate`: the broker against real servers.
 
 use super::{Error, asked_to_end, log, talk};
-use crate::app;
 use crate::store::{self, Store};
+use crate::{app, http};
 
 pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(), Error> {
     settings.check().map_err(Error::Settings)?;
@@ -11,10 +11,20 @@ pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(
         return Ok(());
     }
     log("lfs_broker=info,warn");
+    http::raise_descriptors();
+    let delay = settings.http.shutdown_delay;
     let running = app::start(settings).await?;
     asked_to_end().await;
-    tracing::info!("ending");
-    running.stop().await;
+    tracing::info!("ending: not ready from now on, no new requests in {} s", delay.as_secs_f32());
+    running.announce_end();
+    let in_order = async {
+        tokio::time::sleep(delay).await;
+        running.stop().await;
+    };
+    tokio::select! {
+        () = in_order => {}
+        () = asked_to_end() => tracing::warn!("asked to end twice: what is under way is dropped"),
+    }
     Ok(())
 }
 

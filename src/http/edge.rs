@@ -30,6 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const NOT_HERE: &str = "a broker without tokens answers under names of this machine only, and no pages of elsewhere";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// A request that is not served, and why.
+#[derive(Clone)]
+pub(super) struct Refused(pub(super) Problem);
+
 /// Names the request, gives it a time, and writes whatever problem comes back.
 pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
@@ -40,13 +44,15 @@ pub(super) async fn edge(State(app): State<App>, mut request: Request, next: Nex
     let method = foreign(request.method().as_str());
     let span = tracing::info_span!("request", id = %id, client = %client.0, %method, path = %foreign(path));
     let policy = pages::content_policy(path);
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
     let is_let_in = app.settings.local.as_ref().is_none_or(|local| local.lets_in(&parts));
+    let refused = parts.extensions.remove::<Refused>();
     let request = Request::from_parts(parts, Body::new(Patient(Some(body))));
     let served = async {
-        match is_let_in {
-            true => next.run(request).instrument(span).await,
-            false => Problem::new(ErrorCode::HostForbidden, NOT_HERE).into_response(),
+        match (refused, is_let_in) {
+            (Some(Refused(problem)), _) => problem.into_response(),
+            (None, true) => next.run(request).instrument(span).await,
+            (None, false) => Problem::new(ErrorCode::HostForbidden, NOT_HERE).into_response(),
         }
     };
     let mut response = tokio::time::timeout(app.settings.request_time, served).await.unwrap_or_else(|_| {

@@ -2,16 +2,20 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, OriginalUri, Path, Query as AxumQuery, Request};
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, header};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body_util::BodyExt as _;
 use lfs_broker_client::api::{ErrorCode, FieldError, ListUploads, UploadState};
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use super::App;
@@ -25,6 +29,11 @@ const HEADERS_BYTES: usize = 16 << 10;
 const BODY_BYTES: usize = 64 << 10;
 /// The largest body where part hashes come: 10,000 of them have 670,000 characters.
 const HASHES_BYTES: usize = 1 << 20;
+
+/// What a body may hold before it needs a share of the memory of all: nearly every request fits.
+const FREE_BYTES: usize = 8 << 10;
+/// By so much a body's memory grows at most.
+const STEP_BYTES: usize = 64 << 10;
 
 /// The largest body that the matched route takes.
 fn body_limit(extensions: &Extensions) -> usize {
@@ -178,7 +187,7 @@ pub(super) struct Body<T>(pub(super) T);
 /// A JSON body that may be left out.
 pub(super) struct MaybeBody<T>(pub(super) T);
 /// The bytes of a JSON body, to be read elsewhere.
-pub(super) struct RawJson(pub(super) Vec<u8>);
+pub(super) struct RawJson(pub(super) Held);
 
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Problem;
@@ -225,14 +234,68 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     if is_json { Ok(()) } else { Err(Problem::new(ErrorCode::UnsupportedMediaType, "the body must be application/json")) }
 }
 
-async fn read(request: Request, app: &App) -> Result<Vec<u8>, Problem> {
+/// A body, and its share of the memory that all may hold together.
+#[derive(Default)]
+pub(super) struct Held {
+    bytes: Vec<u8>,
+    share: Option<OwnedSemaphorePermit>,
+}
+
+impl Deref for Held {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Held {
+    /// Takes what has arrived; an error where the memory that it needs was not free in time.
+    async fn take(&mut self, piece: &[u8], app: &App, deadline: Instant) -> Result<(), Problem> {
+        let needed = self.bytes.len() + piece.len();
+        let mut capacity = self.bytes.capacity().max(FREE_BYTES);
+        while capacity < needed {
+            capacity += capacity.min(STEP_BYTES);
+        }
+        let has = self.share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let wants = (capacity - FREE_BYTES) >> 10;
+        if wants > has {
+            let more = u32::try_from(wants - has).expect("a body has at most 1 MiB");
+            let more = timeout_at(deadline, Arc::clone(&app.bodies).acquire_many_owned(more)).await;
+            let Ok(Ok(more)) = more else {
+                let detail = "request bodies hold as much memory as they may; ask again";
+                return Err(Problem::new(ErrorCode::DependencyUnavailable, detail));
+            };
+            match &mut self.share {
+                Some(share) => share.merge(more),
+                None => self.share = Some(more),
+            }
+        }
+        // By what has arrived, not by what was announced.
+        self.bytes.reserve_exact(capacity - self.bytes.len());
+        self.bytes.extend_from_slice(piece);
+        Ok(())
+    }
+}
+
+async fn read(request: Request, app: &App) -> Result<Held, Problem> {
     let (limit, patience) = (body_limit(request.extensions()), app.settings.body_time);
-    match tokio::time::timeout(patience, Limited::new(request.into_body(), limit).collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes().into()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
-        Ok(Err(_)) => Err(Problem::new(ErrorCode::MalformedJson, "the body broke off")),
-        Err(_) => {
-            Err(Problem::new(ErrorCode::RequestTimeout, format!("the body did not arrive within {} s", patience.as_secs_f32())))
+    let (mut body, mut held, deadline) = (request.into_body(), Held::default(), Instant::now() + patience);
+    loop {
+        match timeout_at(deadline, body.frame()).await {
+            Ok(Some(Ok(frame))) => match frame.into_data() {
+                Ok(piece) if held.len() + piece.len() > limit => return Err(too_large(limit)),
+                Ok(piece) if piece.is_empty() => {}
+                Ok(piece) => held.take(&piece, app, deadline).await?,
+                // Trailers say nothing here.
+                Err(_) => {}
+            },
+            Ok(Some(Err(_))) => return Err(Problem::new(ErrorCode::MalformedJson, "the body broke off")),
+            Ok(None) => return Ok(held),
+            Err(_) => {
+                let detail = format!("the body did not arrive within {} s", patience.as_secs_f32());
+                return Err(Problem::new(ErrorCode::RequestTimeout, detail));
+            }
         }
     }
 }

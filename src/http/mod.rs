@@ -1,6 +1,7 @@
 //! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
 
 mod address;
+mod descriptors;
 mod docs;
 mod document;
 mod edge;
@@ -9,36 +10,48 @@ pub(crate) mod local;
 mod operate;
 mod pages;
 mod pointers;
+mod polls;
 mod problem;
 mod rates;
+mod seats;
 mod serve;
 pub mod tls;
 mod topics;
 mod uploads;
 mod wire;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderName, Method, header, request};
 use ipnet::IpNet;
 use lfs_broker_client::api::ErrorCode;
+use lfs_broker_client::api::{ReadUpload, Upload};
+use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use tracing::info;
 use utoipa::{Modify as _, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
+use uuid::Uuid;
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
 use crate::telemetry::foreign;
 use address::ClientAddress;
+pub(crate) use descriptors::raise as raise_descriptors;
 pub use local::Local;
+use polls::Polls;
 use problem::Problem;
 use rates::Rates;
 pub(crate) use serve::serve;
 pub(crate) use tls::Tls;
+
+/// What [`Settings::body_memory_bytes`] may be: at least one whole body, at most what permits can count.
+pub const BODY_MEMORY: RangeInclusive<usize> = 1 << 20..=1 << 40;
 
 /// How patient the door is, and for how many.
 #[derive(Debug, Clone)]
@@ -54,8 +67,23 @@ pub struct Settings {
     pub idle_time: Duration,
     /// How long a client may take nothing of its answer.
     pub write_time: Duration,
-    /// `LFS_BROKER_CONNECTIONS`: how many are served at once; others wait in the system's queue.
+    /// `LFS_BROKER_CONNECTIONS`: how many are served at once. A request on one more waits 1 s, then 503; health checks do not.
     pub connections: usize,
+    /// `LFS_BROKER_CONNECTIONS_PER_ADDRESS`: how many of them one address may hold, trusted proxies aside; 0: no limit. Half of
+    /// all: an office behind one address has room, and nobody takes everything.
+    pub connections_per_address: usize,
+    /// `LFS_BROKER_TENANT_LONG_POLLS`: how many reads of a tenant may wait at once (`?wait=`); 0: no limit. A quarter of all
+    /// connections, for each holds one for up to 30 s.
+    pub tenant_long_polls: usize,
+    /// `LFS_BROKER_BODY_MEMORY_BYTES`: what all request bodies together may hold beyond the first 8 KiB of each: 64 with 1 MiB of
+    /// part hashes at once.
+    pub body_memory_bytes: usize,
+    /// `LFS_BROKER_SHUTDOWN_DELAY_SECONDS`: how long everything is still served once the end was asked for, while `/readyz` says
+    /// that it is near: load balancers look every few seconds.
+    pub shutdown_delay: Duration,
+    /// `LFS_BROKER_SHUTDOWN_GRACE_SECONDS`: how long what is under way may take to end after that. With the delay it stays
+    /// below the 30 s after which Kubernetes kills.
+    pub shutdown_grace: Duration,
     /// The certificate; none: no TLS.
     pub tls: Option<tls::Settings>,
     /// `LFS_BROKER_TRUSTED_PROXIES`: whose `X-Forwarded-For` is believed.
@@ -78,12 +106,57 @@ impl Default for Settings {
             idle_time: seconds(75),
             write_time: seconds(30),
             connections: 4096,
+            connections_per_address: 2048,
+            tenant_long_polls: 1024,
+            body_memory_bytes: 64 << 20,
+            shutdown_delay: seconds(5),
+            shutdown_grace: seconds(20),
             tls: None,
             trusted_proxies: Vec::new(),
             local: None,
             tenant_requests_per_second: 1000,
             failed_logins_per_minute: 600,
         }
+    }
+}
+
+impl Settings {
+    /// The same with as many connections as the limit of open files has room for, and its shares of them.
+    pub(crate) fn fitted(self) -> Self {
+        let connections = descriptors::room(self.connections);
+        if connections == self.connections {
+            return self;
+        }
+        let share = |part: usize| if part == 0 { 0 } else { (part * connections / self.connections).max(1) };
+        Self {
+            connections_per_address: share(self.connections_per_address),
+            tenant_long_polls: share(self.tenant_long_polls),
+            connections,
+            ..self
+        }
+    }
+}
+
+/// Whether the broker is about to end.
+#[derive(Clone)]
+pub(crate) struct Ending {
+    near: Arc<AtomicBool>,
+    /// True once no new request is taken.
+    pub(crate) stopped: watch::Receiver<bool>,
+}
+
+impl Ending {
+    pub(crate) fn new(stopped: watch::Receiver<bool>) -> Self {
+        Self { near: Arc::default(), stopped }
+    }
+
+    /// From now on the broker says that it is not ready, and every answer ends its connection.
+    pub(crate) fn announce(&self) {
+        self.near.store(true, Ordering::Relaxed);
+    }
+
+    fn is_near(&self) -> bool {
+        self.near.load(Ordering::Relaxed)
     }
 }
 
@@ -100,6 +173,10 @@ pub(crate) struct Parts {
     pub(crate) base_path: String,
     settings: Settings,
     rates: Rates,
+    polls: Polls,
+    /// What request bodies may hold together, in KiB.
+    bodies: Arc<Semaphore>,
+    ending: Ending,
 }
 
 impl std::ops::Deref for App {
@@ -111,12 +188,14 @@ impl std::ops::Deref for App {
 }
 
 impl App {
-    pub(crate) fn new(broker: Broker, auth: Auth, public_url: &str, settings: Settings) -> Self {
+    pub(crate) fn new(broker: Broker, auth: Auth, public_url: &str, settings: Settings, ending: Ending) -> Self {
         let per_second = if auth.tells_tenants_apart() { settings.tenant_requests_per_second } else { 0 };
         let rates = Rates::new(per_second, settings.failed_logins_per_minute);
         let public_url = public_url.trim_end_matches('/').to_owned();
         let base_path = base_path(&public_url).to_owned();
-        Self(Arc::new(Parts { broker, auth, public_url, base_path, settings, rates }))
+        let (polls, bodies) =
+            (Polls::new(settings.tenant_long_polls), Arc::new(Semaphore::new(settings.body_memory_bytes >> 10)));
+        Self(Arc::new(Parts { broker, auth, public_url, base_path, settings, rates, polls, bodies, ending }))
     }
 
     /// Who asks. Whoever comes with a valid token is let in, however many others failed at the same address.
@@ -130,6 +209,22 @@ impl App {
                 Problem::new(ErrorCode::DependencyUnavailable, "the keys of tokens cannot be fetched now")
             }
         })
+    }
+
+    /// Reads an upload. One that waits for a change is counted, and answered as it stands when the broker ends.
+    async fn read(&self, caller: &Caller, id: Uuid, options: &ReadUpload) -> Result<Upload, Problem> {
+        let mut stopped = self.ending.stopped.clone();
+        let ends = async { drop(stopped.wait_for(|stopped| *stopped).await) };
+        let waits = options.wait.unwrap_or(0) > 0;
+        let poll = waits.then(|| self.polls.begin(&caller.tenant));
+        if let Some(None) = poll {
+            let most = self.polls.most;
+            return Err(limited(1, &format!("the tenant has {most} reads that wait for a change, as many as it may")));
+        }
+        tokio::select! {
+            read = self.broker.read(caller, id, options) => Ok(read?),
+            () = ends => Ok(self.broker.read(caller, id, &ReadUpload::default()).await?),
+        }
     }
 
     /// Counts a token that is not valid. What is answered 429 is not logged: a flood of tokens must not flood the log.

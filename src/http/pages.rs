@@ -55,7 +55,7 @@ struct Health {
 #[schema(example = json!({"status": "degraded", "database": {"ok": true}, "storage": {"ok": true},
     "kafka": {"ok": false, "reason": "it does not answer; the log has more"}}))]
 pub(super) struct Readiness {
-    /// `ok`, `degraded` (uploads are accepted, pointers wait) or `unavailable`.
+    /// `ok`, `degraded` (uploads are accepted, pointers wait), `unavailable` or `shutting-down`.
     status: &'static str,
     /// PostgreSQL.
     database: Dependency,
@@ -86,6 +86,7 @@ async fn healthz(_: Fits) -> Json<Health> {
 async fn readyz(_: Fits, State(app): State<App>) -> Response {
     let Dependencies { database, storage, kafka } = app.broker.dependencies().await;
     let (code, status) = match (database.ok && storage.ok, kafka.ok) {
+        _ if app.ending.is_near() => (StatusCode::SERVICE_UNAVAILABLE, "shutting-down"),
         (true, true) => (StatusCode::OK, "ok"),
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),

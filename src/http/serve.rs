@@ -1,17 +1,17 @@
 //! Serving: connections in, each with its limits, none more than there are seats.
 //!
-//! The door speaks HTTP/1.1 alone. No bytes of an upload pass it, so streams of HTTP/2 would save nothing, and a
+//! Beyond the seats a few connections more are taken in, which may ask for the broker's health. The door speaks HTTP/1.1 alone. No bytes of an upload pass it, so streams of HTTP/2 would save nothing, and a
 //! connection is one request at a time: the bound on connections is the bound on requests.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
 use axum::http::header::{CONNECTION, HeaderValue};
+use futures_util::FutureExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -20,22 +20,26 @@ use hyper_util::service::TowerToHyperService;
 use lfs_broker_client::api::ErrorCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::Settings;
-use super::edge::last_answer;
+use super::edge::{Refused, last_answer};
 use super::problem::Problem;
+use super::seats::{NoSeat, Place, RESERVE, Seats};
 use super::tls::Tls;
 use super::wire::{Answer, Limits, Phase, Pulse, Wire};
+use super::{Ending, Settings, limited};
 
-/// The largest head that is parsed; what is above 16 KiB is refused after, by name.
-const HEAD_BYTES: usize = 64 << 10;
+/// The largest head that is parsed, and so much of a body is read ahead of whoever takes it: each connection may hold it.
+/// What is above 16 KiB is refused after, by name.
+const HEAD_BYTES: usize = 32 << 10;
 /// Most headers of a request.
 const HEADERS: usize = 100;
 /// How long to wait when the system has no more sockets.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How long a head may take on a connection without a seat: it holds what health checks need.
+const STANDING_HEAD: Duration = Duration::from_secs(2);
 
 /// Who is at the other end of the connection.
 #[derive(Debug, Clone, Copy)]
@@ -49,9 +53,8 @@ struct Door {
     base_path: Arc<str>,
     tls: Option<Tls>,
     limits: Limits,
-    /// Whether others wait for a seat.
-    crowded: Arc<AtomicBool>,
-    stopped: watch::Receiver<bool>,
+    seats: Arc<Seats>,
+    ending: Ending,
 }
 
 /// Serves until the end is asked for, and then what is under way. Dropped, it drops every connection.
@@ -61,32 +64,32 @@ pub(crate) async fn serve(
     base_path: String,
     tls: Option<Tls>,
     settings: Settings,
-    mut stopped: watch::Receiver<bool>,
+    ending: Ending,
 ) {
     let limits = Limits { head: settings.header_time, idle: settings.idle_time, write: settings.write_time };
-    let (seats, crowded) = (Arc::new(Semaphore::new(settings.connections)), Arc::new(AtomicBool::new(false)));
-    let door = Door { router, base_path: base_path.into(), tls, limits, crowded: Arc::clone(&crowded), stopped: stopped.clone() };
+    let room = Arc::new(Semaphore::new(settings.connections + RESERVE));
+    let seats = Arc::new(Seats::new(settings.connections, settings.connections_per_address, settings.trusted_proxies));
+    let mut stopped = ending.stopped.clone();
+    let door = Door { router, base_path: base_path.into(), tls, limits, seats, ending };
     let mut guests = JoinSet::new();
     loop {
         // A set keeps what has ended until somebody looks.
         while guests.try_join_next().is_some() {}
-        // The seat comes first: without one the client waits in the system's queue, and costs nothing here.
+        // Without room the client waits in the system's queue, and costs nothing here.
         let next = async {
-            crowded.store(seats.available_permits() == 0, Ordering::Relaxed);
-            let seat = Arc::clone(&seats).acquire_owned().await.expect("nobody closes the seats");
-            crowded.store(false, Ordering::Relaxed);
-            listener.accept().await.map(|(stream, peer)| (stream, peer, seat))
+            let room = Arc::clone(&room).acquire_owned().await.expect("nobody closes it");
+            listener.accept().await.map(|(stream, peer)| (stream, peer, room))
         };
         let next = tokio::select! {
             next = next => next,
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         match next {
-            Ok((stream, peer, seat)) => {
-                let door = door.clone();
+            Ok((stream, peer, room)) => {
+                let receiving = door.clone().receive(stream, peer);
                 guests.spawn(async move {
-                    door.receive(stream, peer).await;
-                    drop(seat);
+                    receiving.await;
+                    drop(room);
                 });
             }
             Err(error) => {
@@ -95,36 +98,45 @@ pub(crate) async fn serve(
             }
         }
     }
+    // What the system has taken in already is served: closing the listener would reset it.
+    tokio::task::yield_now().await;
+    while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
+        guests.spawn(door.clone().receive(stream, peer));
+    }
     drop(listener);
     while guests.join_next().await.is_some() {}
 }
 
 impl Door {
-    async fn receive(self, stream: TcpStream, peer: SocketAddr) {
+    async fn receive(mut self, stream: TcpStream, peer: SocketAddr) {
         // An answer is one small packet: it is not held back for another.
         let _ = stream.set_nodelay(true);
-        let Some(tls) = self.tls.clone() else { return self.converse(stream, peer).await };
+        let pulse = Arc::new(Pulse::new());
+        let place = self.seats.enter(peer.ip().to_canonical(), Arc::clone(&pulse));
+        if place.is_late {
+            self.limits.head = self.limits.head.min(STANDING_HEAD);
+        }
+        let Some(tls) = self.tls.clone() else { return self.converse(stream, peer, pulse, place).await };
         match tokio::time::timeout(self.limits.head, tls.accept(stream)).await {
-            Ok(Ok(stream)) => self.converse(stream, peer).await,
+            Ok(Ok(stream)) => self.converse(stream, peer, pulse, place).await,
             Ok(Err(error)) => debug!(%peer, %error, "a TLS handshake failed"),
             Err(_) => debug!(%peer, "a TLS handshake took too long"),
         }
     }
 
-    async fn converse<S: AsyncRead + AsyncWrite + Unpin>(mut self, stream: S, peer: SocketAddr) {
-        let pulse = Arc::new(Pulse::new());
-        let (router, crowded, served) = (TowerToHyperService::new(self.router), self.crowded, Arc::clone(&pulse));
+    async fn converse<S>(mut self, stream: S, peer: SocketAddr, pulse: Arc<Pulse>, place: Place)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let place = Arc::new(place);
+        let (door, served, guest) = (self.clone(), Arc::clone(&pulse), Arc::clone(&place));
         let service = service_fn(move |mut request: Request<Incoming>| {
-            let (serving, crowded) = (served.serve(), Arc::clone(&crowded));
+            let (serving, door, place) = (served.serve(), door.clone(), Arc::clone(&guest));
             request.extensions_mut().insert(Peer(peer.ip().to_canonical()));
-            let answering = router.call(request);
             Box::pin(async move {
-                let mut response = match answering.await {
-                    Ok(response) => response,
-                    Err(never) => match never {},
-                };
-                if crowded.load(Ordering::Relaxed) {
-                    // Whoever was served comes again behind those who wait.
+                let mut response = door.answer(request, &place).await;
+                // Whoever was served comes again behind those who wait, and to another replica where this one ends.
+                if place.is_late || door.ending.is_near() || door.seats.is_full() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 Ok::<_, Infallible>(response.map(|body| Answer { body, _serving: serving }))
@@ -144,9 +156,19 @@ impl Door {
                     break false;
                 }
                 () = pulse.overdue(self.limits) => break true,
-                _ = self.stopped.wait_for(|stopped| *stopped), if !leaving => {
+                () = place.dismissed() => {
+                    let is_idle = matches!(pulse.phase(), Phase::Idle | Phase::Fresh);
+                    if is_idle || (place.is_late && pulse.phase() == Phase::Head) {
+                        return debug!(%peer, "closed an idle connection: others need its place");
+                    }
+                }
+                _ = self.ending.stopped.wait_for(|stopped| *stopped), if !leaving => {
                     leaving = true;
-                    std::pin::Pin::new(&mut connection).graceful_shutdown();
+                    self.limits.head = self.limits.head.min(STANDING_HEAD);
+                    // A request that has begun to arrive is answered: hyper would take it for none.
+                    if matches!(pulse.phase(), Phase::Idle | Phase::Busy) {
+                        std::pin::Pin::new(&mut connection).graceful_shutdown();
+                    }
                 }
             }
         };
@@ -165,5 +187,26 @@ impl Door {
         };
         debug!(%peer, code = %problem.code, "refused what was not a request");
         wire.last_word(&last_answer(problem, &self.base_path)).await;
+    }
+
+    /// Answers a request, or says why there is no seat for it.
+    async fn answer(&self, mut request: Request<Incoming>, place: &Place) -> axum::response::Response {
+        let asks_for_health = matches!(request.uri().path(), "/healthz" | "/readyz");
+        if !(place.is_late && asks_for_health)
+            && let Err(why) = place.seat().await
+        {
+            request.extensions_mut().insert(Refused(no_seat(why)));
+        }
+        match TowerToHyperService::new(self.router.clone()).call(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+}
+
+fn no_seat(why: NoSeat) -> Problem {
+    match why {
+        NoSeat::Full => Problem::new(ErrorCode::DependencyUnavailable, "the broker has as many connections as it may; ask again"),
+        NoSeat::Address(most) => limited(1, &format!("this address has {most} connections, as many as it may")),
     }
 }

@@ -76,7 +76,7 @@ async fn get_upload(
     UploadId(id): UploadId,
     Query(options): Query<ReadUpload>,
 ) -> Result<Json<Upload>, Problem> {
-    Ok(Json(app.broker.read(&caller, id, &options).await?))
+    Ok(Json(app.read(&caller, id, &options).await?))
 }
 
 /// List uploads

@@ -18,6 +18,8 @@ use tokio::time::Instant;
 /// client that is sending takes the answer from it.
 const PATIENCE: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_millis(200);
+/// Who has said nothing for so long is as good as idle.
+const SILENT: Duration = Duration::from_secs(1);
 /// A bare answer has a status line and three headers.
 const BARE_BYTES: usize = 256;
 
@@ -55,11 +57,13 @@ struct Beat {
     since: Instant,
     /// Since when the client takes nothing.
     stuck: Option<Instant>,
+    /// Whether it was asked to end, for others need its place.
+    dismissed: bool,
 }
 
 impl Pulse {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Beat { phase: Phase::Fresh, since: Instant::now(), stuck: None }))
+        Self(Mutex::new(Beat { phase: Phase::Fresh, since: Instant::now(), stuck: None, dismissed: false }))
     }
 
     fn beat(&self) -> Beat {
@@ -71,11 +75,29 @@ impl Pulse {
     }
 
     fn enter(&self, phase: Phase) {
-        self.change(|beat| (beat.phase, beat.since) = (phase, Instant::now()));
+        self.change(|beat| (beat.phase, beat.since, beat.dismissed) = (phase, Instant::now(), false));
     }
 
     pub(super) fn phase(&self) -> Phase {
         self.beat().phase
+    }
+
+    /// Since when nothing is under way; none while something is, or where it was asked to end.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let beat = self.beat();
+        let is_idle = beat.phase == Phase::Idle || (beat.phase == Phase::Fresh && beat.since.elapsed() >= SILENT);
+        (is_idle && !beat.dismissed).then_some(beat.since)
+    }
+
+    /// Whether no request is being served, and it was not asked to end.
+    pub(super) fn is_silent(&self) -> bool {
+        let beat = self.beat();
+        beat.phase != Phase::Busy && !beat.dismissed
+    }
+
+    /// Notes that it was asked to end.
+    pub(super) fn dismiss(&self) {
+        self.change(|beat| beat.dismissed = true);
     }
 
     fn heard(&self) {

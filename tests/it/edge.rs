@@ -119,44 +119,6 @@ async fn a_connection_waits_for_its_next_request_and_not_for_ever() {
 }
 
 #[tokio::test]
-async fn no_more_connections_are_served_than_there_are_seats_and_the_rest_wait() {
-    let house = House::with(|settings| {
-        settings.http.connections = 4;
-        settings.http.header_time = ms(1000);
-    })
-    .await;
-    let mut held = Vec::new();
-    for _ in 0..12 {
-        let mut raw = house.connect().await;
-        raw.send(b"GET /healthz HTTP/1.1\r\n").await;
-        held.push(raw);
-    }
-    let begun = Instant::now();
-    let ended = join_all(held.iter_mut().map(async |raw| {
-        let answers = raw.answers().await;
-        answers[0].expect_problem(408, "request-timeout");
-        begun.elapsed()
-    }))
-    .await;
-    // A seat is free again when a limit has passed, so the fifth waits for two and the ninth for three.
-    let mut ended = ended;
-    ended.sort_unstable();
-    assert!(ended[3] < ended[4] && ended[4] >= ms(1700) && ended[8] >= ms(2700), "{ended:?}");
-    println!("connections: 12 came, ended at {ended:?} with 4 seats");
-
-    // It recovers, and whoever is served while others wait makes room.
-    let asked = join_all((0..40).map(async |_| {
-        let mut raw = house.connect().await;
-        raw.send(HEALTH).await;
-        let mut first = [0; 12];
-        raw.0.read_exact(&mut first).await.unwrap();
-        assert_eq!(&first, b"HTTP/1.1 200");
-    }));
-    tokio::time::timeout(Duration::from_secs(20), asked).await.expect("all are served");
-    house.get("/healthz").await.expect(200);
-}
-
-#[tokio::test]
 async fn a_client_that_does_not_read_loses_its_seat() {
     let house = House::with(|settings| {
         settings.http.connections = 2;
@@ -169,8 +131,8 @@ async fn a_client_that_does_not_read_loses_its_seat() {
     let mut other = house.connect().await;
     other.send(b"GET /healthz HTTP/1.1\r\n").await;
     let begun = Instant::now();
-    house.get("/healthz").await.expect(200);
-    assert!(begun.elapsed() > ms(200) && begun.elapsed() < ms(5000), "{:?}", begun.elapsed());
+    house.eventually("it has lost its seat", async || house.get("/lfs/uploads").await.status == 200).await;
+    assert!(begun.elapsed() < ms(5000), "{:?}", begun.elapsed());
     drop(greedy);
 }
 

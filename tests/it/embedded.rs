@@ -249,6 +249,19 @@ async fn a_page_of_any_origin_may_put_and_read_the_etag() {
 }
 
 #[tokio::test]
+async fn a_page_whose_name_was_pointed_at_this_machine_is_refused() {
+    let own = Own::new().await;
+    let url = own.server.as_ref().unwrap().endpoint();
+    let get = async |host: &str| {
+        let answer = reqwest::Client::new().get(&url).header("host", host).send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let (status, told) = get("evil.example").await;
+    assert!(status == 403 && told.contains("names of this machine"), "{status} {told}");
+    assert!(!get("localhost").await.1.contains("names of this machine"));
+}
+
+#[tokio::test]
 async fn what_the_store_does_not_do_is_said_and_not_ignored() {
     let own = Own::new().await;
     let code = |error: aws_sdk_s3::Error| aws_sdk_s3::error::ProvideErrorMetadata::code(&error).unwrap_or_default().to_owned();

@@ -16,6 +16,7 @@ mod client;
 mod conformance;
 mod consume;
 mod copies;
+mod crowds;
 mod database;
 mod database_goes_back;
 mod dependencies;

@@ -392,8 +392,6 @@ async fn uploads_to_a_topic_that_may_not_be_written_are_parked_and_all_others_go
         for id in &good {
             house.until(id, "published").await;
         }
-        eprintln!("{delivery:?}: 24 beside 8 that are refused in {:?}", begun.elapsed());
-        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
         for id in &bad {
             let parked = || async {
                 let seen = house.upload(id).await;

@@ -20,6 +20,11 @@ pub(crate) struct Serving {
 impl House {
     /// Starts a process beside the house, on the same database, S3 and Kafka, with short times.
     pub(crate) async fn serving(&self, more: &[(&str, &str)]) -> Serving {
+        self.serving_after(":", more).await
+    }
+
+    /// The same, after the shell did this.
+    pub(crate) async fn serving_after(&self, first: &str, more: &[(&str, &str)]) -> Serving {
         let (settings, objects) = (&self.settings, &self.settings.objects);
         let text = |value: &Option<String>| value.clone().expect("the house has set it");
         let delivery = match settings.kafka.delivery {
@@ -40,10 +45,17 @@ impl House {
             ("LFS_BROKER_LISTEN", "127.0.0.1:0".to_owned()),
             ("LFS_BROKER_LEASE_SECONDS", "3".to_owned()),
             ("LFS_BROKER_SWEEP_SECONDS", "1".to_owned()),
+            ("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "0".to_owned()),
         ]);
         environment.extend(more.iter().map(|(name, value)| (*name, (*value).to_owned())));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
-        command.arg("serve").env_clear().envs(environment).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", &format!("{first} && exec \"$0\" serve"), env!("CARGO_BIN_EXE_lfs-broker")])
+            .env_clear()
+            .envs(environment)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, written) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&log));
