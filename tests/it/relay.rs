@@ -385,7 +385,6 @@ async fn uploads_to_a_topic_that_may_not_be_written_are_parked_and_all_others_go
         for number in 0..8 {
             bad.push(house.promise(json!({"topic": refused_topic, "key": format!("k{number}")})).await);
         }
-        let begun = Instant::now();
         for number in 0..24 {
             good.push(house.promise(json!({"key": format!("k{number}")})).await);
         }
