@@ -304,16 +304,7 @@ impl Publication {
                 world.relays[replica].last_batch = world.shard.last_batch;
                 Step::Compared(marker)
             }
-            Step::Asked(marker) | Step::Compared(marker) => {
-                let stamps = world.stamps();
-                let listed = self.listed(stamps, marker);
-                let is_settled = |(state, is_listed): (&Pointer, bool)| !is_listed || *state == Pointer::Published;
-                if stamps == [None; POINTERS] && world.pointers.iter().zip(listed).all(is_settled) {
-                    Step::Ready
-                } else {
-                    Step::Settling(stamps, listed)
-                }
-            }
+            Step::Asked(marker) | Step::Compared(marker) => self.read_stamps(world, marker),
             Step::Settling(_, listed) if !world.mark(listed) => Step::Idle,
             Step::Settling(stamps, listed) => {
                 Step::Unstamping(stamps, listed.map(|is_listed| is_listed && self.design.leaves_what_is_published))
@@ -362,6 +353,35 @@ impl Publication {
                 Step::Unstamping(stamps, NONE)
             }
         }
+    }
+
+    /// What the marker lists and what is stamped: whether anything is to be settled.
+    fn read_stamps(&self, world: &World, marker: Option<Marker>) -> Step {
+        let stamps = world.stamps();
+        let listed = self.listed(stamps, marker);
+        let is_settled = |(state, is_listed): (&Pointer, bool)| !is_listed || *state == Pointer::Published;
+        if stamps == [None; POINTERS] && world.pointers.iter().zip(listed).all(is_settled) {
+            Step::Ready
+        } else {
+            Step::Settling(stamps, listed)
+        }
+    }
+
+    fn begin_audit(&self, world: &mut World) {
+        if !self.design.audits_from_the_marker {
+            world.adopt();
+        }
+        world.audit = world.marker.map(|marker| marker.batch);
+    }
+
+    fn end_audit(&self, world: &mut World) {
+        let mut began = world.audit.take();
+        if self.design.audits_from_the_marker {
+            world.adopt();
+        } else {
+            began = world.marker.map(|marker| marker.batch);
+        }
+        world.shard.last_batch = world.shard.last_batch.max(began.unwrap_or_default());
     }
 
     /// `init_transactions`.
@@ -448,21 +468,8 @@ impl Model for Publication {
             Action::DeadLeaseEnds => world.shard.is_free = true,
             Action::CommitLands(number) => world.commit(number),
             Action::ParkingEnds(pointer) => world.pointers[pointer] = Pointer::Promised { batch: None, parked: false },
-            Action::AuditBegins => {
-                if !self.design.audits_from_the_marker {
-                    world.adopt();
-                }
-                world.audit = world.marker.map(|marker| marker.batch);
-            }
-            Action::AuditEnds => {
-                let mut began = world.audit.take();
-                if self.design.audits_from_the_marker {
-                    world.adopt();
-                } else {
-                    began = world.marker.map(|marker| marker.batch);
-                }
-                world.shard.last_batch = world.shard.last_batch.max(began.unwrap_or_default());
-            }
+            Action::AuditBegins => self.begin_audit(&mut world),
+            Action::AuditEnds => self.end_audit(&mut world),
             Action::Crash(replica) => world.crash(replica),
             Action::BackUp => world.back_up(),
             Action::GoBack(is_free) => world.go_back(is_free),
