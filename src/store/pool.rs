@@ -20,6 +20,9 @@ use tokio::time::timeout;
 
 /// A worker's batch may take longer; nobody waits for it with a stop-watch.
 pub(super) const WORK_WITHIN: Duration = Duration::from_secs(10);
+/// How long a connection may take to open. Longer than a caller waits: what a busy server opens late serves the next one,
+/// and is not begun again and again.
+const CONNECT_WITHIN: Duration = Duration::from_secs(4);
 /// How long a server may take to confirm that a cancelled statement has ended. It takes milliseconds; a server that is
 /// silent has ended the statement by its own `statement_timeout` when this is over.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
@@ -173,8 +176,7 @@ impl Connections {
         let deadline = Instant::now() + self.acquire_within;
         let mut pause = Duration::from_millis(10);
         loop {
-            let opened = timeout(deadline.saturating_duration_since(Instant::now()), Live::open(&self.options)).await;
-            match opened.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            match timeout(CONNECT_WITHIN, Live::open(&self.options)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
                 Ok(live) => return Ok(Lent::new(self, live, permit)),
                 Err(error) if is_starting(&error) && Instant::now() + pause < deadline => {
                     tokio::time::sleep(pause).await;
