@@ -196,13 +196,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         lease: settings.finish.lease,
         shards: deployment.shards,
     };
-    let checks = Checks {
-        store: store.clone(),
-        objects: objects.clone(),
-        kafka: kafka.clone(),
-        deployment,
-        outcomes: Arc::clone(&outcomes),
-    };
+    let checks = Checks::new(store.clone(), objects.clone(), kafka.clone(), deployment, Arc::clone(&outcomes));
     let broker = Broker::new(Parts {
         store: store.clone(),
         objects,
@@ -229,8 +223,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_restore_check(restore_check, stopped.clone())),
         tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
     ];
-    work.push(tokio::spawn(until(stopped.clone(), trying)));
-    work.push(tokio::spawn(run_checks(checks, stopped.clone())));
+    work.extend([tokio::spawn(until(stopped.clone(), trying)), tokio::spawn(run_checks(checks, stopped.clone()))]);
     let scheme = if tls.is_some() { "https" } else { "http" };
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
         work.push(tokio::spawn(tls.keep_current(files, stopped)));

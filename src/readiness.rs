@@ -137,14 +137,18 @@ impl Default for Outcomes {
 
 /// Tries what uploads need.
 pub(crate) struct Checks {
-    pub(crate) store: Store,
-    pub(crate) objects: Objects,
-    pub(crate) kafka: Kafka,
-    pub(crate) deployment: Deployment,
-    pub(crate) outcomes: Arc<Outcomes>,
+    store: Store,
+    objects: Objects,
+    kafka: Kafka,
+    deployment: Deployment,
+    outcomes: Arc<Outcomes>,
 }
 
 impl Checks {
+    pub(crate) fn new(store: Store, objects: Objects, kafka: Kafka, deployment: Deployment, outcomes: Arc<Outcomes>) -> Self {
+        Self { store, objects, kafka, deployment, outcomes }
+    }
+
     /// Tries everything once; says whether all of it works. The start has tried the storage itself, so the first round
     /// leaves it out unless that failed.
     pub(crate) async fn tick(&self, is_first: bool) -> bool {

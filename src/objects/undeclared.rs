@@ -136,12 +136,14 @@ mod tests {
         let (aes, gzip) = (header("x-amz-server-side-encryption", "AES256"), header("content-encoding", "gzip"));
         let kms = header("x-amz-server-side-encryption", "aws:kms");
         let defaults = Defaults::default();
-        assert_eq!(defaults.subtract("b", vec![aes.clone()]), [aes.clone()], "nothing is known yet");
+        let left =
+            |bucket: &str, found: &[&Header]| defaults.subtract(bucket, found.iter().map(|&header| header.clone()).collect());
+        assert_eq!(left("b", &[&aes]).len(), 1, "nothing is known yet");
         defaults.learn("b", &[aes.clone(), gzip.clone()]);
-        assert_eq!(defaults.subtract("b", vec![aes.clone(), gzip.clone()]), [gzip.clone()], "no bucket sets an encoding");
-        assert_eq!(defaults.subtract("b", vec![kms.clone()]), [kms.clone()]);
-        assert_eq!(defaults.subtract("other", vec![aes.clone()]), [aes.clone()]);
+        assert_eq!(left("b", &[&aes, &gzip]).first(), Some(&gzip), "no bucket sets an encoding");
+        assert_eq!(left("b", &[&kms]).first(), Some(&kms));
+        assert_eq!(left("other", &[&aes]).first(), Some(&aes));
         defaults.accept_any("b");
-        assert_eq!(defaults.subtract("b", vec![kms, gzip.clone()]), [gzip]);
+        assert_eq!(left("b", &[&kms, &gzip]), [gzip.clone()]);
     }
 }
