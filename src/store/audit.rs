@@ -195,7 +195,7 @@ impl Store {
         Ok(patient(gone.execute(self.pool.unbounded())).await?.rows_affected() == 1)
     }
 
-    /// Tenants whose rows differ from a count of their open and completing sessions, and of the bytes that failed ones hold.
+    /// Tenants whose rows differ from a count of their open and completing sessions.
     pub(crate) async fn miscounts(&self) -> Result<Vec<Miscount>, Error> {
         let rows = sqlx::query_as!(
             Miscount,
@@ -203,12 +203,8 @@ impl Store {
                       coalesce(t.reserved_bytes, 0) as "told_bytes!", coalesce(held.sessions, 0) as "sessions!",
                       coalesce(held.bytes, 0) as "bytes!"
                from tenants t full join (
-                   select tenant, count(*) filter (where not has_failed) as sessions, sum(size_bytes)::bigint as bytes from (
-                       select tenant, size_bytes, false as has_failed from upload_sessions where state in ('open', 'completing')
-                       union all
-                       select tenant, size_bytes, true from upload_sessions
-                       where cleanup_due_at is not null and bytes_held_until is not null) counted
-                   group by tenant) held on held.tenant = t.tenant
+                   select tenant, count(*) as sessions, sum(size_bytes)::bigint as bytes from upload_sessions
+                   where state in ('open', 'completing') group by tenant) held on held.tenant = t.tenant
                where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0))
                      is distinct from (coalesce(held.sessions, 0), coalesce(held.bytes, 0))
                order by 1"#
@@ -227,12 +223,8 @@ impl Store {
                 "insert into tenants (tenant, open_sessions, reserved_bytes)
                  select coalesce(t.tenant, held.tenant), coalesce(held.sessions, 0), coalesce(held.bytes, 0)
                  from tenants t full join (
-                     select tenant, count(*) filter (where not has_failed) as sessions, sum(size_bytes)::bigint as bytes from (
-                         select tenant, size_bytes, false as has_failed from upload_sessions where state in ('open', 'completing')
-                         union all
-                         select tenant, size_bytes, true from upload_sessions
-                         where cleanup_due_at is not null and bytes_held_until is not null) counted
-                     group by tenant) held on held.tenant = t.tenant
+                     select tenant, count(*) as sessions, sum(size_bytes)::bigint as bytes from upload_sessions
+                     where state in ('open', 'completing') group by tenant) held on held.tenant = t.tenant
                  where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0))
                        is distinct from (coalesce(held.sessions, 0), coalesce(held.bytes, 0))
                  on conflict (tenant) do update set open_sessions = excluded.open_sessions, reserved_bytes = excluded.reserved_bytes"

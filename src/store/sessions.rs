@@ -396,13 +396,13 @@ impl Store {
         within(WORK_WITHIN, async { Ok(ids.fetch_all(self.pool.unbounded()).await?) }).await
     }
 
-    /// Gives a failed session's bytes back to its tenant's quota, once.
+    /// No longer counts a failed session's bytes against its tenant, once.
     pub(crate) async fn free_held(&self, id: Uuid) -> Result<(), Error> {
         query!(
             "with freed as (
                  update upload_sessions set bytes_held_until = null where id = $1 and bytes_held_until is not null
                  returning tenant, size_bytes)
-             update tenants t set reserved_bytes = t.reserved_bytes - freed.size_bytes from freed where t.tenant = freed.tenant",
+             update tenants t set held_bytes = t.held_bytes - freed.size_bytes from freed where t.tenant = freed.tenant",
             id
         )
         .execute(&self.pool)

@@ -102,7 +102,10 @@ async fn insert(
              select $2::text, 1, $14::bigint where $27::bigint = 0 or $14 <= $27
              on conflict (tenant) do update set open_sessions = t.open_sessions + 1,
                  reserved_bytes = t.reserved_bytes + excluded.reserved_bytes
-             where ($26::bigint = 0 or t.open_sessions < $26) and ($27 = 0 or t.reserved_bytes + excluded.reserved_bytes <= $27)
+             where ($26::bigint = 0 or t.open_sessions < $26)
+                 and ($27 = 0 or t.reserved_bytes + excluded.reserved_bytes <= $27
+                     -- With what URLs of failed uploads may still bring, twice the quota.
+                     and t.reserved_bytes + excluded.reserved_bytes + t.held_bytes - $27 <= $27)
              returning tenant),
          opened as (
              insert into upload_sessions (
@@ -190,7 +193,8 @@ pub(super) async fn save(pool: &Pool, step: &Move<'_>, shards: i32) -> Result<Op
              select id, version, $4, $20, $3, $22, $23 from moved),
          freed as (
              update tenants t set open_sessions = t.open_sessions - 1,
-                 reserved_bytes = t.reserved_bytes - case when $28::timestamptz is null then moved.size_bytes else 0 end
+                 reserved_bytes = t.reserved_bytes - moved.size_bytes,
+                 held_bytes = t.held_bytes + case when $28::timestamptz is null then 0 else moved.size_bytes end
              from moved where $24::bool and t.tenant = moved.tenant),
          promised as (
              insert into outbox (session_id, shard, topic, ordering, partition, key, value, headers, created_at, next_try_at)
