@@ -4,7 +4,8 @@
 //! The broker does it when a client completes, the verifier when bytes must be read or a lease ran out. Any of it
 //! may be done twice: a takeover looks before it touches, and the outcome is written under the version that was read.
 
-use std::collections::{HashMap, HashSet};
+mod parts;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,10 +18,12 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::failpoint;
-use crate::objects::{self, Finish, Objects, Part, Place};
+use crate::objects::{self, Finish, Objects, Place};
 use crate::session::{Layout, Object, Proof, Refusal, Session, State};
 use crate::store::{self, Move, Store};
 use crate::wakes::Wakes;
+use parts::sound_parts;
+pub(crate) use parts::{missing, present};
 
 /// What is left over in S3 is removed if it can be removed at once.
 const TIDY_WITHIN: Duration = Duration::from_secs(2);
@@ -439,31 +442,6 @@ pub(crate) async fn expire(store: &Store, session: Session, now: OffsetDateTime,
     }
 }
 
-/// The listed parts that are what was promised: of the right size, and of the right hash where S3 tells it.
-fn sound_parts(session: &Session, listed: Vec<Part>, hashes: &[(u32, Sha256)]) -> Vec<Part> {
-    let layout = session.promise.layout;
-    let promised: HashMap<u32, Sha256> = hashes.iter().copied().collect();
-    listed
-        .into_iter()
-        .filter(|part| layout.part(part.number, session.promise.size_bytes).is_some_and(|(_, bytes)| bytes == part.size_bytes))
-        .filter(|part| !layout.has_part_hashes() || (part.sha256.is_some() && part.sha256.as_ref() == promised.get(&part.number)))
-        .collect()
-}
-
-/// The numbers of a session's parts that S3 holds and that are sound, with their sizes.
-pub(crate) fn present(session: &Session, listed: Vec<Part>, hashes: &[(u32, Sha256)]) -> Vec<(u32, u64)> {
-    let mut present: Vec<(u32, u64)> =
-        sound_parts(session, listed, hashes).into_iter().map(|part| (part.number, part.size_bytes)).collect();
-    present.sort_unstable();
-    present
-}
-
-/// The numbers up to `parts` that are not held, in order.
-pub(crate) fn missing(parts: u32, held: impl IntoIterator<Item = u32>) -> impl Iterator<Item = u32> {
-    let held: HashSet<u32> = held.into_iter().collect();
-    (1..=parts).filter(move |number| !held.contains(number))
-}
-
 /// What is proved today of a promised upload's object ([`Session::holds`]). The part hashes are asked for only where S3
 /// has another object than the one that was proved.
 pub(crate) async fn still_proved(
@@ -477,48 +455,4 @@ pub(crate) async fn still_proved(
         false => Vec::new(),
     };
     Ok(session.holds(proof, found, &parts))
-}
-
-#[cfg(test)]
-mod tests {
-    use lfs_broker_client::checksum::Algorithm;
-
-    use super::*;
-    use crate::session::tests::promise;
-    use crate::session::{Hashes, Promise};
-
-    /// The time that it takes to hold so many parts against their promise.
-    fn time_for(parts: u32) -> Duration {
-        let layout = Layout::Multipart { part_bytes: 1, parts, hashes: Hashes::Given };
-        let promise = Promise { size_bytes: parts.into(), layout, ..promise(Algorithm::None) };
-        let now = OffsetDateTime::UNIX_EPOCH;
-        let session = Session::open(Uuid::from_u128(7), "acme", "sub", ("b".into(), "k".into()), promise, now);
-        let hashes: Vec<(u32, Sha256)> = (1..=parts).map(|number| (number, Sha256::of(&number.to_be_bytes()))).collect();
-        let part = |(number, sha256): &(u32, Sha256)| Part {
-            number: *number,
-            size_bytes: 1,
-            etag: String::new(),
-            sha256: Some(*sha256),
-        };
-        let listed: Vec<Part> = hashes.iter().map(part).collect();
-        let begun = Instant::now();
-        let present = present(&session, listed, &hashes);
-        let lacking = missing(parts, present.iter().map(|(number, _)| *number)).count();
-        let took = begun.elapsed();
-        assert_eq!((present.len(), lacking), (parts as usize, 0));
-        took
-    }
-
-    #[test]
-    fn ten_times_the_parts_take_about_ten_times_as_long_and_not_a_hundred() {
-        // The quickest of some: the machine may be busy.
-        let quickest = |parts| (0..5).map(|_| time_for(parts)).min().unwrap();
-        let (few, many) = (quickest(1000), quickest(10_000));
-        assert!(many < few * 40, "{few:?}, then {many:?}");
-    }
-
-    #[test]
-    fn what_is_missing_is_told_in_order() {
-        assert_eq!(missing(5, [4, 2]).collect::<Vec<_>>(), [1, 3, 5]);
-    }
 }

@@ -1,6 +1,7 @@
 //! Every move against every state.
 
 use super::*;
+use lfs_broker_client::checksum::composite;
 use time::macros::datetime;
 
 const NOW: OffsetDateTime = datetime!(2026-11-21 06:35 UTC);

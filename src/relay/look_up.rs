@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, HashMap};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{Carrier, Error, placed};
+use super::settlement::placed;
+use super::{Carrier, Error};
 use crate::kafka::Delivered;
 use crate::store::{Placed, Waiting};
 
