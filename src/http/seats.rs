@@ -244,7 +244,8 @@ mod tests {
         let late = waiting.await.unwrap().expect("a seat is free");
         assert!(second.leave.notified().now_or_never().is_none(), "one was enough");
         drop((busy, second, late));
-        assert_eq!((seats.held().seated.len(), seats.held().addresses.len(), seats.held().standing.len()), (0, 0, 0));
+        let held = seats.held();
+        assert_eq!((held.seated.len(), held.addresses.len(), held.standing.len()), (0, 0, 0));
     }
 
     #[tokio::test]
