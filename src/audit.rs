@@ -244,10 +244,17 @@ impl Run<'_> {
         let fixed = self.fix && !miscounts.is_empty() && self.store.recount().await? > 0;
         for wrong in miscounts {
             let example = format!(
-                "{}: the row says {} sessions and {} bytes, there are {} and {}",
-                wrong.tenant, wrong.told_sessions, wrong.told_bytes, wrong.sessions, wrong.bytes
+                "{}: the row says {} sessions, {} bytes and {} held, there are {}, {} and {}",
+                wrong.tenant,
+                wrong.told_sessions,
+                wrong.told_bytes,
+                wrong.told_held_bytes,
+                wrong.sessions,
+                wrong.bytes,
+                wrong.held_bytes
             );
-            tally.tell(Told { kind: Kind::Quota, bytes: wrong.told_bytes.abs_diff(wrong.bytes), fixed, example });
+            let bytes = wrong.told_bytes.abs_diff(wrong.bytes) + wrong.told_held_bytes.abs_diff(wrong.held_bytes);
+            tally.tell(Told { kind: Kind::Quota, bytes, fixed, example });
         }
         Ok(())
     }

@@ -239,7 +239,7 @@ async fn a_leader_that_went_is_found_out_by_the_first_record_that_does_not_arriv
     server.down().await.unwrap();
     let placing = kafka.place(sent.clone()).await.unwrap();
     assert_eq!(placing.records, sent, "what Kafka said a moment ago");
-    assert!(matches!(shard.publish(2, &placing.records).await, Err(PublishError::Retry(_))));
+    assert!(matches!(shard.publish(2, &placing.records).await, Err(PublishError::NoMarker(_))));
     server.lead("videos", 0, false).await.unwrap();
     server.up().await.unwrap();
     let deadline = Instant::now() + Duration::from_secs(4);
@@ -286,7 +286,7 @@ async fn a_stopped_kafka_is_noticed_in_time_and_publishing_goes_on_when_it_is_ba
     assert!(asked.elapsed() < Duration::from_secs(4), "{:?} for two answers", asked.elapsed());
     kafka.doubt("videos");
     assert_eq!(kafka.partitions("videos").await.unwrap(), Some(1), "a known topic stays known");
-    assert!(matches!(shard.publish(2, &[record("videos", None)]).await, Err(PublishError::Retry(_))));
+    assert!(matches!(shard.publish(2, &[record("videos", None)]).await, Err(PublishError::NoMarker(_))));
 
     server.up().await.unwrap();
     let back = Instant::now();

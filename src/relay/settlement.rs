@@ -74,6 +74,7 @@ impl Carrier {
         let Some(held) = slot.as_mut() else { return Ok(0) };
         // Those that `place` refused are parked already.
         let sent: Vec<Uuid> = sent.iter().copied().filter(|id| rows.iter().any(|row| row.session_id == *id)).collect();
+        let mut is_doubtful = false;
         let (marked, published) = match outcome {
             Ok(delivered) => {
                 let now = self.store.now().await?;
@@ -116,6 +117,8 @@ impl Carrier {
                 self.tell_failure(owned.shard, &why);
                 self.isolation.failed(owned.shard, &sent, false, &why);
                 self.markers_in_doubt.store(true, Ordering::Release);
+                // As above: perhaps it is the producer.
+                is_doubtful = self.kafka.reachable().await.is_ok();
                 (0, Vec::new())
             }
             // The stamp stays: the next owner reads the marker first.
@@ -134,7 +137,7 @@ impl Carrier {
             }
         };
         self.unstamp(owned, &[batch], &published).await?;
-        if held.shard.is_spent() {
+        if is_doubtful || held.shard.is_spent() {
             *held = self.take(owned).await?.0;
         }
         Ok(marked)

@@ -73,8 +73,10 @@ pub(crate) struct Miscount {
     pub(crate) tenant: String,
     pub(crate) told_sessions: i64,
     pub(crate) told_bytes: i64,
+    pub(crate) told_held_bytes: i64,
     pub(crate) sessions: i64,
     pub(crate) bytes: i64,
+    pub(crate) held_bytes: i64,
 }
 
 /// What a record in Kafka says about its session.
@@ -199,14 +201,19 @@ impl Store {
     pub(crate) async fn miscounts(&self) -> Result<Vec<Miscount>, Error> {
         let rows = sqlx::query_as!(
             Miscount,
-            r#"select coalesce(t.tenant, held.tenant) as "tenant!", coalesce(t.open_sessions, 0) as "told_sessions!",
-                      coalesce(t.reserved_bytes, 0) as "told_bytes!", coalesce(held.sessions, 0) as "sessions!",
-                      coalesce(held.bytes, 0) as "bytes!"
+            r#"select coalesce(t.tenant, counted.tenant) as "tenant!", coalesce(t.open_sessions, 0) as "told_sessions!",
+                      coalesce(t.reserved_bytes, 0) as "told_bytes!", coalesce(t.held_bytes, 0) as "told_held_bytes!",
+                      coalesce(counted.sessions, 0) as "sessions!", coalesce(counted.bytes, 0) as "bytes!",
+                      coalesce(counted.held_bytes, 0) as "held_bytes!"
                from tenants t full join (
-                   select tenant, count(*) as sessions, sum(size_bytes)::bigint as bytes from upload_sessions
-                   where state in ('open', 'completing') group by tenant) held on held.tenant = t.tenant
-               where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0))
-                     is distinct from (coalesce(held.sessions, 0), coalesce(held.bytes, 0))
+                   select tenant, count(*) filter (where state in ('open', 'completing')) as sessions,
+                          sum(size_bytes) filter (where state in ('open', 'completing'))::bigint as bytes,
+                          sum(size_bytes) filter (where bytes_held_until is not null)::bigint as held_bytes
+                   from upload_sessions
+                   where state in ('open', 'completing') or (cleanup_due_at is not null and bytes_held_until is not null)
+                   group by tenant) counted on counted.tenant = t.tenant
+               where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0), coalesce(t.held_bytes, 0))
+                     is distinct from (coalesce(counted.sessions, 0), coalesce(counted.bytes, 0), coalesce(counted.held_bytes, 0))
                order by 1"#
         );
         patient(rows.fetch_all(self.pool.unbounded())).await
@@ -220,14 +227,20 @@ impl Store {
             // count could be older than the row that it replaces.
             query!("lock table tenants in share row exclusive mode").execute(&mut *tx).await?;
             let recounted = query!(
-                "insert into tenants (tenant, open_sessions, reserved_bytes)
-                 select coalesce(t.tenant, held.tenant), coalesce(held.sessions, 0), coalesce(held.bytes, 0)
+                "insert into tenants (tenant, open_sessions, reserved_bytes, held_bytes)
+                 select coalesce(t.tenant, counted.tenant), coalesce(counted.sessions, 0), coalesce(counted.bytes, 0),
+                        coalesce(counted.held_bytes, 0)
                  from tenants t full join (
-                     select tenant, count(*) as sessions, sum(size_bytes)::bigint as bytes from upload_sessions
-                     where state in ('open', 'completing') group by tenant) held on held.tenant = t.tenant
-                 where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0))
-                       is distinct from (coalesce(held.sessions, 0), coalesce(held.bytes, 0))
-                 on conflict (tenant) do update set open_sessions = excluded.open_sessions, reserved_bytes = excluded.reserved_bytes"
+                     select tenant, count(*) filter (where state in ('open', 'completing')) as sessions,
+                            sum(size_bytes) filter (where state in ('open', 'completing'))::bigint as bytes,
+                            sum(size_bytes) filter (where bytes_held_until is not null)::bigint as held_bytes
+                     from upload_sessions
+                     where state in ('open', 'completing') or (cleanup_due_at is not null and bytes_held_until is not null)
+                     group by tenant) counted on counted.tenant = t.tenant
+                 where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0), coalesce(t.held_bytes, 0))
+                       is distinct from (coalesce(counted.sessions, 0), coalesce(counted.bytes, 0), coalesce(counted.held_bytes, 0))
+                 on conflict (tenant) do update set open_sessions = excluded.open_sessions,
+                     reserved_bytes = excluded.reserved_bytes, held_bytes = excluded.held_bytes"
             );
             let wrong = recounted.execute(&mut *tx).await?.rows_affected();
             tx.commit().await?;
@@ -264,7 +277,7 @@ impl Store {
         let adopted = query_scalar!(
             r#"with was as (
                    select id, state in ('open', 'completing') as is_open, state, tenant, size_bytes,
-                          cleanup_due_at is not null and bytes_held_until is not null as holds_bytes from upload_sessions
+                          bytes_held_until is not null as holds_bytes from upload_sessions
                    where id = $1 and (state in ('open', 'completing', 'verified')
                                       or $12 and state in ('aborted', 'expired', 'rejected')) for update),
                moved as (
@@ -283,7 +296,9 @@ impl Store {
                    select id, version, $2, state, 'published', 'Kafka holds its pointer', 'audit' from moved),
                freed as (
                    update tenants t
-                   set open_sessions = t.open_sessions - moved.is_open::int, reserved_bytes = t.reserved_bytes - moved.size_bytes
+                   set open_sessions = t.open_sessions - moved.is_open::int,
+                       reserved_bytes = t.reserved_bytes - moved.is_open::int * moved.size_bytes,
+                       held_bytes = t.held_bytes - moved.holds_bytes::int * moved.size_bytes
                    from moved where t.tenant = moved.tenant and (moved.is_open or moved.holds_bytes)),
                sent as (delete from outbox where session_id in (select id from moved))
                select exists (select from moved) as "adopted!""#,
