@@ -20,7 +20,7 @@ const AT_ONCE: usize = 16;
 const CHECK_WITHIN: Duration = Duration::from_secs(10);
 
 /// What an operator is told, without addresses.
-pub(crate) const ADVICE: &str = "the database is older than Kafka: stop the brokers and run `lfs-broker audit --fix`";
+pub(crate) const ADVICE: &str = "the database is older than Kafka: run `lfs-broker audit --fix`";
 
 /// A shard of which Kafka holds a later batch than the database ever stamped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -210,7 +210,7 @@ impl Store {
                           sum(size_bytes) filter (where state in ('open', 'completing'))::bigint as bytes,
                           sum(size_bytes) filter (where bytes_held_until is not null)::bigint as held_bytes
                    from upload_sessions
-                   where state in ('open', 'completing') or (cleanup_due_at is not null and bytes_held_until is not null)
+                   where state in ('open', 'completing') or bytes_held_until is not null
                    group by tenant) counted on counted.tenant = t.tenant
                where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0), coalesce(t.held_bytes, 0))
                      is distinct from (coalesce(counted.sessions, 0), coalesce(counted.bytes, 0), coalesce(counted.held_bytes, 0))
@@ -235,7 +235,7 @@ impl Store {
                             sum(size_bytes) filter (where state in ('open', 'completing'))::bigint as bytes,
                             sum(size_bytes) filter (where bytes_held_until is not null)::bigint as held_bytes
                      from upload_sessions
-                     where state in ('open', 'completing') or (cleanup_due_at is not null and bytes_held_until is not null)
+                     where state in ('open', 'completing') or bytes_held_until is not null
                      group by tenant) counted on counted.tenant = t.tenant
                  where (coalesce(t.open_sessions, 0), coalesce(t.reserved_bytes, 0), coalesce(t.held_bytes, 0))
                        is distinct from (coalesce(counted.sessions, 0), coalesce(counted.bytes, 0), coalesce(counted.held_bytes, 0))

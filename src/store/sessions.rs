@@ -389,7 +389,7 @@ impl Store {
     /// Failed sessions whose bytes count in the quota although their last URL has ended.
     pub(crate) async fn held(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Uuid>, Error> {
         let ids = query_scalar!(
-            "select id from upload_sessions where cleanup_due_at is not null and bytes_held_until <= $1 limit $2",
+            "select id from upload_sessions where bytes_held_until <= $1 order by bytes_held_until limit $2",
             now,
             limit
         );

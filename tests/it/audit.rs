@@ -326,7 +326,8 @@ async fn more_than_a_page_of_everything_is_counted_to_the_end() {
     let aborted = house.open(b"many", json!({})).await.expect(201);
     house.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
     let copies = "insert into upload_sessions
-         select (jsonb_populate_record(s, jsonb_build_object('id', gen_random_uuid(), 'object_key', s.object_key || n))).*
+         select (jsonb_populate_record(s, jsonb_build_object(
+             'id', gen_random_uuid(), 'object_key', s.object_key || n, 'bytes_held_until', null))).*
          from upload_sessions s, generate_series(1, 2100) n where s.id = $1";
     assert_eq!(sql(&house, copies, id(&aborted)).await, 2100);
     let stranger = Uuid::now_v7();

@@ -114,7 +114,9 @@ async fn an_upload_that_kafka_will_never_take_is_discarded_and_holds_nothing_up(
 async fn only_a_pointer_that_kafka_has_refused_can_be_discarded() {
     let house = impatient_house().await;
     let open = house.open(b"hello", json!({})).await.expect(201).id();
-    let published = house.publish(b"hello", json!({})).await.id();
+    let published = house.put_up(b"hello", json!({})).await.id();
+    house.complete(&published).await;
+    house.until(&published, "published").await;
     // Behind a parked one of its key: nobody has refused this one.
     let first = parked(&house, b"first").await;
     let behind = house.open(b"behind", json!({"key": "k"})).await.expect(201);
