@@ -1,6 +1,6 @@
 //! Failpoints: named places between two side effects, where a test kills the broker, fails it or holds it up.
 //!
-//! Each stands where DESIGN.md's table of crashes has a row. They exist in builds of the tests only: without the
+//! Each stands where the table of crashes in `docs/architecture.md` has a row. They exist in builds of the tests only: without the
 //! feature `failpoints` of the crate `fail`, which a release never has, reaching one is nothing at all.
 
 use std::time::Duration;
