@@ -322,6 +322,7 @@ async fn try_store(
             return Err(Error::CopySource);
         }
         let _ = seen.set(found);
+        outcomes.storage.record(Ok(()));
     }
     let (objects, noted, outcomes) = (objects.clone(), Arc::clone(&seen), Arc::clone(outcomes));
     let (tried, is_tried) = oneshot::channel::<()>();
@@ -333,6 +334,7 @@ async fn try_store(
                     if found.object_lock {
                         info!("bucket {bucket} has Object Lock: what failed uploads leave there stays until its retention ends");
                     }
+                    outcomes.storage.record(Ok(()));
                     drop(noted.set(found));
                 }
                 Err(error) => {

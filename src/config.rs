@@ -445,14 +445,16 @@ fn http_settings(file: &File) -> Result<http::Settings, Error> {
             wrong("LFS_BROKER_TRUSTED_PROXIES", text, "addresses and networks such as 10.0.0.0/8, separated by commas")
         }),
     };
+    let connections = least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?;
     Ok(http::Settings {
         header_time: at_least("LFS_BROKER_HEADER_SECONDS", file.header_seconds, 1, defaults.header_time)?,
         body_time: at_least("LFS_BROKER_BODY_SECONDS", file.body_seconds, 1, defaults.body_time)?,
         request_time: request_time(file, defaults.request_time)?,
         idle_time: at_least("LFS_BROKER_IDLE_SECONDS", file.idle_seconds, 1, defaults.idle_time)?,
-        connections: least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?,
-        connections_per_address: file.connections_per_address.unwrap_or(defaults.connections_per_address),
-        tenant_long_polls: file.tenant.long_polls.unwrap_or(defaults.tenant_long_polls),
+        connections,
+        // Shares of what there is, also where that is set lower.
+        connections_per_address: file.connections_per_address.unwrap_or((connections / 2).max(1)),
+        tenant_long_polls: file.tenant.long_polls.unwrap_or((connections / 4).max(1)),
         body_memory_bytes: match file.body_memory_bytes {
             Some(bytes) if !http::BODY_MEMORY.contains(&bytes) => {
                 let kind = "1048576 to 1099511627776: a request with part hashes has up to 1 MiB";

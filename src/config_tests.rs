@@ -61,6 +61,8 @@ fn the_doors_settings_are_checked() {
     );
     assert_eq!((door.connections_per_address, door.tenant_long_polls, door.body_memory_bytes), (2048, 1024, 64 << 20));
     assert_eq!((door.shutdown_delay.as_secs(), door.shutdown_grace.as_secs()), (5, 20));
+    let fewer = more(&[("LFS_BROKER_CONNECTIONS", "1000")]).unwrap().http;
+    assert_eq!((fewer.connections_per_address, fewer.tenant_long_polls), (500, 250), "shares of what there is");
     assert!(door.tls.is_none() && door.trusted_proxies.is_empty());
     let door = more(&[
         ("LFS_BROKER_TLS_CERTIFICATE_FILE", "/c"),

@@ -275,7 +275,7 @@ impl Finisher {
     async fn with_defaults(&self, session: &Session, found: Object) -> Result<Object, Stop> {
         match session.undeclared(&found) {
             Some((name, _)) if objects::is_set_by_buckets(name) => {
-                self.objects.try_put(&session.bucket).await?;
+                self.objects.try_put(&session.bucket, None).await?;
                 Ok(self.objects.head(&place(session), None).await?.ok_or(Refusal::ObjectMissing)?)
             }
             _ => Ok(found),

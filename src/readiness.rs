@@ -3,6 +3,7 @@
 //! That a server answers does not say that an upload works: its clock, a credential, a right or a bucket may be wrong. So
 //! a PUT is signed and sent, a row is written and rolled back, and a producer writes to Kafka.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::kafka::{CheckError, Kafka};
 use crate::objects::{self, Objects};
 use crate::store::{self, Deployment, Store};
 
-/// How often everything is tried. Each time costs S3 five requests and Kafka one producer.
+/// How often everything is tried. Each time costs S3 seven requests and Kafka one producer.
 pub(crate) const EVERY: Duration = Duration::from_secs(30);
 /// How soon it is tried again while something fails: a failure is confirmed, and its end is noticed, within seconds.
 pub(crate) const AGAIN: Duration = Duration::from_secs(3);
@@ -126,12 +127,25 @@ pub(crate) struct Outcomes {
     pub(crate) database: Checked,
     pub(crate) storage: Checked,
     pub(crate) kafka: Checked,
+    /// Why buckets that policies name cannot be put into, as it was logged.
+    buckets: Mutex<HashMap<String, String>>,
+}
+
+impl Outcomes {
+    /// Whether what a bucket's check came to is to be logged: not again while it stays the same.
+    fn is_news(&self, bucket: &str, failure: Option<&str>) -> bool {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        match failure {
+            Some(failure) => buckets.insert(bucket.to_owned(), failure.to_owned()).as_deref() != Some(failure),
+            None => buckets.remove(bucket).is_some(),
+        }
+    }
 }
 
 impl Default for Outcomes {
     fn default() -> Self {
         let [database, storage, kafka] = ["the database", "object storage", "Kafka"].map(Checked::new);
-        Self { database, storage, kafka }
+        Self { database, storage, kafka, buckets: Mutex::default() }
     }
 }
 
@@ -162,7 +176,7 @@ impl Checks {
             self.outcomes.kafka.record(self.kafka.check(self.deployment.id).await.map_err(Failure::from));
         };
         tokio::join!(storage, database, kafka);
-        let Outcomes { database, storage, kafka } = &*self.outcomes;
+        let Outcomes { database, storage, kafka, .. } = &*self.outcomes;
         ![database, storage, kafka].iter().any(|checked| checked.is_failing())
     }
 
@@ -173,11 +187,12 @@ impl Checks {
         let named = self.store.policy_buckets().await.unwrap_or_default();
         let mut outcome = None;
         if let Some(bucket) = &default {
-            outcome = Some(self.objects.try_put(bucket).await.map_err(|error| put_failure(bucket, &error)));
+            outcome = Some(self.try_put(bucket).await);
         }
         for bucket in named.iter().filter(|bucket| Some(*bucket) != default.as_ref()) {
-            let put = self.objects.try_put(bucket).await.map_err(|error| put_failure(bucket, &error));
-            if let Err(failure) = &put {
+            let put = self.try_put(bucket).await;
+            let is_news = self.outcomes.is_news(bucket, put.as_ref().err().map(|failure| failure.log.as_str()));
+            if let (Err(failure), true) = (&put, is_news) {
                 warn!("topics whose policy names bucket {bucket} cannot take uploads: {}", failure.log);
             }
             if default.is_none() && !matches!(outcome, Some(Ok(()))) {
@@ -187,6 +202,21 @@ impl Checks {
         if let Some(outcome) = outcome {
             self.outcomes.storage.record(outcome);
         }
+    }
+
+    /// A bucket may take only what is encrypted with a key that its topics name: one of them that works is enough.
+    async fn try_put(&self, bucket: &str) -> Result<(), Failure> {
+        let mut put = self.objects.try_put(bucket, None).await;
+        if matches!(put, Err(objects::Error::Refused { .. })) {
+            let default = self.objects.default_bucket().unwrap_or_default();
+            for key in self.store.kms_keys(bucket, default).await.unwrap_or_default() {
+                if self.objects.try_put(bucket, Some(&key)).await.is_ok() {
+                    put = Ok(());
+                    break;
+                }
+            }
+        }
+        put.map_err(|error| put_failure(bucket, &error))
     }
 }
 

@@ -27,7 +27,7 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::kafka::{self, Kafka, Record, Shard};
+use crate::kafka::{self, Kafka, Record, Refusal, Shard};
 use crate::restore_check::{Ahead, RestoreCheck};
 use crate::store::{self, Claim, Deployment, Ownership, Store, Waiting};
 use crate::wakes::Wakes;
@@ -228,9 +228,13 @@ impl Relay {
                 Ok(0)
             }
             // The same, under the marker's own number.
-            Err(error @ Error::Forgotten { .. }) => {
-                error!(shard = owned.shard, %error, "shard {} is refused: {error}", owned.shard);
-                Err(error)
+            Err(Error::Forgotten { shard, batch, unfinished }) => {
+                if self.carrier.is_news(&format!("shard {shard}"), "forgotten") {
+                    let error = Error::Forgotten { shard, batch, unfinished };
+                    error!(shard, %error, "shard {shard} is refused: {error}");
+                }
+                self.restore_check.note(Ahead { shard, marker: batch, last_batch: batch });
+                Ok(0)
             }
             // It costs milliseconds to take the shards anew, which is done at once.
             Err(error @ (Error::Changed { .. } | Error::Unwritten { .. })) => {
@@ -334,11 +338,15 @@ impl Carrier {
                 let is_refused = matches!(error, Error::Kafka(kafka::Error::Refused(_)));
                 self.markers_in_doubt.fetch_or(is_refused, Ordering::AcqRel);
                 self.tell_stalled(owned.shard..owned.shard + 1, error).await;
+                // A take that failed rests as a batch that failed does: it has cost two clients of Kafka.
+                if !matches!(error, Error::Changed { .. } | Error::Unwritten { .. }) {
+                    self.isolation.failed(owned.shard, &[], false, &error.to_string());
+                }
             }
             Ok(_) => self.tell_stall(owned.shard).await,
         }
         // Then no tick waits for it, or soon none.
-        if begun.elapsed() > PATIENT_FOR / 2 {
+        if outcome.is_ok() && begun.elapsed() > PATIENT_FOR / 2 {
             self.wakes.relay.notify_one();
         }
         (owned, held, outcome)
@@ -380,7 +388,13 @@ impl Carrier {
         let selected = rows.iter().filter(|row| selection.send.contains(&row.session_id));
         let outcome = match self.kafka.place(selected.map(record).collect()).await {
             Ok(placing) => {
-                self.park(owned, batch, &placing.refused, &mut rows).await?;
+                // A topic that was refused before is put off as a whole.
+                let refused = placing.refused.into_iter().map(|refusal| {
+                    let whole_topic = refusal.whole_topic || self.isolation.is_retry(&[refusal.upload_id], &rows);
+                    Refusal { whole_topic, ..refusal }
+                });
+                let refused = self.blamed(&refused.collect::<Vec<_>>(), &[], &rows);
+                self.park(owned, batch, &refused, &mut rows).await?;
                 if placing.records.is_empty() { Ok(Vec::new()) } else { held.shard.publish(batch, &placing.records).await }
             }
             Err(failed) => Err(failed),

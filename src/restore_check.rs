@@ -130,9 +130,16 @@ impl RestoreCheck {
             return Err(Error::NoMarkerTopic { shard, last_batch });
         }
         let known = |shard: i32| stamped.iter().find(|(known, _)| *known == shard).map_or(0, |(_, last_batch)| *last_batch);
-        let markers = markers.into_iter().flatten();
-        let all = markers.map(|(shard, marker)| Ahead { shard, marker: marker.batch, last_batch: known(shard) });
-        Ok(all.filter(|ahead| ahead.marker > ahead.last_batch).collect())
+        let mut ahead = Vec::new();
+        for (shard, marker) in markers.into_iter().flatten() {
+            let last_batch = known(shard);
+            // Under the same number too: a relay that lived on may have claimed once more in a database that went back.
+            let published: Vec<_> = marker.published.iter().map(|record| record.upload_id).collect();
+            if marker.batch > last_batch || self.store.unfinished(&published).await? > 0 {
+                ahead.push(Ahead { shard, marker: marker.batch, last_batch });
+            }
+        }
+        Ok(ahead)
     }
 
     /// The last marker of each shard that has one; `None` where there is no marker topic.

@@ -77,7 +77,10 @@ impl Broker {
                     }
                 }
                 State::Completing { must_read: true, .. } if over => return Ok(completing(id)),
-                State::Completing { must_read: true, .. } => joined = true,
+                State::Completing { must_read: true, .. } => {
+                    joined = true;
+                    is_under_way.store(true, Ordering::Relaxed);
+                }
                 State::Verified(_) if !over => {}
                 State::Verified(proof) => return proved(&session, proof),
                 State::Published(proof, place) => {
@@ -112,10 +115,14 @@ impl Broker {
             return Ok(true);
         }
         let seat_by = verdict_by.min(Instant::now() + SEAT_WAIT);
-        let seat = tokio::time::timeout_at(seat_by.into(), Arc::clone(&self.seats).acquire_owned()).await;
-        let seat = seat.map_err(|_| Error::Full)?.expect("nobody closes the seats");
+        let seats = async {
+            // The tenant's own share first: whoever waits for it holds no seat of all.
+            let share = self.completing.wait(&session.tenant).await;
+            (share, Arc::clone(&self.seats).acquire_owned().await.expect("nobody closes the seats"))
+        };
+        let seats = tokio::time::timeout_at(seat_by.into(), seats).await.map_err(|_| Error::Full)?;
         let by = format!("client:{}", session.subject);
-        match self.finisher.begin(session, &by, seat).await {
+        match self.finisher.begin(session, &by, seats).await {
             Ok(Ok(())) => Ok(true),
             Ok(Err(Refusal::InProgress)) => Ok(true),
             Ok(Err(refusal)) => Err(refused(refusal, &copy)),

@@ -28,7 +28,7 @@ use crate::policy;
 use crate::readiness::Outcomes;
 use crate::restore_check::RestoreCheck;
 use crate::session::{self, Session};
-use crate::store::{self, Deployment, Quota, Store};
+use crate::store::{self, Deployment, Quota, Store, Turns};
 use crate::wakes::Wakes;
 
 /// How patient the broker is, and how generous.
@@ -105,6 +105,8 @@ pub(crate) struct Broker {
     parts: Arc<Parts>,
     /// One for each upload that is being completed.
     seats: Arc<Semaphore>,
+    /// Half of them at most for one tenant.
+    completing: Arc<Turns>,
 }
 
 pub(crate) struct Parts {
@@ -135,7 +137,10 @@ impl std::ops::Deref for Broker {
 
 impl Broker {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self { seats: Arc::new(Semaphore::new(parts.settings.completes)), parts: Arc::new(parts) }
+        let completes = parts.settings.completes;
+        let share = u32::try_from(completes.div_ceil(2)).unwrap_or(u32::MAX);
+        let (seats, completing) = (Arc::new(Semaphore::new(completes)), Arc::new(Turns::new(share)));
+        Self { seats, completing, parts: Arc::new(parts) }
     }
 
     /// The caller's session. Another tenant's does not exist, nor one of a topic that the token does not name.

@@ -85,15 +85,33 @@ impl Broker {
             Created::TooManySessions => return Err(Error::TooManySessions),
             Created::TooManyBytes => return Err(Error::TooManyBytes),
         }
-        let upload = match self.with_urls(session.clone(), &hashes, now).await {
-            Ok(upload) => upload,
-            Err(error) => {
-                self.give_back(session, key.is_some(), now).await;
-                return Err(error);
-            }
-        };
+        let upload = self.sign_or_give_back(session, hashes, key.is_some(), now).await?;
         failpoint::reach("open.answered").await.map_err(store::Error::from)?;
         Ok(Opened { upload, fresh: true })
+    }
+
+    /// The first URLs of an upload that was just stored; where none can be signed, it holds no quota. A task of its own: a
+    /// client that goes away meanwhile must not leave an upload that nobody knows of.
+    async fn sign_or_give_back(
+        &self,
+        session: Session,
+        hashes: Vec<Sha256>,
+        may_be_replayed: bool,
+        now: OffsetDateTime,
+    ) -> Result<Upload, Error> {
+        let broker = self.clone();
+        let signing = tokio::spawn(async move {
+            let signed = broker.with_urls(session.clone(), &hashes, now).await;
+            if signed.is_err() {
+                broker.give_back(session, may_be_replayed, now).await;
+            }
+            signed
+        });
+        match signing.await {
+            Ok(signed) => signed,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(Error::Unknown),
+        }
     }
 
     /// Gives back the quota of an upload that could not be opened: no client knows of it. Under an Idempotency-Key the
@@ -103,6 +121,8 @@ impl Broker {
         let given_back = match (may_be_replayed, session.abort()) {
             (true, _) => self.store.end_unopened(id, now + REPLAY_WITHIN).await,
             (false, Ok(Some(aborted))) => {
+                // There is no URL that could still bring bytes.
+                let aborted = Session { expires_at: now, ..aborted };
                 let reason = "no URL could be signed, so that it was never opened";
                 let step = Move { from: UploadState::Open, to: &aborted, reason, by: "broker", now };
                 self.store.save(&step, self.deployment.shards).await.map(|_| self.wakes.sweeper.notify_one())
@@ -128,12 +148,23 @@ impl Broker {
         let session = self.ended(session, now).await?;
         let upload = match session.state {
             State::Open => {
+                let session = self.with_its_time(session, now).await?;
                 let hashes: Vec<Sha256> = self.store.part_hashes(id).await?.into_iter().map(|(_, sha256)| sha256).collect();
                 self.with_urls(session, &hashes, now).await?
             }
             _ => super::read::view(&session, now)?,
         };
         Ok(Some(Opened { upload, fresh: false }))
+    }
+
+    /// Gives an upload its time again that was to end soon, because no URL could be signed for its first request.
+    async fn with_its_time(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
+        let whole = session.created_at + time::Duration::seconds(session.promise.session_seconds.into());
+        if session.promise.layout != Layout::Single || session.expires_at >= whole.min(session.expires_latest_at) {
+            return Ok(session);
+        }
+        let expires_at = self.store.slide(session.id, session.slid(now)).await?.unwrap_or(session.expires_at);
+        Ok(Session { expires_at, ..session })
     }
 
     /// An open session with the URLs to begin with.

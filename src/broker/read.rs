@@ -130,6 +130,10 @@ impl Broker {
                 return Err(policy::Refusal::Invalid(vec![wrong("/tenant", "only administrators may ask for a tenant")]).into());
             }
         };
+        // No index knows of a topic that the token does not name, and no row of it is shown.
+        if !caller.is_admin() && query.topic.as_ref().is_some_and(|topic| !caller.may_use(topic)) {
+            return Ok(UploadPage { items: Vec::new(), next_cursor: None });
+        }
         let filter = Filter {
             tenant,
             topic: query.topic.clone(),

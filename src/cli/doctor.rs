@@ -123,7 +123,8 @@ async fn objects(settings: &app::Settings, store: Option<&Store>, found: &mut Fi
     }
     for bucket in others {
         let text = format!("bucket {bucket}, which a policy names, takes a signed PUT");
-        let outcome = objects.try_put(bucket).await.map(|()| text.as_str()).map_err(|error| format!("bucket {bucket}: {error}"));
+        let outcome =
+            objects.try_put(bucket, None).await.map(|()| text.as_str()).map_err(|error| format!("bucket {bucket}: {error}"));
         found.add_outcome("s3", outcome)?;
     }
     Ok(())

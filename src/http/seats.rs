@@ -20,6 +20,8 @@ pub(super) const RESERVE: usize = 64;
 /// How long a request waits for a seat, and how many wait: the rest of the reserve is for health checks.
 const WAIT: Duration = Duration::from_secs(1);
 const WAITING: usize = RESERVE / 4;
+/// How soon another idle connection is asked to make room.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Why there is no seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +66,8 @@ pub(super) struct Place {
     seats: Arc<Seats>,
     id: u64,
     address: IpAddr,
+    /// Proxies hold connections for many.
+    is_trusted: bool,
     pulse: Arc<Pulse>,
     leave: Arc<Notify>,
     /// Whether it had no seat when it came.
@@ -87,9 +91,10 @@ impl Seats {
     /// A place for a connection that was just accepted.
     pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, pulse: Arc<Pulse>) -> Place {
         let (address, leave) = (holder(peer), Arc::new(Notify::new()));
+        let is_trusted = self.trusted.iter().any(|net| net.contains(&peer));
         let mut held = self.held();
         held.next += 1;
-        let mut place = Place { seats: Arc::clone(self), id: held.next, address, pulse, leave, is_late: false };
+        let mut place = Place { seats: Arc::clone(self), id: held.next, address, is_trusted, pulse, leave, is_late: false };
         match self.take(&mut held, &place) {
             // A little stays free, so that the next need not wait.
             Ok(()) if held.seated.len() + self.most / 16 >= self.most => dismiss(&held, None),
@@ -108,8 +113,7 @@ impl Seats {
 
     fn take(&self, held: &mut Held, place: &Place) -> Result<(), NoSeat> {
         let of_address = held.addresses.get(&place.address).copied().unwrap_or(0);
-        let is_trusted = self.trusted.iter().any(|net| net.contains(&place.address));
-        if self.per_address > 0 && of_address >= self.per_address && !is_trusted {
+        if self.per_address > 0 && of_address >= self.per_address && !place.is_trusted {
             return Err(NoSeat::Address(self.per_address));
         }
         if held.seated.len() >= self.most {
@@ -184,7 +188,9 @@ impl Place {
                     }
                 }
             };
-            if tokio::time::timeout_at(deadline, freed).await.is_err() {
+            // One that was asked to end may have begun a request meanwhile: then another is asked.
+            let soon = (Instant::now() + ASK_AGAIN).min(deadline);
+            if tokio::time::timeout_at(soon, freed).await.is_err() && Instant::now() >= deadline {
                 return Err(why);
             }
         }
@@ -250,7 +256,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_holds_only_so_many_seats_and_proxies_as_many_as_they_need() {
-        let seats = Arc::new(Seats::new(100, 2, vec!["10.0.0.0/8".parse().unwrap()]));
+        let seats = Arc::new(Seats::new(100, 2, vec!["10.0.0.0/8".parse().unwrap(), "2001:db8:1::7/128".parse().unwrap()]));
         let enter = |text| seats.enter(address(text), Arc::new(Pulse::new()));
         let own = [enter("192.0.2.1"), enter("192.0.2.1")];
         let over = enter("192.0.2.1");
@@ -258,6 +264,8 @@ mod tests {
         assert!(!enter("192.0.2.2").is_late);
         let proxy: Vec<Place> = (0..20).map(|_| enter("10.1.2.3")).collect();
         assert!(proxy.iter().all(|place| !place.is_late));
+        let proxy: Vec<Place> = (0..3).map(|_| enter("2001:db8:1::7")).collect();
+        assert!(proxy.iter().all(|place| !place.is_late), "one address of a network that is not trusted as a whole");
         // An IPv6 address is its whole network.
         let nets = ["2001:db8::1", "2001:db8::2", "2001:db8::3"].map(enter);
         assert_eq!(nets.each_ref().map(|place| place.is_late), [false, false, true]);

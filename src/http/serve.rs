@@ -117,7 +117,11 @@ impl Door {
             self.limits.head = self.limits.head.min(STANDING_HEAD);
         }
         let Some(tls) = self.tls.clone() else { return self.converse(stream, peer, pulse, place).await };
-        match tokio::time::timeout(self.limits.head, tls.accept(stream)).await {
+        let handshake = tokio::select! {
+            handshake = tokio::time::timeout(self.limits.head, tls.accept(stream)) => handshake,
+            () = place.dismissed() => return debug!(%peer, "closed a TLS handshake: others need its place"),
+        };
+        match handshake {
             Ok(Ok(stream)) => self.converse(stream, peer, pulse, place).await,
             Ok(Err(error)) => debug!(%peer, %error, "a TLS handshake failed"),
             Err(_) => debug!(%peer, "a TLS handshake took too long"),
@@ -157,8 +161,7 @@ impl Door {
                 }
                 () = pulse.overdue(self.limits) => break true,
                 () = place.dismissed() => {
-                    let is_idle = matches!(pulse.phase(), Phase::Idle | Phase::Fresh);
-                    if is_idle || (place.is_late && pulse.phase() == Phase::Head) {
+                    if pulse.may_end() || (place.is_late && matches!(pulse.phase(), Phase::Fresh | Phase::Head)) {
                         return debug!(%peer, "closed an idle connection: others need its place");
                     }
                 }

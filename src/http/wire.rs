@@ -20,6 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_millis(200);
 /// Who has said nothing for so long is as good as idle.
 const SILENT: Duration = Duration::from_secs(1);
+/// A head arrives in one packet or two. One that takes longer makes room where others need its place.
+const SLOW_HEAD: Duration = Duration::from_secs(2);
 /// A bare answer has a status line and three headers.
 const BARE_BYTES: usize = 256;
 
@@ -61,6 +63,19 @@ struct Beat {
     dismissed: bool,
 }
 
+impl Beat {
+    /// Whether nothing is under way: no request, no rest of an answer that the client has not taken yet. A head that takes
+    /// its time is no request.
+    fn may_end(&self) -> bool {
+        match self.phase {
+            Phase::Idle => self.stuck.is_none(),
+            Phase::Fresh => self.since.elapsed() >= SILENT,
+            Phase::Head => self.since.elapsed() >= SLOW_HEAD,
+            Phase::Busy => false,
+        }
+    }
+}
+
 impl Pulse {
     pub(super) fn new() -> Self {
         Self(Mutex::new(Beat { phase: Phase::Fresh, since: Instant::now(), stuck: None, dismissed: false }))
@@ -85,8 +100,12 @@ impl Pulse {
     /// Since when nothing is under way; none while something is, or where it was asked to end.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         let beat = self.beat();
-        let is_idle = beat.phase == Phase::Idle || (beat.phase == Phase::Fresh && beat.since.elapsed() >= SILENT);
-        (is_idle && !beat.dismissed).then_some(beat.since)
+        (beat.may_end() && !beat.dismissed).then_some(beat.since)
+    }
+
+    /// Whether it may be closed for others: no answer is being sent, and no request is arriving in good time.
+    pub(super) fn may_end(&self) -> bool {
+        self.beat().may_end()
     }
 
     /// Whether no request is being served, and it was not asked to end.
@@ -126,7 +145,7 @@ impl Pulse {
             let beat = self.beat();
             let silent = match beat.phase {
                 Phase::Fresh | Phase::Head => Some(beat.since + limits.head),
-                Phase::Idle => Some(beat.since + limits.idle),
+                Phase::Idle => beat.stuck.is_none().then(|| beat.since + limits.idle),
                 Phase::Busy => None,
             };
             let stuck = beat.stuck.map(|since| since + limits.write);

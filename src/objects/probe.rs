@@ -13,7 +13,7 @@ use reqwest::header::{
 };
 use reqwest::{Client, Method, StatusCode, redirect};
 use serde::Serialize;
-use tracing::warn;
+use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::answer::Answer;
@@ -106,19 +106,31 @@ impl Objects {
     ///
     /// # Errors
     /// Why a client's PUT would fail now.
-    pub async fn try_put(&self, bucket: &str) -> Result<(), Error> {
+    pub async fn try_put(&self, bucket: &str, kms_key_id: Option<&str>) -> Result<(), Error> {
         let mut trial = self.trial(bucket).await?;
+        trial.kms_key_id = kms_key_id;
         let put = within(ONE_PUT, Box::pin(trial.try_put())).await;
-        trial.end(put).await
+        if !trial.is_kept {
+            let removed = within(ONE_PUT, self.delete_versions(&trial.place("honest"))).await;
+            match removed {
+                Ok(_) => {}
+                // What may not be deleted must not grow.
+                Err(error @ (Error::Refused { .. } | Error::Locked { .. })) => trial.stays(&error),
+                // `clean_after_trials` finds it at the next start.
+                Err(error) => debug!(%error, "the object of a readiness check stays in bucket {bucket}: {error}"),
+            }
+        }
+        put
     }
 
     async fn trial<'a>(&'a self, bucket: &'a str) -> Result<Trial<'a>, Error> {
         let kept = Place { bucket: bucket.to_owned(), key: format!("{KEPT}/honest") };
-        let is_kept = self.0.defaults.is_any_accepted(bucket) || self.is_locked(bucket, &kept).await?;
+        let is_locked = self.0.defaults.is_any_accepted(bucket) || self.is_locked(bucket, &kept).await?;
+        let is_kept = is_locked || self.0.defaults.is_kept(bucket);
         let prefix = if is_kept { KEPT.to_owned() } else { format!("{TRIALS}{}", Uuid::new_v4()) };
         let http = Client::builder().connect_timeout(CONNECT).timeout(TIMEOUT).redirect(redirect::Policy::none()).build();
         let http = http.map_err(|error| Error::Settings(chain(&error)))?;
-        Ok(Trial { objects: self, http, bucket, prefix, is_kept })
+        Ok(Trial { objects: self, http, bucket, prefix, is_kept, is_locked, kms_key_id: None })
     }
 
     /// Removes what trials have left whose broker died, or whose store went away, in the middle: what is there now and
@@ -139,7 +151,15 @@ impl Objects {
             }
             tokio::time::sleep(after).await;
             for prefix in prefixes {
-                let trial = Trial { objects: self, http: Client::new(), bucket, prefix, is_kept: false };
+                let trial = Trial {
+                    objects: self,
+                    http: Client::new(),
+                    bucket,
+                    prefix,
+                    is_kept: false,
+                    is_locked: false,
+                    kms_key_id: None,
+                };
                 match trial.clean().await {
                     Err(Error::Locked { .. }) => drop(locked.insert(trial.prefix)),
                     cleaned => cleaned?,
@@ -155,8 +175,12 @@ struct Trial<'a> {
     http: Client,
     bucket: &'a str,
     prefix: String,
-    /// Whether Object Lock keeps whatever is written: then every trial uses the same keys, and removes nothing.
+    /// Whether whatever is written stays: then every trial uses the same keys, and removes nothing.
     is_kept: bool,
+    /// Whether it is Object Lock that keeps it.
+    is_locked: bool,
+    /// The key that the topics of this bucket have their objects encrypted with.
+    kms_key_id: Option<&'a str>,
 }
 
 /// The last pieces of the keys; what is written is removed by this list. What is written first goes last: as long as
@@ -225,8 +249,16 @@ impl<'a> Trial<'a> {
     }
 
     async fn try_put(&mut self) -> Result<(), Error> {
-        let (signer, _) = self.way_in().await?;
-        let found = self.put_first(signer, &Digest::from(Sha256::of(BYTES))).await?;
+        let digest = Digest::from(Sha256::of(BYTES));
+        let (signer, answers) = self.way_in().await?;
+        let found = match self.put_first(signer, &digest).await {
+            // Something else may answer under the public name from here, where clients reach the store.
+            Err(refused @ Error::Refused { .. }) if answers.is_some() => {
+                let inside = self.put_first(&self.objects.0.inside, &digest).await;
+                inside.map_err(|_| refused)?
+            }
+            put => put?,
+        };
         self.learn(&found);
         Ok(())
     }
@@ -247,13 +279,13 @@ impl<'a> Trial<'a> {
         if self.is_kept || !is_locked {
             return Ok(found);
         }
-        self.is_kept = true;
+        (self.is_kept, self.is_locked) = (true, true);
         KEPT.clone_into(&mut self.prefix);
         self.put_honestly(signer, &self.place("honest"), digest).await
     }
 
     fn learn(&self, honest: &Object) {
-        match self.is_kept {
+        match self.is_locked {
             true => self.objects.0.defaults.accept_any(self.bucket),
             false => self.objects.0.defaults.learn(self.bucket, &honest.undeclared),
         }
@@ -284,7 +316,8 @@ impl<'a> Trial<'a> {
     }
 
     async fn put_honestly(&self, signer: &Signer, place: &Place, digest: &Digest) -> Result<Object, Error> {
-        let answer = self.ask(&signer.put(&promise(place, Some(digest)), LIFE).await?, BYTES, None).await?;
+        let wanted = Put { kms_key_id: self.kms_key_id, ..promise(place, Some(digest)) };
+        let answer = self.ask(&signer.put(&wanted, LIFE).await?, BYTES, None).await?;
         // What an earlier trial put may be kept: then 412 says that the signature was found good.
         let is_there = self.is_kept && answer.status == StatusCode::PRECONDITION_FAILED;
         if !answer.status.is_success() && !is_there {
@@ -383,11 +416,19 @@ impl<'a> Trial<'a> {
         let found = outcome?;
         match cleaned {
             Err(error @ (Error::Refused { .. } | Error::Locked { .. })) => {
-                warn!(%error, "the probe's objects stay in bucket {}: {error}", self.bucket);
-                self.objects.0.defaults.accept_any(self.bucket);
+                self.stays(&error);
                 Ok(found)
             }
             cleaned => cleaned.map(|()| found),
+        }
+    }
+
+    /// Notes that what is written stays, so that the next trials use the same keys.
+    fn stays(&self, error: &Error) {
+        warn!(%error, "the probe's objects stay in bucket {}: {error}", self.bucket);
+        match error {
+            Error::Locked { .. } => self.objects.0.defaults.accept_any(self.bucket),
+            _ => self.objects.0.defaults.keep(self.bucket),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A signature covers the headers that were signed, and a store may keep others that the holder of a URL added.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
@@ -17,6 +17,9 @@ const SET_BY_BUCKETS: [&str; 5] = [
     "x-amz-object-lock-mode",
     "x-amz-object-lock-legal-hold",
 ];
+
+/// Headers that are remembered of a bucket: its defaults change now and then.
+const MOST_USUAL: usize = 64;
 
 /// A header's name in lower case, and its value.
 pub(super) type Header = (String, String);
@@ -55,9 +58,9 @@ pub(crate) fn is_set_by_buckets(name: &str) -> bool {
     SET_BY_BUCKETS.contains(&name)
 }
 
-/// What each bucket sets on an object that asks for nothing.
+/// What each bucket sets on an object that asks for nothing, and the buckets in which the broker may not delete.
 #[derive(Default)]
-pub(super) struct Defaults(Mutex<HashMap<String, Usual>>);
+pub(super) struct Defaults(Mutex<HashMap<String, Usual>>, Mutex<HashSet<String>>);
 
 /// What is usual in a bucket.
 enum Usual {
@@ -68,9 +71,19 @@ enum Usual {
 }
 
 impl Defaults {
-    /// Remembers what an object showed that was put with nothing undeclared.
+    /// Remembers what an object showed that was put with nothing undeclared. What was usual before stays so: an upload
+    /// may have begun under it.
     pub(super) fn learn(&self, bucket: &str, shown: &[Header]) {
-        self.remember(bucket, Usual::Headers(shown.to_vec()));
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match known.entry(bucket.to_owned()).or_insert_with(|| Usual::Headers(Vec::new())) {
+            Usual::Headers(usual) => {
+                usual.retain(|header| !shown.contains(header));
+                usual.extend_from_slice(shown);
+                let older = usual.len().saturating_sub(MOST_USUAL);
+                usual.drain(..older);
+            }
+            Usual::Any => {}
+        }
     }
 
     /// Judges nothing in this bucket that its defaults may set.
@@ -84,6 +97,16 @@ impl Defaults {
         matches!(known.get(bucket), Some(Usual::Any))
     }
 
+    /// Notes that the broker may not delete in this bucket.
+    pub(super) fn keep(&self, bucket: &str) {
+        self.1.lock().unwrap_or_else(PoisonError::into_inner).insert(bucket.to_owned());
+    }
+
+    /// Whether the broker may not delete in this bucket.
+    pub(super) fn is_kept(&self, bucket: &str) -> bool {
+        self.1.lock().unwrap_or_else(PoisonError::into_inner).contains(bucket)
+    }
+
     fn remember(&self, bucket: &str, usual: Usual) {
         // Buckets come from settings and policies, which administrators write: there are few.
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(bucket.to_owned(), usual);
@@ -93,7 +116,10 @@ impl Defaults {
     pub(super) fn subtract(&self, bucket: &str, mut found: Vec<Header>) -> Vec<Header> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match known.get(bucket) {
-            Some(Usual::Headers(usual)) => found.retain(|header| !(is_set_by_buckets(&header.0) && usual.contains(header))),
+            Some(Usual::Headers(usual)) => {
+                // A gateway may add headers to every answer; an encoding is what changes the bytes for readers.
+                found.retain(|header| header.0 == "content-encoding" || !usual.contains(header));
+            }
             Some(Usual::Any) => found.retain(|(name, _)| !is_set_by_buckets(name)),
             None => {}
         }
@@ -142,8 +168,14 @@ mod tests {
         defaults.learn("b", &[aes.clone(), gzip.clone()]);
         assert_eq!(left("b", &[&aes, &gzip]).first(), Some(&gzip), "no bucket sets an encoding");
         assert_eq!(left("b", &[&kms]).first(), Some(&kms));
+        // The bucket's default changes while an upload is under way.
+        let cached = header("cache-control", "max-age=14400");
+        defaults.learn("b", &[kms.clone(), cached.clone()]);
+        assert_eq!(left("b", &[&aes, &kms, &cached]), [], "what was usual stays so, whatever adds it");
+        assert_eq!(left("b", &[&header("cache-control", "no-store")]).len(), 1);
         assert_eq!(left("other", &[&aes]).first(), Some(&aes));
         defaults.accept_any("b");
+        defaults.learn("b", &[]);
         assert_eq!(left("b", &[&kms, &gzip]).first(), Some(&gzip));
     }
 }

@@ -67,6 +67,8 @@ struct Stall {
     since: Instant,
     reason: String,
     told_at: Option<Instant>,
+    /// The number of the outbox row up to which uploads say so.
+    told_to: i64,
 }
 
 /// What of a batch is sent now; the other rows wait for the next batch.
@@ -94,6 +96,10 @@ impl Isolation {
         let mut selection = Selection::default();
         let (mut others, mut retried): (Vec<&Waiting>, Option<&Waiting>) = (Vec::new(), None);
         let condemned = narrowing.condemned.take();
+        // What comes after a condemned record in its topic and key is not sent before it.
+        let order = |row: &Waiting| row.key.clone().map(|key| (row.topic.clone(), key));
+        let of_condemned = |row: &&Waiting| condemned.as_ref().is_some_and(|(id, _)| *id == row.session_id);
+        let behind = rows.iter().find(of_condemned).and_then(order);
         // An operator wants it tried now.
         let redriven: Vec<&str> = rows.iter().filter(|row| row.attempts <= 0).map(|row| row.topic.as_str()).collect();
         for row in rows {
@@ -105,6 +111,7 @@ impl Isolation {
             };
             match (inner.topics.get(&row.topic), &condemned) {
                 (_, Some((id, reason))) if *id == row.session_id => selection.refused.push(refuse(reason)),
+                _ if behind.is_some() && order(row) == behind => {}
                 (Some(topic), _) if now < topic.retry_at && !redriven.contains(&row.topic.as_str()) => {
                     selection.refused.push(refuse(&topic.reason))
                 }
@@ -117,6 +124,13 @@ impl Isolation {
         let chosen = if narrowing.retried_topic { retried.into_iter().collect() } else { halved(others, narrowing.halvings) };
         selection.send = chosen.into_iter().map(|row| row.session_id).collect();
         selection
+    }
+
+    /// Whether what was sent is one record of a topic that Kafka refused before.
+    pub(super) fn is_retry(&self, sent: &[Uuid], rows: &[Waiting]) -> bool {
+        let [id] = sent else { return false };
+        let row = rows.iter().find(|row| row.session_id == *id);
+        row.is_some_and(|row| self.inner().topics.contains_key(&row.topic))
     }
 
     /// Nothing of a shard is due.
@@ -198,19 +212,27 @@ impl Isolation {
     pub(super) fn stalled_by(&self, shard: i32, reason: &str) {
         let mut inner = self.inner();
         let stall = &mut inner.shards.entry(shard).or_default().stall;
-        let stall = stall.get_or_insert_with(|| Stall { since: Instant::now(), reason: String::new(), told_at: None });
+        let stall =
+            stall.get_or_insert_with(|| Stall { since: Instant::now(), reason: String::new(), told_at: None, told_to: 0 });
         reason.clone_into(&mut stall.reason);
     }
 
-    /// Why a shard has published nothing for a while, now and then.
-    pub(super) fn stall_to_tell(&self, shard: i32) -> Option<String> {
+    /// Why a shard has published nothing for a while, now and then, and behind which outbox row that is to be said.
+    pub(super) fn stall_to_tell(&self, shard: i32) -> Option<(String, i64)> {
         let mut inner = self.inner();
         let stall = inner.shards.get_mut(&shard)?.stall.as_mut()?;
         if stall.since.elapsed() < STALLED_AFTER || stall.told_at.is_some_and(|at| at.elapsed() < TELL_EVERY) {
             return None;
         }
         stall.told_at = Some(Instant::now());
-        Some(stall.reason.clone())
+        Some((stall.reason.clone(), stall.told_to))
+    }
+
+    /// Notes up to which outbox row a shard's uploads say why they wait.
+    pub(super) fn told_to(&self, shard: i32, number: i64) {
+        if let Some(stall) = self.inner().shards.get_mut(&shard).and_then(|narrowing| narrowing.stall.as_mut()) {
+            stall.told_to = number;
+        }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -341,5 +363,29 @@ mod tests {
         assert!(!isolation.failed(1, &[rows[0].session_id], false, "kafka is away"));
         assert!(isolation.failed(0, &[rows[0].session_id], true, "why"));
         assert!(!isolation.failed(1, &[rows[0].session_id], false, "kafka is away"), "a Kafka that is away blames nobody");
+    }
+
+    #[test]
+    fn what_comes_after_a_condemned_record_of_its_key_is_not_sent_before_it() {
+        let isolation = Isolation::default();
+        let mut rows = rows(&[("a", 4)]);
+        rows[0].key = Some(b"k".to_vec());
+        rows[1].key = Some(b"k".to_vec());
+        rows[2].key = Some(b"other".to_vec());
+        isolation.condemn(0, rows[0].session_id, "why");
+        let selection = isolation.select(0, &rows);
+        assert_eq!(selection.refused.iter().map(|refusal| refusal.upload_id).collect::<Vec<_>>(), [rows[0].session_id]);
+        assert_eq!(selection.send, [rows[2].session_id, rows[3].session_id]);
+    }
+
+    #[test]
+    fn a_refused_topics_retry_is_known_for_one() {
+        let isolation = Isolation::default();
+        let rows = rows(&[("a", 1), ("b", 1)]);
+        isolation.refused_topic("a", "why");
+        assert!(isolation.is_retry(&[rows[0].session_id], &rows));
+        assert!(!isolation.is_retry(&[rows[1].session_id], &rows));
+        assert!(!isolation.is_retry(&[rows[0].session_id, rows[1].session_id], &rows));
+        assert!(!isolation.is_retry(&[], &rows));
     }
 }

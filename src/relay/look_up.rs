@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::settlement::placed;
 use super::{Carrier, Error};
-use crate::kafka::Delivered;
+use crate::kafka::{self, Delivered};
 use crate::store::{Placed, Waiting};
 
 /// How far the clocks of Kafka's brokers, of PostgreSQL and of this machine may differ.
@@ -31,8 +31,9 @@ impl Carrier {
             // What a topic that is gone held is gone too.
             let partitions = self.kafka.partitions(topic).await?.unwrap_or(0);
             for partition in 0..partitions {
-                let mut scan = self.kafka.scan_since(topic, partition, since_ms).await?;
-                while let Some(batch) = scan.next().await? {
+                let scan = self.kafka.scan_since(topic, partition, since_ms).await;
+                let mut scan = scan.map_err(|error| unreadable(topic, error))?;
+                while let Some(batch) = scan.next().await.map_err(|error| unreadable(topic, error))? {
                     let ours = batch
                         .records
                         .iter()
@@ -47,5 +48,15 @@ impl Carrier {
         let (stamped, found_count) = (stamped.len(), found.len());
         warn!("no marker says which of {stamped} pointers were published; their topics hold {found_count} of them");
         Ok(found)
+    }
+}
+
+/// Names the topic: the broker needs to read it once, which publishing never does.
+fn unreadable(topic: &str, error: kafka::Error) -> kafka::Error {
+    let words = |reason: &str| format!("topic {topic} cannot be read to find out what was published there (ACL Read): {reason}");
+    match error {
+        kafka::Error::Refused(reason) => kafka::Error::Refused(words(&reason)),
+        kafka::Error::Unreachable(reason) => kafka::Error::Unreachable(words(&reason)),
+        other => other,
     }
 }

@@ -41,7 +41,7 @@ impl Carrier {
             None if !stamped.is_empty() && self.kafka.delivery() == Delivery::ExactlyOnce => self.look_up(&stamped).await?,
             None => Vec::new(),
         };
-        let unfinished = self.store.unfinished(&listed).await?;
+        let unfinished = self.store.unfinished(&listed.iter().map(|placed| placed.session_id).collect::<Vec<_>>()).await?;
         if unfinished > 0 {
             let batch = marker.map_or(0, |marker| marker.batch);
             return Err(Error::Forgotten { shard: owned.shard, batch, unfinished });
@@ -102,9 +102,13 @@ impl Carrier {
                 // Where Kafka answers, it is something in the batch: a partition without a leader, for one.
                 let answers = self.kafka.reachable().await.is_ok();
                 self.tell_failure(owned.shard, &why);
-                if self.isolation.failed(owned.shard, &sent, answers, &why) {
-                    let refused = Refusal { upload_id: sent[0], permanent: true, whole_topic: false, reason: why };
-                    self.park(owned, batch, &[refused], &mut rows).await?;
+                // The retry of a refused topic puts its topic off again, as a refusal does.
+                let is_retry = answers && self.isolation.is_retry(&sent, &rows);
+                if self.isolation.failed(owned.shard, &sent, answers, &why) || is_retry {
+                    let refused = Refusal { upload_id: sent[0], permanent: true, whole_topic: is_retry, reason: why };
+                    let parked = self.blamed(&[refused], &sent, &rows);
+                    self.park(owned, batch, &parked, &mut rows).await?;
+                    self.isolation.refused(owned.shard, sent.len(), parked.len(), 0);
                 }
                 self.unstamp(owned, &[batch], &[]).await?;
                 // Or it is the producer, which a Kafka that was away can leave without anybody to send to.
@@ -210,7 +214,11 @@ impl Carrier {
         if placed.is_empty() {
             return Ok(0);
         }
-        let written = self.store.published(placed, now).await?;
+        let mut written = self.store.published(placed, now).await?;
+        // Somebody else may have written it between this statement's snapshot and its turn.
+        if written < placed.len() {
+            written = self.store.published(placed, now).await?;
+        }
         placed.iter().for_each(|placed| self.wakes.changed(placed.session_id));
         if written < placed.len() {
             return Err(Error::Unwritten { shard: owned.shard, batch, published: placed.len(), written });

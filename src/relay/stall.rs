@@ -45,13 +45,16 @@ impl Carrier {
 
     /// Says on the uploads that wait for a shard why it has published nothing for a while, if so.
     pub(super) async fn tell_stall(&self, shard: i32) {
-        let Some(reason) = self.isolation.stall_to_tell(shard) else { return };
+        let Some((reason, after)) = self.isolation.stall_to_tell(shard) else { return };
         let told = async {
             let now = self.store.now().await?;
-            self.store.tell_waiting(shard, &without_addresses(&reason), now).await
+            self.store.tell_waiting(shard, &without_addresses(&reason), after, now).await
         };
         match told.await {
-            Ok(ids) => ids.into_iter().for_each(|id| self.wakes.changed(id)),
+            Ok((ids, number)) => {
+                ids.into_iter().for_each(|id| self.wakes.changed(id));
+                self.isolation.told_to(shard, number);
+            }
             Err(error) => info!(shard, %error, "could not write down why the uploads of shard {shard} wait: {error}"),
         }
     }

@@ -26,11 +26,14 @@ impl Store {
     pub(crate) async fn redrive(&self, id: Uuid, clear_partition: bool, by: &str, now: OffsetDateTime) -> Result<bool, Error> {
         // One statement: the row that is sent and the session that is shown never name two partitions.
         let redriven = query_scalar!(
-            r#"with moved as (
+            r#"with waiting as materialized (
+                   -- First, as the relay and `discard` lock them.
+                   select number from outbox where session_id = $1 for update),
+               moved as (
                    update upload_sessions
                    set version = version + 1, updated_at = $2, error_code = null, error_detail = null, error_items = null,
                        record_partition = case when $3 then null else record_partition end
-                   where id = $1 and state = 'verified' returning id, version),
+                   where (select count(*) from waiting) >= 0 and id = $1 and state = 'verified' returning id, version),
                told as (
                    insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
                    select id, version, $2, 'verified', 'verified',

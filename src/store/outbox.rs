@@ -106,7 +106,11 @@ impl Store {
 
     /// Whether a shard has anything to send or to settle.
     pub(crate) async fn has_waiting(&self, shard: i32) -> Result<bool, Error> {
-        let waiting = query_scalar!(r#"select exists (select from outbox where shard = $1) as "waiting!""#, shard);
+        let waiting = query_scalar!(
+            r#"select exists (select from outbox where shard = $1 and batch is null)
+                   or exists (select from outbox where shard = $1 and batch is not null) as "waiting!""#,
+            shard
+        );
         Ok(waiting.fetch_one(&self.pool).await?)
     }
 
@@ -197,22 +201,32 @@ impl Store {
     }
 
     /// Writes on uploads that wait for a shard why nothing of it is published: on those that say nothing yet, as many as
-    /// take no time. Says on which. They are not parked: they are sent as soon as the shard goes on.
-    pub(crate) async fn tell_waiting(&self, shard: i32, why: &str, now: OffsetDateTime) -> Result<Vec<Uuid>, Error> {
-        let told = query_scalar!(
-            "update upload_sessions
-             set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $3
-             where id in (
-                 select session.id from outbox join upload_sessions session on session.id = outbox.session_id
-                 where outbox.shard = $1 and session.state = 'verified' and session.error_code is null
-                 order by outbox.number limit 500)
-               and state = 'verified' and error_code is null
-             returning id",
+    /// take no time, behind the outbox row with number `after`. Says on which, and up to which number. They are not parked: they are sent as soon as the shard goes on.
+    pub(crate) async fn tell_waiting(
+        &self,
+        shard: i32,
+        why: &str,
+        after: i64,
+        now: OffsetDateTime,
+    ) -> Result<(Vec<Uuid>, i64), Error> {
+        let told = query!(
+            r#"with waiting as (
+                   select number, session_id from outbox
+                   where shard = $1 and batch is null and error is null and number > $4 order by number limit 500),
+               told as (
+                   update upload_sessions session
+                   set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $3
+                   from waiting
+                   where session.id = waiting.session_id and session.state = 'verified' and session.error_code is null
+                   returning session.id)
+               select coalesce((select max(number) from waiting), $4) as "last!", array(select id from told) as "ids!""#,
             shard,
             why,
-            now
+            now,
+            after
         );
-        Ok(told.fetch_all(&self.pool).await?)
+        let told = within(WORK_WITHIN, async { Ok(told.fetch_one(self.pool.unbounded()).await?) }).await?;
+        Ok((told.ids, told.last))
     }
 
     /// Writes down what Kafka holds, and says of how many sessions it is written now. Saying it twice changes nothing.
@@ -256,12 +270,11 @@ impl Store {
         Ok(written)
     }
 
-    /// How many of these sessions, which Kafka holds, the database takes for unfinished.
-    pub(crate) async fn unfinished(&self, placed: &[Placed]) -> Result<i64, Error> {
-        let ids: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
+    /// How many of these sessions, whose pointers Kafka holds, the database takes for unfinished or failed.
+    pub(crate) async fn unfinished(&self, published: &[Uuid]) -> Result<i64, Error> {
         let count = query_scalar!(
-            r#"select count(*) as "count!" from upload_sessions where id = any($1) and state in ('open', 'completing')"#,
-            &ids
+            r#"select count(*) as "count!" from upload_sessions where id = any($1) and state not in ('verified', 'published')"#,
+            published
         );
         Ok(count.fetch_one(&self.pool).await?)
     }

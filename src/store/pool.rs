@@ -26,6 +26,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(4);
 /// How long a server may take to confirm that a cancelled statement has ended. It takes milliseconds; a server that is
 /// silent has ended the statement by its own `statement_timeout` when this is over.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
+/// How long a commit may wait for a synchronous standby before its connection is given up.
+const STANDBY_WITHIN: Duration = Duration::from_secs(60);
 /// Closing says goodbye to the server, which may not be there.
 const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 /// A connection that rested longer is asked whether it still works: the server may have been restarted.
@@ -57,8 +59,9 @@ struct Connections {
 
 struct Live {
     connection: PgConnection,
-    /// The server's process.
+    /// The server's process, and when it began: a process of another server, or a later one, may have the same number.
     pid: i32,
+    started: String,
     opened: Instant,
 }
 
@@ -200,9 +203,17 @@ impl Connections {
 
     /// Ends what a caller left behind. The connection keeps its permit until the server says that it has ended.
     async fn recover(self: Arc<Self>, mut live: Live, permit: OwnedSemaphorePermit, is_in_transaction: bool) {
-        let ended = timeout(CANCEL_WITHIN, async {
-            self.cancels.as_ref().unwrap_or(&self).cancel(live.pid).await?;
-            live.connection.ping().await?;
+        let cancelled = timeout(CANCEL_WITHIN, self.cancels.as_ref().unwrap_or(&self).cancel(&live)).await;
+        // A commit that waits for a standby is not cancelled: it would become visible before it is safe.
+        let patience = if matches!(cancelled, Ok(Ok(false))) { STANDBY_WITHIN } else { CANCEL_WITHIN };
+        let ended = timeout(patience, async {
+            match live.connection.ping().await {
+                // 57014, query_canceled: the statement's own end, which nobody has read yet.
+                Err(error) if error.as_database_error().and_then(|error| error.code()).as_deref() == Some("57014") => {
+                    live.connection.ping().await?;
+                }
+                pinged => pinged?,
+            }
             if is_in_transaction {
                 query("rollback").execute(&mut live.connection).await?;
             }
@@ -215,16 +226,20 @@ impl Connections {
         }
     }
 
-    /// Cancels what a process of the server works on.
-    async fn cancel(self: &Arc<Self>, pid: i32) -> Result<(), sqlx::Error> {
+    /// Cancels what a process of the server works on; `false` where it is not to be cancelled, or is gone.
+    async fn cancel(self: &Arc<Self>, live: &Live) -> Result<bool, sqlx::Error> {
         let Ok(mut lent) = self.lend().await else {
             // Nothing was sent, so nothing can arrive late: the statement ends by its own time-out.
-            return Ok(());
+            return Ok(true);
         };
         // Sent before the connection is used for anything else, so that the signal cannot hit its next statement.
-        query_scalar::<_, bool>("select pg_cancel_backend($1)").bind(pid).fetch_one(&mut *lent).await?;
+        let cancelling = query_scalar::<_, bool>(
+            "select pg_cancel_backend(pid) from pg_stat_activity
+             where pid = $1 and extract(epoch from backend_start)::text = $2 and wait_event is distinct from 'SyncRep'",
+        );
+        let cancelled = cancelling.bind(live.pid).bind(&live.started).fetch_optional(&mut *lent).await?;
         lent.give_back();
-        Ok(())
+        Ok(cancelled.is_some())
     }
 
     async fn close(&self) {
@@ -253,8 +268,9 @@ fn is_starting(error: &sqlx::Error) -> bool {
 impl Live {
     async fn open(options: &PgConnectOptions) -> Result<Self, sqlx::Error> {
         let mut connection = PgConnection::connect_with(options).await?;
-        let pid = raw_sql("select pg_backend_pid()").fetch_one(&mut connection).await?.try_get(0)?;
-        Ok(Self { connection, pid, opened: Instant::now() })
+        let process = "select pid, extract(epoch from backend_start)::text from pg_stat_activity where pid = pg_backend_pid()";
+        let row = raw_sql(process).fetch_one(&mut connection).await?;
+        Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)?, connection, opened: Instant::now() })
     }
 }
 

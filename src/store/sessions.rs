@@ -143,15 +143,15 @@ impl Store {
     /// it becomes verified its outbox row. That row's number is drawn under a lock on topic and key, so that
     /// numbers of one key are in the order of commit.
     pub(crate) async fn save(&self, step: &Move<'_>, shards: i32) -> Result<Session, Error> {
-        let saved = self
+        let row = self
             .pool
             .in_time(async {
                 let _turn = self.turns.wait(&step.to.tenant).await;
-                let row = write::save(&self.pool, step, shards).await?.ok_or(Error::Moved(step.to.id))?;
-                write::fold_if_long(&self.pool, &row).await;
-                Session::try_from(row)
+                write::save(&self.pool, step, shards).await?.ok_or(Error::Moved(step.to.id))
             })
             .await?;
+        write::fold_if_long(&self.pool, &row).await;
+        let saved = Session::try_from(row)?;
         failpoint::reach(saved_as(saved.state.name())).await?;
         Ok(saved)
     }
@@ -217,11 +217,11 @@ impl Store {
         Ok(expires_at)
     }
 
-    /// Lets a session end soon whose multipart upload could not be made: no URL was ever signed for it.
+    /// Lets a session end soon for which no URL could be signed.
     pub(crate) async fn end_unopened(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<(), Error> {
         query!(
             "update upload_sessions set expires_at = least(expires_at, $2)
-             where id = $1 and mode = 'multipart' and s3_upload_id is null and state = 'open'",
+             where id = $1 and s3_upload_id is null and state = 'open'",
             id,
             expires_at
         )

@@ -11,20 +11,20 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Tenants that nothing is done for are forgotten once so many are known.
 const KNOWN: usize = 1000;
 
-pub(super) struct Turns {
+pub(crate) struct Turns {
     most: usize,
     tenants: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
 impl Turns {
     /// `most` at once a tenant; 0 is no limit.
-    pub(super) fn new(most: u32) -> Self {
+    pub(crate) fn new(most: u32) -> Self {
         let most = if most == 0 { Semaphore::MAX_PERMITS } else { most as usize };
         Self { most, tenants: Mutex::default() }
     }
 
     /// Waits until it is the tenant's turn, which lasts until the permit is dropped.
-    pub(super) async fn wait(&self, tenant: &str) -> OwnedSemaphorePermit {
+    pub(crate) async fn wait(&self, tenant: &str) -> OwnedSemaphorePermit {
         let turns = {
             let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
             if tenants.len() >= KNOWN {

@@ -50,6 +50,13 @@ impl Store {
         Ok(sqlx::query_scalar::<_, String>(buckets).fetch_all(&self.pool).await?)
     }
 
+    /// The KMS keys that the policies of a bucket's topics name; those without a bucket use the default one.
+    pub(crate) async fn kms_keys(&self, bucket: &str, default_bucket: &str) -> Result<Vec<String>, Error> {
+        let keys = "select distinct policy->>'kms_key_id' from topics
+            where policy->>'kms_key_id' is not null and coalesce(policy->>'bucket', $2) = $1 order by 1 limit 5";
+        Ok(sqlx::query_scalar::<_, String>(keys).bind(bucket).bind(default_bucket).fetch_all(&self.pool).await?)
+    }
+
     /// Stored policies by name, after `after`.
     pub(crate) async fn policies(&self, after: &str, limit: i64) -> Result<Vec<(String, Policy)>, Error> {
         let rows = query!(

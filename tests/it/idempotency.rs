@@ -169,6 +169,16 @@ async fn twenty_opens_at_once_under_one_key_make_one_session() {
 }
 
 #[tokio::test]
+async fn a_retry_that_meets_its_first_request_is_a_replay_although_that_one_took_the_last_room() {
+    let house = House::with(|settings| settings.broker.quota.open_sessions = 1).await;
+    let body = request(&house);
+    let answers = futures_util::future::join_all((0..20).map(|_| open_under(&house, "key", &body))).await;
+    let statuses: BTreeSet<u16> = answers.iter().map(|answer| answer.status).collect();
+    assert!(statuses.is_subset(&BTreeSet::from([200, 201, 409])), "{statuses:?}");
+    open_under(&house, "another", &body).await.expect_problem(429, "quota-sessions-exceeded");
+}
+
+#[tokio::test]
 async fn a_refused_open_takes_no_key() {
     let house = House::new().await;
     house.put_policy(&house.topic, &json!({"enabled": false})).await.expect(200);

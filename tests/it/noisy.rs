@@ -109,11 +109,12 @@ async fn a_filter_that_matches_little_is_walked_in_pages_that_may_be_empty() {
             'text/plain', 1, 'none', 'size', 'bucket', 'object-' || n, 'single', 'none', 900, 3600
         from generate_series(1, 12500) n, lateral (select now() - n * interval '1 second' as at) told";
     sqlx::query(fill).execute(&house.db).await.unwrap();
-    for filters in [
-        "key_prefix=needle",
-        "key_prefix=needle&tenant=default",
-        "key_prefix=needle&state=aborted&state=expired",
-        "key_prefix=needle&topic=topic&tenant=default",
+    for (filters, expected_pages) in [
+        ("key_prefix=needle", 3),
+        ("key_prefix=needle&tenant=default", 3),
+        // Two walks beside each other look at half as many each.
+        ("key_prefix=needle&state=aborted&state=expired", 6),
+        ("key_prefix=needle&topic=topic&tenant=default", 3),
     ] {
         let (mut found, mut pages, mut cursor) = (Vec::<Value>::new(), 0, String::new());
         loop {
@@ -126,7 +127,7 @@ async fn a_filter_that_matches_little_is_walked_in_pages_that_may_be_empty() {
             }
             assert!(pages < 10, "the list does not end");
         }
-        assert_eq!((found.len(), pages), (1, 3), "{filters}");
+        assert_eq!((found.len(), pages), (1, expected_pages), "{filters}");
         assert_eq!(found[0]["key"], "needle");
     }
     // What has an index is looked up.

@@ -78,7 +78,7 @@ macro_rules! page {
 
 /// The entry that a walk of the same span ends before, if it is longer than what a page looks at.
 macro_rules! end {
-    ($store:expr, $span:expr, $source:literal, $walk:literal $(, $argument:expr)*) => {
+    ($store:expr, $span:expr, $branches:expr, $source:literal, $walk:literal $(, $argument:expr)*) => {
         query_as!(
             Position,
             r#"select met.created_at as "created_at!", met.id as "id!" from "# + $source
@@ -86,7 +86,7 @@ macro_rules! end {
                 + " and (created_at, id) >= ($1, $2::uuid) and (created_at, id) < ($3, $4::uuid)
                     order by created_at desc, id desc offset $5 limit 1) met
                   order by met.created_at desc, met.id desc limit 1",
-            $span.from.0, $span.from.1, $span.to.0, $span.to.1, LOOKED_AT - 1 $(, $argument)*
+            $span.from.0, $span.from.1, $span.to.0, $span.to.1, (LOOKED_AT / $branches - 1).max(0) $(, $argument)*
         )
         .fetch_optional(&$store.pool)
         .await?
@@ -128,6 +128,11 @@ impl Filter {
         let before = (self.created_before.unwrap_or(NEWEST.assume_utc()), Uuid::nil());
         Span { from, to: page.map_or(before, |page| page.min(before)) }
     }
+}
+
+/// How many walks of an index there are beside each other: together they look at what one may.
+fn branches(walked: &[String]) -> i64 {
+    i64::try_from(walked.len()).unwrap_or(i64::MAX).max(1)
 }
 
 fn distinct(texts: &[String]) -> Vec<String> {
@@ -208,11 +213,12 @@ impl Store {
     /// The last entry that a page looks at; `None` where the walk ends before.
     async fn end(&self, walk: &Walk<'_>, span: &Span) -> Result<Page, Error> {
         let end = match walk {
-            Walk::All => end!(self, span, "", "version > 0"),
-            Walk::Tenant(tenant) => end!(self, span, "", "tenant = $6", tenant),
+            Walk::All => end!(self, span, 1, "", "version > 0"),
+            Walk::Tenant(tenant) => end!(self, span, 1, "", "tenant = $6", tenant),
             Walk::Topics(tenant, topics) => end!(
                 self,
                 span,
+                branches(topics),
                 "unnest($7::text[]) as wanted cross join lateral",
                 "tenant = $6 and topic = wanted",
                 tenant,
@@ -221,6 +227,7 @@ impl Store {
             Walk::States(tenant, states) => end!(
                 self,
                 span,
+                branches(states),
                 "unnest($7::text[]) as wanted cross join lateral",
                 "tenant = $6 and state = wanted and state <> 'published'",
                 tenant,
@@ -229,6 +236,7 @@ impl Store {
             Walk::StatesOfAll(states) => end!(
                 self,
                 span,
+                branches(states),
                 "unnest($6::text[]) as wanted cross join lateral",
                 "state = wanted and state <> 'published'",
                 states

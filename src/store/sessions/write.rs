@@ -65,6 +65,12 @@ pub(super) async fn create(
     match insert(&store.pool, session, part_hashes, idempotency, quota).await {
         Ok(true) => Ok(Created::New),
         Ok(false) => {
+            // Perhaps the request that was first under this key took the room: then this one is its replay.
+            if let Some((key, _)) = idempotency
+                && store.idempotent(&session.tenant, &session.subject, key).await?.is_some()
+            {
+                return Ok(Created::KeyTaken);
+            }
             let held = query_scalar!("select open_sessions from tenants where tenant = $1", session.tenant);
             let held = held.fetch_optional(&store.pool).await?.unwrap_or(0);
             let is_full = quota.open_sessions > 0 && held >= quota.open_sessions;
@@ -246,7 +252,7 @@ pub(super) async fn fold_if_long(pool: &Pool, saved: &Row) {
         lent.give_back();
         Ok::<_, Error>(())
     };
-    if let Err(error) = folded.await {
+    if let Err(error) = pool.in_time(folded).await {
         warn!(session.id = %saved.id, %error, "could not fold the history of {}: {error}", saved.id);
     }
 }
@@ -262,12 +268,12 @@ fn all_headers(session: &Session, proof: &Proof) -> Vec<(String, String)> {
 /// first and the newest.
 pub(in crate::store) async fn fold_history(connection: &mut PgConnection, id: Uuid) -> Result<(), Error> {
     let last = query!(
-        "select version, from_state, to_state, reason from upload_history where session_id = $1 order by version desc limit $2",
+        "select version, from_state, to_state, reason, by from upload_history where session_id = $1 order by version desc limit $2",
         id,
         3 * LONGEST_ROUND
     );
     let last = last.fetch_all(&mut *connection).await?;
-    let transitions: Vec<_> = last.iter().map(|row| (&row.from_state, &row.to_state, &row.reason)).collect();
+    let transitions: Vec<_> = last.iter().map(|row| (&row.from_state, &row.to_state, &row.reason, &row.by)).collect();
     let versions: Vec<i64> = repeated(&transitions).map(|index| last[index].version).collect();
     query!(
         "delete from upload_history where session_id = $1 and (version = any($2) or version in (
