@@ -347,7 +347,8 @@ async fn a_relay_that_slept_in_the_middle_of_a_batch_wakes_up_fenced() {
         return;
     }
     house.stop().await;
-    let zombie = house.serving(&[("FAILPOINTS", "relay.sent=1*return(1000)")]).await;
+    // Whoever asked waits longer than it sleeps.
+    let zombie = house.serving(&[("FAILPOINTS", "relay.sent=1*return(1000)"), ("LFS_BROKER_COMPLETE_WAIT_SECONDS", "45")]).await;
     let opened = house.http.post(format!("{}/lfs/uploads", zombie.url()));
     let body = json!({"topic": house.topic, "size": 5, "sha256": sha256(b"hello"), "key": "k"});
     let opened = house.send(opened.json(&body)).await.expect(201);
