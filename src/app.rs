@@ -46,8 +46,6 @@ const COMPARE_AGAIN: Duration = Duration::from_secs(2);
 /// answer.
 const TRIAL: Duration = Duration::from_secs(3);
 const TRY_AGAIN: Duration = Duration::from_secs(60);
-/// When the dependencies are first checked: the start itself has just used them.
-const FIRST_CHECK: Duration = Duration::from_secs(2);
 /// How soon what trials have left is looked for again, where S3 did not answer.
 const CLEAN_AGAIN: Duration = Duration::from_secs(5);
 
@@ -223,7 +221,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_restore_check(restore_check, stopped.clone())),
         tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
     ];
-    work.extend([tokio::spawn(until(stopped.clone(), trying)), tokio::spawn(run_checks(checks, stopped.clone()))]);
+    work.extend([tokio::spawn(until(stopped.clone(), trying)), tokio::spawn(checks.run(stopped.clone()))]);
     let scheme = if tls.is_some() { "https" } else { "http" };
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
         work.push(tokio::spawn(tls.keep_current(files, stopped)));
@@ -324,7 +322,7 @@ async fn try_store(
         let _ = seen.set(found);
         outcomes.storage.record(Ok(()));
     }
-    let (objects, noted, outcomes) = (objects.clone(), Arc::clone(&seen), Arc::clone(outcomes));
+    let (objects, store, outcomes, noted) = (objects.clone(), store.clone(), Arc::clone(outcomes), Arc::clone(&seen));
     let (tried, is_tried) = oneshot::channel::<()>();
     trying.spawn(async move {
         let mut pause = readiness::AGAIN;
@@ -346,9 +344,16 @@ async fn try_store(
             }
         }
         drop(tried);
-        while let Err(error) = objects.clean_after_trials(&bucket, LONGEST_TRIAL).await {
-            info!(%error, "what trials have left could not be removed yet: {error}");
-            tokio::time::sleep(CLEAN_AGAIN).await;
+        let named = store.policy_buckets().await.unwrap_or_default();
+        let others = named.into_iter().filter(|named| *named != bucket);
+        for bucket in std::iter::once(bucket.clone()).chain(others) {
+            while let Err(error) = objects.clean_after_trials(&bucket, LONGEST_TRIAL).await {
+                info!(%error, "what trials have left in bucket {bucket} could not be removed yet: {error}");
+                if matches!(error, objects::Error::Refused { .. }) {
+                    break;
+                }
+                tokio::time::sleep(CLEAN_AGAIN).await;
+            }
         }
     });
     // Who asks whether the broker is ready right after its start sees it all; a slow store keeps nothing from starting.
@@ -390,24 +395,6 @@ async fn until(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
     tokio::select! {
         _ = tasks.join_next() => {}
         _ = stopped.wait_for(|stopped| *stopped) => {}
-    }
-}
-
-/// Tries what uploads need, soon again while something fails, until the end is asked for.
-async fn run_checks(checks: Checks, mut stopped: watch::Receiver<bool>) {
-    let (mut pause, mut is_first) = (FIRST_CHECK, true);
-    loop {
-        // Replicas that were started together must not stay in step.
-        let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
-        tokio::select! {
-            () = tokio::time::sleep(jittered) => {}
-            _ = stopped.wait_for(|stopped| *stopped) => return,
-        }
-        pause = tokio::select! {
-            is_sound = checks.tick(is_first) => if is_sound { readiness::EVERY } else { readiness::AGAIN },
-            _ = stopped.wait_for(|stopped| *stopped) => return,
-        };
-        is_first = false;
     }
 }
 

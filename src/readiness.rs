@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use lfs_broker_client::api::Dependency;
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::kafka::{CheckError, Kafka};
@@ -18,6 +19,8 @@ use crate::store::{self, Deployment, Store};
 pub(crate) const EVERY: Duration = Duration::from_secs(30);
 /// How soon it is tried again while something fails: a failure is confirmed, and its end is noticed, within seconds.
 pub(crate) const AGAIN: Duration = Duration::from_secs(3);
+/// When the dependencies are first checked: the start itself has just used them.
+const FIRST_CHECK: Duration = Duration::from_secs(2);
 /// So many failures in a row count, where it worked before: one may be chance.
 const CONFIRMED: u32 = 2;
 
@@ -159,6 +162,24 @@ pub(crate) struct Checks {
 }
 
 impl Checks {
+    /// Tries what uploads need, soon again while something fails, until the end is asked for.
+    pub(crate) async fn run(self, mut stopped: watch::Receiver<bool>) {
+        let (mut pause, mut is_first) = (FIRST_CHECK, true);
+        loop {
+            // Replicas that were started together must not stay in step.
+            let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
+            tokio::select! {
+                () = tokio::time::sleep(jittered) => {}
+                _ = stopped.wait_for(|stopped| *stopped) => return,
+            }
+            pause = tokio::select! {
+                is_sound = self.tick(is_first) => if is_sound { EVERY } else { AGAIN },
+                _ = stopped.wait_for(|stopped| *stopped) => return,
+            };
+            is_first = false;
+        }
+    }
+
     pub(crate) fn new(store: Store, objects: Objects, kafka: Kafka, deployment: Deployment, outcomes: Arc<Outcomes>) -> Self {
         Self { store, objects, kafka, deployment, outcomes }
     }
