@@ -64,7 +64,7 @@ public final class Drive {
     }
 
     private byte[] fetched(Pointer pointer) throws ApiException, IOException, InterruptedException {
-        Resolved resolved = pointers.resolvePointer(pointer, null, null).getResolved();
+        Resolved resolved = pointers.resolvePointer(pointer, null, "sdk-java", null).getResolved();
         check(resolved.getSize().equals(pointer.getSize()), resolved);
         HttpRequest request = HttpRequest.newBuilder(URI.create(resolved.getUrl())).build();
         return s3.send(request, BodyHandlers.ofByteArray()).body();
@@ -99,7 +99,7 @@ public final class Drive {
             throw new AssertionError("completed without bytes");
         } catch (ApiException refused) {
             Problem problem = Problem.fromJson(refused.getResponseBody());
-            check(refused.getCode() == 409 && problem.getCode().equals("object-missing") && problem.getRetryable(), problem);
+            check(refused.getCode() == 409 && problem.getCode() == ErrorCode.OBJECT_MISSING && problem.getRetryable(), problem);
         }
         SignedRequest signed = upload.getUpload();
         put(signed.getMethod(), signed.getUrl(), signed.getHeaders(), value);
@@ -132,7 +132,7 @@ public final class Drive {
     private void aborted() throws Exception {
         Upload upload = uploads.openUpload(new OpenUpload().topic("sdk-java").size(1L).sha256(sha256(new byte[1])), null);
         uploads.abortUpload(upload.getId());
-        List<UploadState> steps = uploads.getUploadHistory(upload.getId()).getItems().stream().map(Transition::getTo).toList();
+        List<UploadState> steps = uploads.getUploadHistory(upload.getId(), null, null).getItems().stream().map(Transition::getTo).toList();
         check(steps.equals(List.of(UploadState.OPEN, UploadState.ABORTED)), steps);
     }
 

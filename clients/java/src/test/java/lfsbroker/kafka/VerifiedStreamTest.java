@@ -12,6 +12,7 @@ import java.io.IOException;
 import java.io.InputStream;
 import java.nio.charset.StandardCharsets;
 import java.time.Duration;
+import java.util.Map;
 import java.util.concurrent.CountDownLatch;
 import org.junit.jupiter.api.Test;
 
@@ -108,7 +109,8 @@ class VerifiedStreamTest {
             Checksum crc = Checksum.of(null, "crc32", "cbf43926");
             assertNull(streams.advice(new Pointer("b", "proved", 1, crc, new byte[0])));
             Pointer bare = new Pointer("b", "bare", 1, Checksum.of(null, null, null), new byte[0]);
-            streams.follow(bare, null);
+            streams.configure(Map.of("lfs.broker.url", "http://127.0.0.1:1"), false);
+            streams.follow(bare, "videos", null);
             assertNull(streams.advice(bare), "follow has said it");
         }
         try (var streams = new LfsStreamDeserializer()) {
