@@ -143,7 +143,7 @@ stop_all() {
         [ -e "$file" ] || continue
         signal=TERM
         [ "$(basename "$file")" != postgres.pid ] || signal=INT
-        kill "-$signal" "$(<"$file")" 2>/dev/null
+        kill "-$signal" "$(<"$file")" 2>/dev/null || true
     done
     for file in "$NEIGHBOURS"/*.pid; do
         [ -e "$file" ] || continue
@@ -152,7 +152,7 @@ stop_all() {
             kill -0 "$pid" 2>/dev/null || break
             sleep 0.1
         done
-        kill -KILL "$pid" 2>/dev/null
+        kill -KILL "$pid" 2>/dev/null || true
         rm -f "$file"
     done
     return 0
