@@ -1,7 +1,8 @@
-//! Serving: connections in, each with its limits, none more than there are seats.
+//! Serving: accepts connections up to a limit, each with its own timeouts.
 //!
-//! Beyond the seats a few connections more are taken in, which may ask for the broker's health. The door speaks HTTP/1.1 alone. No bytes of an upload pass it, so streams of HTTP/2 would save nothing, and a
-//! connection is one request at a time: the bound on connections is the bound on requests.
+//! Beyond the limit a small reserve of connections is accepted, which may ask for the broker's health only. The server
+//! speaks HTTP/1.1 alone: no bytes of an upload pass through it, so HTTP/2 would save nothing, and a connection carries
+//! one request at a time. The limit of connections is therefore the limit of requests.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};

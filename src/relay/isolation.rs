@@ -87,8 +87,9 @@ impl Isolation {
         inner.shards.get(&shard).and_then(|narrowing| narrowing.paused_until).is_some_and(|until| Instant::now() < until)
     }
 
-    /// Chooses what of a shard's batch is sent now: all of it, but for what is refused already, and as much as it is halved. Rows of one key are never sent out of order: a selection that has a
-    /// row has all earlier ones of its topic and key.
+    /// Chooses which rows of a shard's batch are sent now: all that are not refused already, or the part that halving
+    /// leaves. Records of one key are never sent out of order: a selection that has a row has all earlier ones of its
+    /// topic and key.
     pub(super) fn select(&self, shard: i32, rows: &[Waiting]) -> Selection {
         let now = Instant::now();
         let inner = &mut *self.inner();
