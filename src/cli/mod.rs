@@ -324,16 +324,16 @@ fn sweep(directory: Option<&std::path::Path>) {
     let _ = client::clean(directory);
 }
 
-/// Returns when the program is asked to end.
-async fn asked_to_end() {
+/// Returns when the program is asked to end. What asks for it is heard from this call on, not from the first wait on.
+fn asked_to_end() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let interrupt = tokio::signal::ctrl_c();
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => {
-            tokio::select! { _ = interrupt => {}, _ = terminate.recv() => {} }
+    let [interrupt, terminate] = [SignalKind::interrupt(), SignalKind::terminate()].map(signal).map(|signal| async move {
+        match signal {
+            Ok(mut signal) => drop(signal.recv().await),
+            Err(_) => std::future::pending().await,
         }
-        Err(_) => {
-            let _ = interrupt.await;
-        }
+    });
+    async {
+        tokio::select! { () = interrupt => {}, () = terminate => {} }
     }
 }

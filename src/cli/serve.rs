@@ -1,5 +1,7 @@
 //! `serve` and `migrate`: the broker against real servers.
 
+use std::pin::pin;
+
 use super::{Error, asked_to_end, log, talk};
 use crate::store::{self, Store};
 use crate::{app, http};
@@ -13,8 +15,13 @@ pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(
     log("lfs_broker=info,warn");
     http::raise_descriptors();
     let delay = settings.http.shutdown_delay;
-    let running = app::start(settings).await?;
-    asked_to_end().await;
+    let mut end = pin!(asked_to_end());
+    let running = tokio::select! {
+        running = app::start(settings) => running?,
+        () = &mut end => return Ok(()),
+    };
+    end.await;
+    let mut end_at_once = pin!(asked_to_end());
     tracing::info!("ending: not ready from now on, no new requests in {} s", delay.as_secs_f32());
     running.announce_end();
     let in_order = async {
@@ -23,7 +30,7 @@ pub(super) async fn serve(settings: app::Settings, check_only: bool) -> Result<(
     };
     tokio::select! {
         () = in_order => {}
-        () = asked_to_end() => tracing::warn!("asked to end twice: what is under way is dropped"),
+        () = &mut end_at_once => tracing::warn!("asked to end twice: what is under way is dropped"),
     }
     Ok(())
 }
