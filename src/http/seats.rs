@@ -23,6 +23,10 @@ const WAITING: usize = RESERVE / 4;
 /// How soon another idle connection is asked to make room.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
+/// How long every connection may take before its first request begins to arrive, also where others need its place: a client
+/// sends at once, but the system accepts faster than clients send.
+const FIRST_WORD: Duration = Duration::from_millis(100);
+
 /// Why there is no seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NoSeat {
@@ -70,6 +74,7 @@ pub(super) struct Place {
     is_trusted: bool,
     pulse: Arc<Pulse>,
     leave: Arc<Notify>,
+    entered: Instant,
     /// Whether it had no seat when it came.
     pub(super) is_late: bool,
 }
@@ -94,7 +99,8 @@ impl Seats {
         let is_trusted = self.trusted.iter().any(|net| net.contains(&peer));
         let mut held = self.held();
         held.next += 1;
-        let mut place = Place { seats: Arc::clone(self), id: held.next, address, is_trusted, pulse, leave, is_late: false };
+        let (seats, id, entered) = (Arc::clone(self), held.next, Instant::now());
+        let mut place = Place { seats, id, address, is_trusted, pulse, leave, entered, is_late: false };
         match self.take(&mut held, &place) {
             // A little stays free, so that the next need not wait.
             Ok(()) if held.seated.len() + self.most / 16 >= self.most => dismiss(&held, None),
@@ -156,8 +162,9 @@ impl Drop for Waiting<'_> {
 }
 
 impl Place {
-    /// Returns when the connection should end, being idle, for others need its seat.
+    /// Returns when the connection should end, being idle, for others need its seat. Not before [`FIRST_WORD`] has passed.
     pub(super) async fn dismissed(&self) {
+        tokio::time::sleep_until(self.entered + FIRST_WORD).await;
         self.leave.notified().await;
     }
 
@@ -271,6 +278,15 @@ mod tests {
         assert_eq!(nets.each_ref().map(|place| place.is_late), [false, false, true]);
         drop(own);
         assert_eq!(over.seat().await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_to_end_before_a_first_request_can_arrive() {
+        let seats = Arc::new(Seats::new(0, 0, Vec::new()));
+        let begun = Instant::now();
+        let crowd: Vec<Place> = (0..RESERVE).map(|_| seats.enter(address("192.0.2.1"), Arc::new(Pulse::new()))).collect();
+        crowd[0].dismissed().await;
+        assert!(begun.elapsed() >= FIRST_WORD, "{:?}", begun.elapsed());
     }
 
     #[tokio::test]

@@ -87,7 +87,7 @@ pub(crate) async fn serve(
         };
         match next {
             Ok((stream, peer, room)) => {
-                let receiving = door.clone().receive(stream, peer);
+                let receiving = door.receive(stream, peer);
                 guests.spawn(async move {
                     receiving.await;
                     drop(room);
@@ -102,18 +102,24 @@ pub(crate) async fn serve(
     // What the system has taken in already is served: closing the listener would reset it.
     tokio::task::yield_now().await;
     while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
-        guests.spawn(door.clone().receive(stream, peer));
+        guests.spawn(door.receive(stream, peer));
     }
     drop(listener);
     while guests.join_next().await.is_some() {}
 }
 
 impl Door {
-    async fn receive(mut self, stream: TcpStream, peer: SocketAddr) {
-        // An answer is one small packet: it is not held back for another.
-        let _ = stream.set_nodelay(true);
+    /// Takes a connection in, and gives back what serves it. Connections take their places in the order in which they were
+    /// accepted, for the oldest one makes room; the runtime begins tasks in any order.
+    fn receive(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
         let pulse = Arc::new(Pulse::new());
         let place = self.seats.enter(peer.ip().to_canonical(), Arc::clone(&pulse));
+        self.clone().shake_hands(stream, peer, pulse, place)
+    }
+
+    async fn shake_hands(mut self, stream: TcpStream, peer: SocketAddr, pulse: Arc<Pulse>, place: Place) {
+        // An answer is one small packet: it is not held back for another.
+        let _ = stream.set_nodelay(true);
         if place.is_late {
             self.limits.head = self.limits.head.min(STANDING_HEAD);
         }
@@ -154,6 +160,8 @@ impl Door {
         let mut leaving = false;
         let overdue = loop {
             tokio::select! {
+                // First: a request that has arrived is read before its connection is taken for idle or too slow.
+                biased;
                 ended = &mut connection => {
                     if let Err(error) = ended {
                         debug!(%peer, %error, "a connection ended badly");
