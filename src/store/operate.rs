@@ -50,14 +50,7 @@ impl Store {
             by
         );
         let redriven = redriven.fetch_one(&self.pool).await?;
-        self.pool
-            .in_time(async {
-                let mut lent = self.pool.lend().await?;
-                fold_history(&mut lent, id).await?;
-                lent.give_back();
-                Ok(())
-            })
-            .await?;
+        fold_history(&self.pool, id).await?;
         Ok(redriven)
     }
 

@@ -246,13 +246,7 @@ pub(super) async fn fold_if_long(pool: &Pool, saved: &Row) {
     if saved.version <= STRAIGHT {
         return;
     }
-    let folded = async {
-        let mut lent = pool.lend().await?;
-        fold_history(&mut lent, saved.id).await?;
-        lent.give_back();
-        Ok::<_, Error>(())
-    };
-    if let Err(error) = pool.in_time(folded).await {
+    if let Err(error) = fold_history(pool, saved.id).await {
         warn!(session.id = %saved.id, %error, "could not fold the history of {}: {error}", saved.id);
     }
 }
@@ -266,25 +260,34 @@ fn all_headers(session: &Session, proof: &Proof) -> Vec<(String, String)> {
 /// Keeps a history from growing with what repeats itself, such as a complete that comes too early a thousand times: of
 /// a round of transitions the first and the last are kept. Whatever else happens, [`HISTORY`] rows are kept at most: the
 /// first and the newest.
-pub(in crate::store) async fn fold_history(connection: &mut PgConnection, id: Uuid) -> Result<(), Error> {
-    let last = query!(
-        "select version, from_state, to_state, reason, by from upload_history where session_id = $1 order by version desc limit $2",
-        id,
-        3 * LONGEST_ROUND
-    );
-    let last = last.fetch_all(&mut *connection).await?;
-    let transitions: Vec<_> = last.iter().map(|row| (&row.from_state, &row.to_state, &row.reason, &row.by)).collect();
-    let versions: Vec<i64> = repeated(&transitions).map(|index| last[index].version).collect();
-    query!(
-        "delete from upload_history where session_id = $1 and (version = any($2) or version in (
-             select version from upload_history where session_id = $1 and from_state is not null order by version desc offset $3))",
-        id,
-        &versions,
-        HISTORY - 1
-    )
-    .execute(connection)
-    .await?;
-    Ok(())
+///
+/// The session is locked first. Two that fold the same history at once would each delete another round of what both have
+/// read, and leave half of one.
+pub(in crate::store) async fn fold_history(pool: &Pool, id: Uuid) -> Result<(), Error> {
+    let folded = async {
+        let mut tx = pool.begin().await?;
+        query!("select from upload_sessions where id = $1 for no key update", id).execute(&mut *tx).await?;
+        let last = query!(
+            "select version, from_state, to_state, reason, by from upload_history
+             where session_id = $1 order by version desc limit $2",
+            id,
+            3 * LONGEST_ROUND
+        );
+        let last = last.fetch_all(&mut *tx).await?;
+        let transitions: Vec<_> = last.iter().map(|row| (&row.from_state, &row.to_state, &row.reason, &row.by)).collect();
+        let versions: Vec<i64> = repeated(&transitions).map(|index| last[index].version).collect();
+        let deleted = query!(
+            "delete from upload_history where session_id = $1 and (version = any($2) or version in (
+                 select version from upload_history
+                 where session_id = $1 and from_state is not null order by version desc offset $3))",
+            id,
+            &versions,
+            HISTORY - 1
+        );
+        deleted.execute(&mut *tx).await?;
+        Ok(tx.commit().await?)
+    };
+    pool.in_time(folded).await
 }
 
 /// Which of the transitions, the newest first, repeat those before them and are repeated by those after.
