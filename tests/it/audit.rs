@@ -42,8 +42,16 @@ fn figures(report: &Report, kind: Kind) -> (u64, u64, u64) {
     (*count, *bytes, *fixed)
 }
 
+/// Runs the audit, which must find nothing. Kafka may answer late on a machine that is busy with tests.
 pub(crate) async fn is_clean(house: &House) {
-    found(&audit(house, false).await.unwrap(), &[]);
+    let mut report = audit(house, false).await;
+    for _ in 0..10 {
+        if report.is_ok() {
+            break;
+        }
+        report = audit(house, false).await;
+    }
+    found(&report.unwrap(), &[]);
 }
 
 fn id(answer: &Answer) -> Uuid {

@@ -180,15 +180,18 @@ impl House {
         let topic = topic.to_owned();
         tokio::task::spawn_blocking(move || {
             let consumer = consumer();
-            for _ in 0..100 {
-                let metadata = consumer.fetch_metadata(Some(&topic), Duration::from_secs(5)).expect("Kafka answers");
-                if metadata.topics().iter().any(|found| found.name() == topic && found.partitions().len() == partitions as usize)
-                {
+            let begun = std::time::Instant::now();
+            loop {
+                // A Kafka on a machine that is busy with tests may answer late.
+                let metadata = consumer.fetch_metadata(Some(&topic), Duration::from_secs(5));
+                if metadata.as_ref().is_ok_and(|metadata| {
+                    metadata.topics().iter().any(|found| found.name() == topic && found.partitions().len() == partitions as usize)
+                }) {
                     return;
                 }
+                assert!(begun.elapsed() < Duration::from_secs(60), "topic {topic} did not appear: {:?}", metadata.err());
                 std::thread::sleep(Duration::from_millis(50));
             }
-            panic!("topic {topic} did not appear");
         })
         .await
         .unwrap();
