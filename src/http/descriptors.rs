@@ -24,9 +24,12 @@ pub(crate) fn raise() {
 /// How many connections of those wanted the limit has room for.
 pub(super) fn room(wanted: usize) -> usize {
     let limit = getrlimit(Resource::Nofile).current;
-    let fits = room_under(limit, wanted);
+    // Whoever started the program may have left it open files of its own.
+    let open = std::fs::read_dir("/dev/fd").map_or(0, Iterator::count);
+    let free = limit.map(|limit| limit.saturating_sub(u64::try_from(open).unwrap_or(u64::MAX)));
+    let fits = room_under(free, wanted);
     if fits < wanted {
-        warn!(fits, wanted, limit, "the limit of open files has room for {fits} connections only: raise it (ulimit -n)");
+        warn!(fits, wanted, limit, open, "the limit of open files has room for {fits} connections only: raise it (ulimit -n)");
     }
     fits
 }
