@@ -324,7 +324,7 @@ fn sweep(directory: Option<&std::path::Path>) {
     let _ = client::clean(directory);
 }
 
-/// Returns when the program is asked to end. What asks for it is heard from this call on, not from the first wait on.
+/// Returns when SIGINT or SIGTERM arrives. This call installs the handlers, so a signal before the first poll counts too.
 fn asked_to_end() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let [interrupt, terminate] = [SignalKind::interrupt(), SignalKind::terminate()].map(signal).map(|signal| async move {

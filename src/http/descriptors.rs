@@ -24,7 +24,7 @@ pub(crate) fn raise() {
 /// How many connections of those wanted the limit has room for.
 pub(super) fn room(wanted: usize) -> usize {
     let limit = getrlimit(Resource::Nofile).current;
-    // Whoever started the program may have left it open files of its own.
+    // The parent process may have left files open.
     let open = std::fs::read_dir("/dev/fd").map_or(0, Iterator::count);
     let free = limit.map(|limit| limit.saturating_sub(u64::try_from(open).unwrap_or(u64::MAX)));
     let fits = room_under(free, wanted);

@@ -109,8 +109,8 @@ pub(crate) async fn serve(
 }
 
 impl Door {
-    /// Takes a connection in, and gives back what serves it. Connections take their places in the order in which they were
-    /// accepted, for the oldest one makes room; the runtime begins tasks in any order.
+    /// Registers a connection and returns the future that serves it. Connections are registered in the order in which they
+    /// are accepted, because the oldest one is closed first; the runtime starts tasks in any order.
     fn receive(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
         let pulse = Arc::new(Pulse::new());
         let place = self.seats.enter(peer.ip().to_canonical(), Arc::clone(&pulse));

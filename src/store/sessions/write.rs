@@ -261,8 +261,8 @@ fn all_headers(session: &Session, proof: &Proof) -> Vec<(String, String)> {
 /// a round of transitions the first and the last are kept. Whatever else happens, [`HISTORY`] rows are kept at most: the
 /// first and the newest.
 ///
-/// The session is locked first. Two that fold the same history at once would each delete another round of what both have
-/// read, and leave half of one.
+/// The session is locked first: two concurrent calls would read the same rows, delete rounds that are shifted by one
+/// transition, and leave half a round.
 pub(in crate::store) async fn fold_history(pool: &Pool, id: Uuid) -> Result<(), Error> {
     let folded = async {
         let mut tx = pool.begin().await?;
