@@ -1,4 +1,4 @@
-//! The app: parts wired together, workers kept going, and an orderly end.
+//! The app: connects the dependencies, runs the workers, and shuts down in order.
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
@@ -14,49 +14,49 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::auth::{self, Auth, Mode};
-use crate::broker::{self, Broker, Parts};
-use crate::finish::{self, Finisher, Tasks};
+use crate::broker::{self, Broker, BrokerDeps};
+use crate::completion::{self, CompletionWorker, Tasks};
 use crate::http::{self, App, Tls};
 use crate::kafka::{self, Kafka};
-use crate::objects::{self, Capabilities, LONGEST_TRIAL, Objects};
+use crate::notify::ChangeNotifier;
+use crate::objects::{self, Capabilities, Objects, PROBE_TIMEOUT};
 use crate::policy;
-use crate::readiness::{self, Checks, Outcomes, put_failure};
+use crate::readiness::{self, ReadinessChecker, ReadinessState, put_check_failure};
 use crate::relay::Relay;
 use crate::restore_check::{self, RestoreCheck};
 use crate::store::{self, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
-use crate::wakes::Wakes;
 
-/// How often the relay and the verifier look by themselves; they are woken sooner.
-const LOOK: Duration = Duration::from_millis(500);
-/// How often the sessions that somebody waits for are looked at, for another replica may have moved them.
-const LOOK_OUT: Duration = Duration::from_millis(100);
-/// How long after a failure a worker tries again.
-const PAUSE: Duration = Duration::from_secs(1);
-/// A completion that is nearly done ends well also where requests took all the time that there was.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// How often the relay and the verifier poll for work. A notification wakes them sooner.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the versions of the subscribed sessions are polled, because another replica may have changed them.
+const CHANGE_POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How long a worker waits after a failure before it retries.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// How long running completions may take at least, even if the requests used up the whole grace period.
+const COMPLETION_GRACE: Duration = Duration::from_secs(1);
 
-/// How long the start may take to read the markers: a crashed replica's open transaction can hide them for a minute.
-const MARKERS: Duration = Duration::from_secs(2);
-/// How soon the database is compared with Kafka again where it was found older, or could not be compared yet.
-const COMPARE_AGAIN: Duration = Duration::from_secs(2);
+/// How long the start waits for the markers. An open transaction of a crashed replica can hide them for a minute.
+const MARKERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the database is compared with Kafka while it is older than Kafka or the comparison has not succeeded yet.
+const COMPARE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How long the start waits to see what the store does, and the longest pause until it is tried again where it did not
-/// answer.
-const TRIAL: Duration = Duration::from_secs(3);
-const TRY_AGAIN: Duration = Duration::from_secs(60);
-/// How soon what trials have left is looked for again, where S3 did not answer.
-const CLEAN_AGAIN: Duration = Duration::from_secs(5);
+/// How long the start waits for the S3 probe to end.
+const PROBE_WAIT: Duration = Duration::from_secs(3);
+/// The longest pause between two probes if S3 does not answer.
+const MAX_PROBE_RETRY_PAUSE: Duration = Duration::from_secs(60);
+/// How long the cleanup of old probe objects waits before it retries.
+const CLEANUP_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
-/// Everything that `serve` can be told.
+/// All settings of `serve`.
 #[derive(Clone)]
 pub struct Settings {
     /// `LFS_BROKER_LISTEN`.
     pub listen: SocketAddr,
-    /// `LFS_BROKER_PUBLIC_URL`: base of `Location`.
+    /// `LFS_BROKER_PUBLIC_URL`: base URL of the `Location` header.
     pub public_url: Option<String>,
-    /// `LFS_BROKER_CORS_ORIGINS`: origins whose pages may call the API.
+    /// `LFS_BROKER_CORS_ORIGINS`: origins that browsers may call the API from.
     pub cors_origins: Vec<String>,
     /// PostgreSQL.
     pub store: store::Settings,
@@ -64,74 +64,74 @@ pub struct Settings {
     pub objects: objects::Settings,
     /// Kafka.
     pub kafka: kafka::Settings,
-    /// The door.
+    /// The HTTP server.
     pub http: http::Settings,
-    /// Tokens.
+    /// Authentication.
     pub auth: auth::Settings,
-    /// How uploads are cut.
+    /// Part sizes, deadlines and topic defaults.
     pub policy: policy::Settings,
-    /// Patience and generosity.
+    /// Wait times, quotas and concurrency.
     pub broker: broker::Settings,
-    /// Leases.
-    pub finish: finish::Settings,
-    /// Sweeping.
+    /// Completion leases.
+    pub completion: completion::Settings,
+    /// The sweeper.
     pub sweeper: sweeper::Settings,
 }
 
 /// Why the broker does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The address cannot be listened on.
+    /// The listen address cannot be bound.
     #[error("cannot listen on {0}: {1}")]
     Listen(SocketAddr, std::io::Error),
-    /// Without tokens anyone on the network could write.
-    #[error("auth mode none is refused on {0}: it is for loopback only")]
-    OpenToTheWorld(SocketAddr),
-    /// A presigned PUT could copy whatever the broker may read.
+    /// Without tokens, any client on the network could write.
+    #[error("auth mode none is refused on {0}: it is for loopback addresses only")]
+    NoAuthOnPublicAddress(SocketAddr),
+    /// A presigned PUT could copy any object that the broker may read.
     #[error(
-        "this S3 store accepts an unsigned x-amz-copy-source, so a presigned PUT could copy what the broker may read: \
+        "this S3 store accepts an unsigned x-amz-copy-source, so a presigned PUT could copy any object that the broker may read: \
          set LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID to a write-only credential, or LFS_BROKER_S3_ALLOW_COPY_SOURCE=true"
     )]
     CopySource,
-    /// Tokens cannot be checked.
+    /// The token settings are incomplete or invalid.
     #[error("{0}")]
     Auth(#[from] auth::BadSettings),
-    /// The certificate.
+    /// The certificate cannot be used.
     #[error("{0}")]
     Tls(#[from] http::tls::Error),
-    /// The database.
+    /// The database failed.
     #[error("{0}")]
     Store(#[from] store::Error),
-    /// S3.
+    /// S3 failed.
     #[error("{0}")]
     Objects(#[from] objects::Error),
-    /// Kafka.
+    /// Kafka failed.
     #[error("{0}")]
     Kafka(#[from] kafka::Error),
-    /// The database is older than what Kafka holds.
+    /// Kafka holds newer batches than the database: the database was restored from a backup.
     #[error("{0}")]
-    Restored(restore_check::Ahead),
+    DatabaseRestored(restore_check::KafkaAhead),
 }
 
-/// A broker that runs.
+/// A running broker.
 pub struct Running {
     address: SocketAddr,
     store: Store,
     stop: watch::Sender<bool>,
-    ending: http::Ending,
+    shutdown: http::Shutdown,
     grace: Duration,
-    work: Vec<JoinHandle<()>>,
-    tasks: Tasks,
+    workers: Vec<JoinHandle<()>>,
+    completions: Tasks,
 }
 
 impl Settings {
-    /// Checks what can be checked without any server.
+    /// ReadinessChecker everything that needs no connection to a server.
     ///
     /// # Errors
-    /// What contradicts itself or is not safe.
+    /// If settings contradict each other or are not safe.
     pub fn check(&self) -> Result<(), Error> {
         if self.auth.mode == Mode::None && !self.listen.ip().is_loopback() {
-            return Err(Error::OpenToTheWorld(self.listen));
+            return Err(Error::NoAuthOnPublicAddress(self.listen));
         }
         Auth::new(&self.auth)?;
         self.http.tls.as_ref().map(Tls::open).transpose()?;
@@ -141,24 +141,24 @@ impl Settings {
         Ok(())
     }
 
-    /// Whether URLs are safe only on a store that refuses an unsigned copy-source: tenants are told apart, and what signs
-    /// may also read.
+    /// Whether presigned URLs are safe only on a store that refuses an unsigned copy-source. This is so if there is more
+    /// than one tenant and the signing credential may also read.
     pub(crate) fn must_refuse_copy_source(&self) -> bool {
         let objects = &self.objects;
         self.auth.mode != Mode::None && objects.signing_access_key_id.is_none() && !objects.allow_copy_source
     }
 }
 
-/// Starts the broker: it serves when this returns.
+/// Starts the broker. It accepts requests when this returns.
 ///
 /// # Errors
-/// When the settings are not safe, the schema is not current, or the address is taken.
+/// If the settings are not safe, the schema is not current, or the address is in use.
 pub async fn start(settings: Settings) -> Result<Running, Error> {
     let store = Store::connect(&settings.store)?;
     start_on(settings, store).await
 }
 
-/// The same on a store that is open already, whose clock a test may push.
+/// Like [`start`], but with a store that is already open: a test can move that store's clock.
 ///
 /// # Errors
 /// As [`start`].
@@ -169,311 +169,315 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let kafka = Kafka::connect(&settings.kafka)?;
     let deployment = store.deployment().await?;
     let restore_check = RestoreCheck::new(store.clone(), kafka.clone(), deployment);
-    let outcomes = Arc::new(Outcomes::default());
-    let (tried, ()) = tokio::try_join!(try_store(&settings, &objects, &store, &outcomes), refuse_restored(&restore_check))?;
-    let (capabilities, trying) = tried;
-    let wakes = Arc::new(Wakes::default());
+    let readiness = Arc::new(ReadinessState::default());
+    let (probed, ()) =
+        tokio::try_join!(probe_store(&settings, &objects, &store, &readiness), check_not_restored(&restore_check))?;
+    let (capabilities, probing) = probed;
+    let notifier = Arc::new(ChangeNotifier::default());
     let owner = Uuid::new_v4();
-    let finisher = Finisher {
+    let completion_worker = CompletionWorker {
         store: store.clone(),
         objects: objects.clone(),
-        wakes: Arc::clone(&wakes),
-        settings: settings.finish.clone(),
+        notifier: Arc::clone(&notifier),
+        settings: settings.completion.clone(),
         shards: deployment.shards,
         owner,
         tasks: Tasks::default(),
     };
-    let tasks = finisher.tasks.clone();
-    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&wakes), deployment, restore_check.clone(), owner);
+    let completions = completion_worker.tasks.clone();
+    let relay = Relay::new(store.clone(), kafka.clone(), Arc::clone(&notifier), deployment, restore_check.clone(), owner);
     let sweeper = Sweeper {
         store: store.clone(),
         objects: objects.clone(),
-        wakes: Arc::clone(&wakes),
+        notifier: Arc::clone(&notifier),
         settings: settings.sweeper.clone(),
         restore_check: restore_check.clone(),
-        lease: settings.finish.lease,
+        lease: settings.completion.lease,
         shards: deployment.shards,
     };
-    let checks = Checks::new(store.clone(), objects.clone(), kafka.clone(), deployment, Arc::clone(&outcomes));
-    let broker = Broker::new(Parts {
+    let checks = ReadinessChecker::new(store.clone(), objects.clone(), kafka.clone(), deployment, Arc::clone(&readiness));
+    let broker = Broker::new(BrokerDeps {
         store: store.clone(),
         objects,
         kafka,
-        wakes: Arc::clone(&wakes),
-        finisher: finisher.clone(),
+        notifier: Arc::clone(&notifier),
+        completion_worker: completion_worker.clone(),
         restore_check: restore_check.clone(),
         deployment,
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
         capabilities,
-        outcomes,
+        readiness,
         must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
     let (stop, stopped) = watch::channel(false);
-    let (ending, grace) = (http::Ending::new(stopped.clone()), settings.http.shutdown_grace);
-    let (address, door) = listen(&settings, broker, tls.clone(), ending.clone()).await?;
-    let mut work = vec![
-        tokio::spawn(serve(door, grace, stopped.clone())),
-        tokio::spawn(run_relay(relay, Arc::clone(&wakes), stopped.clone())),
-        tokio::spawn(run_verifier(Verifier::new(finisher), Arc::clone(&wakes), stopped.clone())),
+    let (shutdown, grace) = (http::Shutdown::new(stopped.clone()), settings.http.shutdown_grace);
+    let (address, server) = listen(&settings, broker, tls.clone(), shutdown.clone()).await?;
+    let mut workers = vec![
+        tokio::spawn(serve(server, grace, stopped.clone())),
+        tokio::spawn(run_relay(relay, Arc::clone(&notifier), stopped.clone())),
+        tokio::spawn(run_verifier(Verifier::new(completion_worker), Arc::clone(&notifier), stopped.clone())),
         tokio::spawn(run_sweeper(sweeper, stopped.clone())),
         tokio::spawn(run_restore_check(restore_check, stopped.clone())),
-        tokio::spawn(run_lookout(store.clone(), wakes, stopped.clone())),
+        tokio::spawn(run_change_poller(store.clone(), notifier, stopped.clone())),
     ];
-    work.extend([tokio::spawn(until(stopped.clone(), trying)), tokio::spawn(checks.run(stopped.clone()))]);
+    workers.extend([tokio::spawn(run_until_shutdown(stopped.clone(), probing)), tokio::spawn(checks.run(stopped.clone()))]);
     let scheme = if tls.is_some() { "https" } else { "http" };
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
-        work.push(tokio::spawn(tls.keep_current(files, stopped)));
+        workers.push(tokio::spawn(tls.reload_on_change(files, stopped)));
     }
     info!(%address, "serving on {scheme}://{address}");
-    Ok(Running { address, store, stop, ending, grace, work, tasks })
+    Ok(Running { address, store, stop, shutdown, grace, workers, completions })
 }
 
-/// Opens the address, and gives what serves it until the end is asked for.
+/// Binds the listen address. Returns it with the future that serves it until the shutdown.
 async fn listen(
     settings: &Settings,
     broker: Broker,
     tls: Option<Tls>,
-    ending: http::Ending,
+    shutdown: http::Shutdown,
 ) -> Result<(SocketAddr, impl Future<Output = ()> + use<>), Error> {
     let listener = TcpListener::bind(settings.listen).await.map_err(|error| Error::Listen(settings.listen, error))?;
     let address = listener.local_addr().map_err(|error| Error::Listen(settings.listen, error))?;
     let public_url = settings.public_url.as_deref().unwrap_or_default();
     let auth = Auth::new(&settings.auth)?;
-    auth.warm();
-    let http = settings.http.clone().fitted();
-    let app = App::new(broker, auth, public_url, http.clone(), ending.clone());
+    auth.prefetch_keys();
+    let http = settings.http.clone().limited_by_open_files();
+    let app = App::new(broker, auth, public_url, http.clone(), shutdown.clone());
     let base_path = app.base_path.clone();
     let router = http::router(app, &settings.cors_origins);
-    Ok((address, http::serve(listener, router, base_path, tls, http, ending)))
+    Ok((address, http::serve(listener, router, base_path, tls, http, shutdown)))
 }
 
 impl Running {
-    /// Where it listens.
+    /// The address that the broker listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Its store.
+    /// The broker's store.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Says that the end is near: `/readyz` is not ready, and every answer ends its connection. All is still served.
-    pub fn announce_end(&self) {
-        self.ending.announce();
+    /// Announces the shutdown: `/readyz` answers 503, and every response closes its connection. Requests are still served.
+    pub fn announce_shutdown(&self) {
+        self.shutdown.announce();
     }
 
-    /// Ends it in order: no new requests, those under way finish, the relay finishes its batch and gives its shards back.
+    /// Shuts down in order: accepts no new requests, finishes the running ones, and lets the relay finish its batch and release
+    /// its shards.
     pub async fn stop(self) {
-        self.ending.announce();
+        self.shutdown.announce();
         let deadline = Instant::now() + self.grace;
         let _ = self.stop.send(true);
         let drained = async {
-            for work in self.work {
-                if let Err(error) = work.await {
-                    error!(%error, "a worker ended badly");
+            for worker in self.workers {
+                if let Err(error) = worker.await {
+                    error!(%error, "a worker task failed: {error}");
                 }
             }
         };
         if tokio::time::timeout_at(deadline, drained).await.is_err() {
-            warn!("stopped without waiting any longer; leases will run out");
+            let seconds = self.grace.as_secs_f32();
+            warn!("workers did not stop within {seconds} s; other replicas continue their work when their leases end");
         }
-        // Most completions take milliseconds. A long reading begins again elsewhere.
-        if tokio::time::timeout_at(deadline.max(Instant::now() + LAST_WORD), self.tasks.ended()).await.is_err() {
-            warn!("uploads were still being completed at the end; their leases will run out");
+        // Most completions take milliseconds. Another replica starts a long read again.
+        if tokio::time::timeout_at(deadline.max(Instant::now() + COMPLETION_GRACE), self.completions.wait()).await.is_err() {
+            warn!("uploads were still completing at shutdown; another replica continues them when their leases end");
         }
         self.store.close().await;
     }
 
-    /// Drops it as a crash would: nothing is finished, nothing given back.
+    /// Drops the broker as a crash would: finishes no work and releases no lease.
     pub fn kill(self) {
-        for work in &self.work {
-            work.abort();
+        for worker in &self.workers {
+            worker.abort();
         }
-        self.tasks.abort();
+        self.completions.abort();
     }
 }
 
-/// What the store was seen to do, and the task that goes on looking where it was not seen at once.
+/// Probes the S3 store. Returns its capabilities, and the task that continues to probe if the store did not answer at once.
 ///
 /// # Errors
-/// Where uploads would not be safe on this store, or that cannot be found out.
-async fn try_store(
+/// If uploads would not be safe on this store, or if the probe that must prove their safety fails.
+async fn probe_store(
     settings: &Settings,
     objects: &Objects,
     store: &Store,
-    outcomes: &Arc<Outcomes>,
+    readiness: &Arc<ReadinessState>,
 ) -> Result<(Arc<OnceLock<Capabilities>>, JoinSet<()>), Error> {
-    let mut trying = JoinSet::new();
-    let seen = Arc::new(OnceLock::new());
+    let mut probing = JoinSet::new();
+    let capabilities = Arc::new(OnceLock::new());
     let bucket = match objects.default_bucket() {
         Some(bucket) => Some(bucket.to_owned()),
         None => store.policy_bucket().await?,
     };
-    // Nothing can be uploaded yet: the first policy that names a bucket has it tried.
-    let Some(bucket) = bucket else { return Ok((seen, trying)) };
+    // Nothing can be uploaded yet. The broker probes a bucket when the first policy names one.
+    let Some(bucket) = bucket else { return Ok((capabilities, probing)) };
     if settings.must_refuse_copy_source() {
         let found = objects.probe(&bucket).await?;
         if !found.refuses_copy_source() {
             return Err(Error::CopySource);
         }
-        let _ = seen.set(found);
-        outcomes.storage.record(Ok(()));
+        let _ = capabilities.set(found);
+        readiness.storage.record(Ok(()));
     }
-    let (objects, store, outcomes, noted) = (objects.clone(), store.clone(), Arc::clone(outcomes), Arc::clone(&seen));
-    let (tried, is_tried) = oneshot::channel::<()>();
-    trying.spawn(async move {
-        let mut pause = readiness::AGAIN;
-        while noted.get().is_none() {
+    let (objects, store, readiness, known) = (objects.clone(), store.clone(), Arc::clone(readiness), Arc::clone(&capabilities));
+    let (probe_done, probe_ended) = oneshot::channel::<()>();
+    probing.spawn(async move {
+        let mut pause = readiness::RETRY_INTERVAL;
+        while known.get().is_none() {
             match objects.probe(&bucket).await {
                 Ok(found) => {
                     if found.object_lock {
-                        info!("bucket {bucket} has Object Lock: what failed uploads leave there stays until its retention ends");
+                        info!("bucket {bucket} has Object Lock: objects of failed uploads stay until their retention ends");
                     }
-                    outcomes.storage.record(Ok(()));
-                    drop(noted.set(found));
+                    readiness.storage.record(Ok(()));
+                    drop(known.set(found));
                 }
                 Err(error) => {
-                    outcomes.storage.record(Err(put_failure(&bucket, &error)));
-                    warn!(%error, "the store could not be tried out yet: {error}");
+                    readiness.storage.record(Err(put_check_failure(&bucket, &error)));
+                    let seconds = pause.as_secs_f32();
+                    warn!(%error, "the probe of bucket {bucket} failed: {error}; retrying in {seconds} s");
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(TRY_AGAIN);
+                    pause = (pause * 2).min(MAX_PROBE_RETRY_PAUSE);
                 }
             }
         }
-        drop(tried);
-        let named = store.policy_buckets().await.unwrap_or_default();
-        let others = named.into_iter().filter(|named| *named != bucket);
+        drop(probe_done);
+        let in_policies = store.policy_buckets().await.unwrap_or_default();
+        let others = in_policies.into_iter().filter(|other| *other != bucket);
         for bucket in std::iter::once(bucket.clone()).chain(others) {
-            while let Err(error) = objects.clean_after_trials(&bucket, LONGEST_TRIAL).await {
-                info!(%error, "what trials have left in bucket {bucket} could not be removed yet: {error}");
+            while let Err(error) = objects.remove_stale_probes(&bucket, PROBE_TIMEOUT).await {
+                info!(%error, "could not remove old probe objects from bucket {bucket}: {error}");
                 if matches!(error, objects::Error::Refused { .. }) {
                     break;
                 }
-                tokio::time::sleep(CLEAN_AGAIN).await;
+                tokio::time::sleep(CLEANUP_RETRY_PAUSE).await;
             }
         }
     });
-    // Who asks whether the broker is ready right after its start sees it all; a slow store keeps nothing from starting.
-    let _ = tokio::time::timeout(TRIAL, is_tried).await;
-    Ok((seen, trying))
+    // `/readyz` then shows the capabilities right after the start. A slow store does not prevent the start.
+    let _ = tokio::time::timeout(PROBE_WAIT, probe_ended).await;
+    Ok((capabilities, probing))
 }
 
-/// Refuses a database that was restored from a backup. A Kafka that does not answer, or not in time, keeps nothing from
-/// starting: the relay looks again before it sends anything of a shard, and the sweeper before it deletes anything.
-async fn refuse_restored(restore_check: &RestoreCheck) -> Result<(), Error> {
-    match tokio::time::timeout(MARKERS, restore_check.compare()).await {
+/// Refuses a database that was restored from a backup. The broker also starts if Kafka does not answer in time: the relay
+/// checks again before it publishes a shard, and the sweeper before it deletes.
+async fn check_not_restored(restore_check: &RestoreCheck) -> Result<(), Error> {
+    match tokio::time::timeout(MARKERS_TIMEOUT, restore_check.compare()).await {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(restore_check::Error::Older(ahead))) => Err(Error::Restored(ahead)),
+        Ok(Err(restore_check::Error::KafkaAhead(ahead))) => Err(Error::DatabaseRestored(ahead)),
         Ok(Err(error)) => {
-            info!(%error, "the database is not compared with Kafka yet: {error}; nothing is deleted or sent before");
+            info!(%error, "could not compare the database with Kafka yet: {error}; nothing is deleted or published until then");
             Ok(())
         }
         Err(_) => {
-            let seconds = MARKERS.as_secs();
-            info!("the database is not compared with Kafka yet: no answer within {seconds} s; nothing is deleted or sent before");
+            let seconds = MARKERS_TIMEOUT.as_secs();
+            info!("could not compare the database with Kafka within {seconds} s; nothing is deleted or published until then");
             Ok(())
         }
     }
 }
 
-async fn serve(door: impl Future<Output = ()>, grace: Duration, mut stopped: watch::Receiver<bool>) {
-    let late = async {
+async fn serve(server: impl Future<Output = ()>, grace: Duration, mut stopped: watch::Receiver<bool>) {
+    let grace_ended = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
         tokio::time::sleep(grace).await;
     };
     tokio::select! {
-        () = door => {}
-        () = late => warn!("requests were still under way at the end"),
+        () = server => {}
+        () = grace_ended => warn!("dropped requests that did not finish within {} s of the shutdown", grace.as_secs_f32()),
     }
 }
 
-/// Keeps tasks going until the end is asked for; dropped, it drops them.
-async fn until(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
+/// Runs the tasks until the shutdown. Dropping this future drops the tasks.
+async fn run_until_shutdown(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
     tokio::select! {
         _ = tasks.join_next() => {}
         _ = stopped.wait_for(|stopped| *stopped) => {}
     }
 }
 
-async fn run_relay(relay: Relay, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
+async fn run_relay(relay: Relay, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
     let relay = Arc::new(Mutex::new(relay));
     let tick = || async { relay.lock().await.tick().await };
-    keep_going("relay", tick, LOOK, &wakes.relay, stopped).await;
+    run_worker("relay", tick, POLL_INTERVAL, &notifier.relay, stopped).await;
     relay.lock().await.stop().await;
 }
 
-async fn run_verifier(verifier: Verifier, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
-    keep_going("verifier", || verifier.tick(), LOOK, &wakes.verifier, stopped).await;
+async fn run_verifier(verifier: Verifier, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
+    run_worker("verifier", || verifier.tick(), POLL_INTERVAL, &notifier.verifier, stopped).await;
 }
 
 async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
-    let wakes = Arc::clone(&sweeper.wakes);
-    let every = sweeper.settings.every;
-    // Each for itself: an S3 that is slow keeps no quota from being freed. Time alone wakes the ones that nobody wakes.
+    let notifier = Arc::clone(&sweeper.notifier);
+    let every = sweeper.settings.interval;
+    // Each runs on its own, so that a slow S3 does not delay the release of quotas. Only the timer wakes those with `never`.
     let never = Notify::new();
     tokio::join!(
-        keep_going("sweeper of overdue uploads", || sweeper.end_overdue(), every, &never, stopped.clone()),
-        keep_going("sweeper of held bytes", || sweeper.free_held(), every, &never, stopped.clone()),
-        keep_going("sweeper", || sweeper.clean_up(), every, &wakes.sweeper, stopped.clone()),
-        keep_going("sweeper of keys", || sweeper.forget_keys(), every, &never, stopped),
+        run_worker("sweeper of overdue uploads", || sweeper.expire_overdue(), every, &never, stopped.clone()),
+        run_worker("sweeper of reserved bytes", || sweeper.release_held_bytes(), every, &never, stopped.clone()),
+        run_worker("sweeper", || sweeper.clean_up(), every, &notifier.sweeper, stopped.clone()),
+        run_worker("sweeper of idempotency keys", || sweeper.delete_expired_keys(), every, &never, stopped),
     );
 }
 
-/// Compares the database with Kafka until that was done once, and again while the database is older: readiness says so,
-/// and must say when it was reconciled. Otherwise whoever would delete or send compares by themselves.
+/// Compares the database with Kafka until the comparison passes, so that readiness reports when the two are reconciled. The
+/// relay and the sweeper compare again before they publish or delete.
 async fn run_restore_check(restore_check: RestoreCheck, mut stopped: watch::Receiver<bool>) {
     let tick = || async {
         if !restore_check.is_passed() {
-            // What keeps it from being compared is logged by those who have something to delete or to send.
+            // The relay and the sweeper log why a comparison failed, when they have something to publish or delete.
             let _ = restore_check.check().await;
         }
         Ok::<usize, store::Error>(0)
     };
     let never = Notify::new();
     tokio::select! {
-        () = keep_going("comparison with Kafka", tick, COMPARE_AGAIN, &never, stopped.clone()) => {}
-        // A Kafka that does not answer must not hold up the end.
+        () = run_worker("comparison with Kafka", tick, COMPARE_INTERVAL, &never, stopped.clone()) => {}
+        // An unresponsive Kafka must not delay the shutdown.
         _ = stopped.wait_for(|stopped| *stopped) => {}
     }
 }
 
-/// Looks for what other replicas did to the sessions that somebody waits for: one question for all of them.
-async fn run_lookout(store: Store, wakes: Arc<Wakes>, stopped: watch::Receiver<bool>) {
+/// Polls the versions of the subscribed sessions, which other replicas may change: one query for all of them.
+async fn run_change_poller(store: Store, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
     let tick = || async {
-        let awaited = wakes.all_awaited();
-        if !awaited.is_empty() {
-            wakes.are_now(&store.versions(&awaited).await?);
+        let ids = notifier.subscribed_ids();
+        if !ids.is_empty() {
+            notifier.notify_if_newer(&store.versions(&ids).await?);
         }
         Ok::<usize, store::Error>(0)
     };
-    keep_going("lookout", tick, LOOK_OUT, &Notify::new(), stopped).await;
+    run_worker("change poller", tick, CHANGE_POLL_INTERVAL, &Notify::new(), stopped).await;
 }
 
-/// Runs a worker until the end is asked for: at once again while there is work, else when woken or after `every`.
-async fn keep_going<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, mut stopped: watch::Receiver<bool>)
+/// Runs a worker until the shutdown. The next tick follows at once while there is work, else after a notification or `every`.
+async fn run_worker<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, mut stopped: watch::Receiver<bool>)
 where
     T: FnMut() -> F,
     F: Future<Output = Result<usize, E>>,
     E: std::fmt::Display,
 {
     while !*stopped.borrow() {
-        // A worker that is gone would let promises pile up unseen: it is told, and goes on with what is next.
+        // If a panic ended the worker, queued uploads would pile up unnoticed: log the panic and continue.
         let pause = match AssertUnwindSafe(tick()).catch_unwind().await {
             Ok(Ok(0)) => every,
             Ok(Ok(_)) => continue,
             Ok(Err(error)) => {
-                warn!(%error, "the {name} tries again: {error}");
-                PAUSE
+                warn!(%error, "the {name} failed: {error}; retrying in about {} s", RETRY_PAUSE.as_secs());
+                RETRY_PAUSE
             }
             Err(_) => {
-                error!("the {name} panicked, which is a bug, and tries again");
-                PAUSE
+                error!("the {name} panicked, which is a bug; retrying in about {} s", RETRY_PAUSE.as_secs());
+                RETRY_PAUSE
             }
         };
-        // Replicas that were started together must not stay in step.
+        // Jitter: replicas that start together must not stay synchronized.
         let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
         tokio::select! {
             () = tokio::time::sleep(jittered) => {}
@@ -488,20 +492,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_worker_that_panics_goes_on() {
+    async fn a_worker_continues_after_a_panic() {
         let (stop, stopped) = watch::channel(false);
         let (mut ticks, wake) = (0, Notify::new());
         let tick = || {
             ticks += 1;
             let (ticks, stop) = (ticks, stop.clone());
             async move {
-                assert!(ticks > 1, "as the test wants");
+                assert!(ticks > 1, "the test needs a panic");
                 stop.send_replace(true);
                 Ok::<usize, store::Error>(0)
             }
         };
-        let worked = keep_going("worker", tick, LOOK, &wake, stopped);
-        tokio::time::timeout(Duration::from_secs(20), worked).await.expect("it goes on, and ends when it is asked to");
+        let worker = run_worker("worker", tick, POLL_INTERVAL, &wake, stopped);
+        tokio::time::timeout(Duration::from_secs(20), worker).await.expect("the worker continues, and stops when asked");
         assert_eq!(ticks, 2);
     }
 }

@@ -1,21 +1,21 @@
-//! The audit: do PostgreSQL, S3 and Kafka tell the same story?
+//! The audit: do PostgreSQL, S3 and Kafka agree?
 //!
-//! Each is the authority on something: Kafka on what was published, PostgreSQL on what was promised, S3 on what the
-//! bytes are. The audit walks all three in pages and in bounded memory, while brokers go on working, and tells where
-//! they disagree. What can pass by itself within a minute is not told.
+//! Kafka decides which pointers are published, PostgreSQL which uploads are verified, and S3 which bytes exist. The audit
+//! reads all three in pages and with bounded memory, while brokers continue to work, and reports where they disagree. It
+//! does not report a difference that can disappear by itself within a minute.
 //!
-//! With `fix` it repairs what is safe, and no more. It deletes no object: what a failed session left is handed to the
-//! sweeper, and what no session knows is only told, because a payload whose row was lost with a database may be the
-//! only copy of something published. A parked pointer is the operator's (`redrive`), a missing object nobody's.
+//! With `fix` it repairs only what is safe. It deletes no object. It hands objects of failed uploads to the sweeper. It
+//! only reports objects without a session, because after a loss of the database such an object may be the only copy of
+//! published data. A parked pointer needs an operator (`redrive`). A missing object cannot be repaired.
 //!
-//! After PostgreSQL was restored from a backup Kafka holds more than the database knows. The relay then refuses the
-//! shard; the audit finds each record by its `lfs-upload-id`, and writes it down where the session still waits, or was
-//! let fail by the old database. At the end, if nothing is left in doubt, it lets the relay and the sweeper go on. It can
-//! only find what the topic still retains.
+//! After a restore of PostgreSQL from a backup, Kafka holds more than the database knows, and the relay refuses the shard.
+//! The audit finds each record by its `lfs-upload-id`. It saves the publication if the session is not published yet, or if
+//! the old database let it fail. At the end, if no record is in doubt, it lets the relay and the sweeper continue. It can
+//! find only the records that the topic still retains.
 
-mod bytes;
-mod proof;
-mod records;
+mod object_checks;
+mod record_checks;
+mod record_verification;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -24,21 +24,21 @@ use std::sync::Mutex;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-pub use report::{Finding, Kind, Report};
-use report::{Tally, Told};
+pub use report::{Finding, FindingKind, Report};
+use report::{NewFinding, ReportBuilder};
 
 use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
 use crate::policy;
-use crate::restore_check::{self, Ahead, RestoreCheck};
+use crate::restore_check::{self, KafkaAhead, RestoreCheck};
 use crate::store::{self, Deployment, Store};
 
-/// Questions to S3 at the same time.
-const AT_ONCE: usize = 16;
-/// Within so long a pointer reaches Kafka, or somebody should know that it does not.
-const PROMPT: time::Duration = time::Duration::seconds(60);
+/// Concurrent calls to S3.
+const S3_CONCURRENCY: usize = 16;
+/// A verified pointer reaches Kafka within this time. A longer delay is a finding.
+const PUBLISH_GRACE: time::Duration = time::Duration::seconds(60);
 
-/// Why the audit could not be brought to its end.
+/// Why the audit could not run to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// PostgreSQL.
@@ -62,7 +62,7 @@ impl From<restore_check::Error> for Error {
     }
 }
 
-/// What is compared, and whether it is repaired.
+/// The three systems to compare, and whether to repair.
 #[derive(Clone)]
 pub struct Audit {
     /// PostgreSQL.
@@ -75,29 +75,28 @@ pub struct Audit {
     pub fix: bool,
 }
 
-/// The shards of which Kafka knows more than the database. Without a marker topic nothing can be compared, and the
-/// records tell all the same.
-async fn ahead(restore_check: &RestoreCheck) -> Result<Vec<Ahead>, Error> {
-    match restore_check.ahead().await {
+/// The shards for which Kafka holds a later batch than the database. Without a marker topic the batches cannot be compared,
+/// but the audit still reads the records.
+async fn shards_ahead(restore_check: &RestoreCheck) -> Result<Vec<KafkaAhead>, Error> {
+    match restore_check.shards_ahead().await {
         Err(restore_check::Error::NoMarkerTopic { .. }) => Ok(Vec::new()),
         ahead => Ok(ahead?),
     }
 }
 
-/// What every part of one run goes by.
+/// The state of one audit run.
 struct Run<'a> {
     audit: &'a Audit,
     deployment: Deployment,
-    /// When it began.
-    now: OffsetDateTime,
-    /// Where objects of ours may be: prefixes by bucket, the empty one for the whole of it.
-    places: BTreeMap<String, BTreeSet<String>>,
-    /// Whether the database was older than Kafka when the run began.
-    is_older: bool,
-    /// The partition and offset of each upload's record that a last marker lists.
-    listed: HashMap<Uuid, (i32, i64)>,
-    /// The digests of objects that were read, by upload and ETag.
-    read: Mutex<HashMap<(Uuid, Option<String>), proof::Digests>>,
+    started_at: OffsetDateTime,
+    /// The key prefixes that may contain objects of uploads, by bucket. An empty prefix means the whole bucket.
+    prefixes_by_bucket: BTreeMap<String, BTreeSet<String>>,
+    /// Whether the database was older than Kafka at the start of the run.
+    database_is_older: bool,
+    /// The partition and offset of each record that the last marker of a shard lists, by upload.
+    marker_records: HashMap<Uuid, (i32, i64)>,
+    /// The digests of the objects that this run has read, by upload and ETag.
+    digest_cache: Mutex<HashMap<(Uuid, Option<String>), record_verification::Digests>>,
 }
 
 impl std::ops::Deref for Run<'_> {
@@ -109,166 +108,168 @@ impl std::ops::Deref for Run<'_> {
 }
 
 impl Audit {
-    /// Compares the three, and repairs if asked to.
+    /// Compares PostgreSQL, S3 and Kafka, and repairs if `fix` is set.
     ///
     /// # Errors
-    /// Where one of them does not answer: then nothing is known, however much was compared before.
+    /// If one of the three does not answer. An incomplete comparison gives no report.
     pub async fn run(&self) -> Result<Report, Error> {
         self.store.check_schema().await?;
         let deployment = self.store.deployment().await?;
-        let now = self.store.now().await?;
+        let started_at = self.store.now().await?;
         let restore_check = RestoreCheck::new(self.store.clone(), self.kafka.clone(), deployment);
         let markers = restore_check.markers().await?.unwrap_or_default();
-        let listed = markers.into_iter().flat_map(|(_, marker)| marker.published);
-        // The markers before the records: a shard is let go on up to a batch whose records were read. One that a broker
-        // committed later is not among them, and keeps the shard refused until the next audit.
-        let ahead = ahead(&restore_check).await?;
+        let published = markers.into_iter().flat_map(|(_, marker)| marker.published);
+        // Read the markers before the records, so that a shard continues only from a batch whose records were read. If a
+        // broker commits a later batch meanwhile, the relay still refuses the shard until the next audit.
+        let ahead = shards_ahead(&restore_check).await?;
         let mut run = Run {
             audit: self,
             deployment,
-            now,
-            places: self.places().await?,
-            is_older: !ahead.is_empty(),
-            listed: listed.map(|record| (record.upload_id, (record.partition, record.offset))).collect(),
-            read: Mutex::default(),
+            started_at,
+            prefixes_by_bucket: self.prefixes_by_bucket().await?,
+            database_is_older: !ahead.is_empty(),
+            marker_records: published.map(|record| (record.upload_id, (record.partition, record.offset))).collect(),
+            digest_cache: Mutex::default(),
         };
-        let mut tally = Tally::default();
-        // Kafka first: what it holds needs no other repair.
-        run.records(&mut tally).await?;
-        run.markers(ahead, &mut tally).await?;
-        run.promises(&mut tally).await?;
-        run.strays(&mut tally).await?;
-        let buckets = run.walk(&mut tally).await?;
-        run.look_into(buckets).await?;
-        run.lists(&mut tally).await?;
-        run.quota(&mut tally).await?;
-        Ok(tally.report())
+        let mut report = ReportBuilder::default();
+        // Kafka comes first, because an upload whose record Kafka holds needs no other repair.
+        run.check_records(&mut report).await?;
+        run.check_markers(ahead, &mut report).await?;
+        run.check_unpublished(&mut report).await?;
+        run.check_stray_outbox_rows(&mut report).await?;
+        let buckets = run.check_sessions(&mut report).await?;
+        run.add_session_buckets(buckets).await?;
+        run.check_buckets(&mut report).await?;
+        run.check_quotas(&mut report).await?;
+        Ok(report.build())
     }
 
-    /// The buckets and prefixes of the policies; without a prefix, and for topics without a policy, it is all of the bucket.
-    async fn places(&self) -> Result<BTreeMap<String, BTreeSet<String>>, Error> {
-        let mut places: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    /// The buckets and prefixes of all policies. A policy without a prefix, or a topic without a policy, means the whole
+    /// bucket.
+    async fn prefixes_by_bucket(&self) -> Result<BTreeMap<String, BTreeSet<String>>, Error> {
+        let mut prefixes_by_bucket: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         let default = self.objects.default_bucket();
-        places.extend(default.map(|bucket| (bucket.to_owned(), BTreeSet::from([String::new()]))));
+        prefixes_by_bucket.extend(default.map(|bucket| (bucket.to_owned(), BTreeSet::from([String::new()]))));
         let mut after = String::new();
         loop {
-            let page = self.store.policies(&after, store::PAGE).await?;
+            let page = self.store.policies(&after, store::PAGE_SIZE).await?;
             let Some((last, _)) = page.last() else { break };
             after.clone_from(last);
             for (_, policy) in page {
                 let Some(bucket) = policy.bucket.as_deref().or(default) else { continue };
                 let prefix = policy.prefix.map(|prefix| format!("{prefix}/")).unwrap_or_default();
-                places.entry(bucket.to_owned()).or_default().insert(prefix);
+                prefixes_by_bucket.entry(bucket.to_owned()).or_default().insert(prefix);
             }
         }
-        for prefixes in places.values_mut() {
-            // In order, a prefix comes right after those that it begins with, which list it too.
-            let mut kept: Vec<String> = Vec::new();
+        for prefixes in prefixes_by_bucket.values_mut() {
+            // A list of a shorter prefix includes every longer prefix that starts with it. The set is sorted, so the shorter
+            // prefix comes first.
+            let mut shortest: Vec<String> = Vec::new();
             for prefix in std::mem::take(prefixes) {
-                if !kept.iter().any(|shorter| prefix.starts_with(shorter.as_str())) {
-                    kept.push(prefix);
+                if !shortest.iter().any(|shorter| prefix.starts_with(shorter.as_str())) {
+                    shortest.push(prefix);
                 }
             }
-            prefixes.extend(kept);
+            prefixes.extend(shortest);
         }
-        Ok(places)
+        Ok(prefixes_by_bucket)
     }
 }
 
 impl Run<'_> {
-    /// Adds the buckets of sessions that nothing else names: a policy or a setting of before has led there.
-    async fn look_into(&mut self, buckets: BTreeSet<String>) -> Result<(), Error> {
+    /// Adds the buckets that only sessions name, because an earlier policy or setting chose them.
+    async fn add_session_buckets(&mut self, buckets: BTreeSet<String>) -> Result<(), Error> {
         for bucket in buckets {
-            if self.places.contains_key(&bucket) {
+            if self.prefixes_by_bucket.contains_key(&bucket) {
                 continue;
             }
             match self.objects.list(&bucket, "", None).await {
-                // Nothing is in a bucket that was removed; what was promised there is told session by session.
+                // A deleted bucket contains nothing to list. The audit reports its missing objects session by session.
                 Err(objects::Error::Refused { code, .. }) if code == "NoSuchBucket" => {}
                 Err(error) => return Err(error.into()),
-                Ok(_) => drop(self.places.insert(bucket, BTreeSet::from([String::new()]))),
+                Ok(_) => drop(self.prefixes_by_bucket.insert(bucket, BTreeSet::from([String::new()]))),
             }
         }
         Ok(())
     }
 
-    /// Whether Kafka is ahead of the stamps. The relay is let go on only when no record is left in doubt.
-    async fn markers(&self, ahead: Vec<Ahead>, tally: &mut Tally) -> Result<(), Error> {
+    /// Reports the shards for which Kafka is ahead. With `fix` the relay may continue, but only if no record is in doubt.
+    async fn check_markers(&self, ahead: Vec<KafkaAhead>, report: &mut ReportBuilder) -> Result<(), Error> {
         for ahead in ahead {
-            let settled = self.fix && !tally.in_doubt();
-            if settled {
-                self.store.raise_batch(ahead.shard, ahead.marker).await?;
+            let fixed = self.fix && !report.has_doubts();
+            if fixed {
+                self.store.raise_last_batch(ahead.shard, ahead.marker).await?;
             }
-            tally.tell(Told { kind: Kind::MarkerAhead, bytes: 0, fixed: settled, example: ahead.to_string() });
+            report.add(NewFinding { kind: FindingKind::MarkerAhead, bytes: 0, fixed, example: ahead.to_string() });
         }
         Ok(())
     }
 
-    /// Promises that should have been kept by now, and those that nobody would keep.
-    async fn promises(&self, tally: &mut Tally) -> Result<(), Error> {
+    /// Reports verified uploads whose pointer should be in Kafka by now, and those whose pointer is not in the outbox.
+    async fn check_unpublished(&self, report: &mut ReportBuilder) -> Result<(), Error> {
         let mut after = Uuid::nil();
         loop {
-            let page = self.store.stuck(self.now - PROMPT, after).await?;
+            let page = self.store.stuck(self.started_at - PUBLISH_GRACE, after).await?;
             let Some(last) = page.last() else { return Ok(()) };
             after = last.id;
             for stuck in page {
-                let kind = if stuck.waits { Kind::Unpublished } else { Kind::OutboxMissing };
-                let age = (self.now - stuck.verified_at).whole_seconds();
-                let why = stuck.error.map(|error| format!(": {error}")).unwrap_or_default();
+                let kind = if stuck.is_in_outbox { FindingKind::Unpublished } else { FindingKind::OutboxMissing };
+                let age_seconds = (self.started_at - stuck.verified_at).whole_seconds();
+                let reason = stuck.error.map(|error| format!(": {error}")).unwrap_or_default();
                 let fixed = self.fix
-                    && !stuck.waits
-                    && !tally.in_doubt()
-                    && self.store.promise_again(stuck.id, self.deployment.shards, self.now).await?;
-                let example = format!("{} to {}, verified {age} s ago{why}", stuck.id, stuck.topic);
-                tally.tell(Told { kind, bytes: stuck.size_bytes.unsigned_abs(), fixed, example });
+                    && !stuck.is_in_outbox
+                    && !report.has_doubts()
+                    && self.store.requeue_pointer(stuck.id, self.deployment.shards, self.started_at).await?;
+                let example = format!("upload {} to topic {}, verified {age_seconds} s ago{reason}", stuck.id, stuck.topic);
+                report.add(NewFinding { kind, bytes: stuck.size_bytes.unsigned_abs(), fixed, example });
             }
         }
     }
 
-    async fn strays(&self, tally: &mut Tally) -> Result<(), Error> {
+    async fn check_stray_outbox_rows(&self, report: &mut ReportBuilder) -> Result<(), Error> {
         let mut after = Uuid::nil();
         loop {
-            let page = self.store.strays(after).await?;
+            let page = self.store.orphaned_outbox_rows(after).await?;
             let Some(last) = page.last() else { return Ok(()) };
             after = last.id;
             for stray in page {
-                let fixed = self.fix && self.store.forget_stray(stray.id).await?;
-                let example = format!("{} is {}", stray.id, stray.state);
-                tally.tell(Told { kind: Kind::OutboxStray, bytes: stray.size_bytes.unsigned_abs(), fixed, example });
+                let fixed = self.fix && self.store.delete_orphaned_outbox_row(stray.id).await?;
+                let example = format!("upload {} is {}", stray.id, stray.state);
+                let bytes = stray.size_bytes.unsigned_abs();
+                report.add(NewFinding { kind: FindingKind::OutboxStray, bytes, fixed, example });
             }
         }
     }
 
-    async fn quota(&self, tally: &mut Tally) -> Result<(), Error> {
-        let miscounts = self.store.miscounts().await?;
-        let fixed = self.fix && !miscounts.is_empty() && self.store.recount().await? > 0;
-        for wrong in miscounts {
+    async fn check_quotas(&self, report: &mut ReportBuilder) -> Result<(), Error> {
+        let miscounts = self.store.quota_mismatches().await?;
+        let fixed = self.fix && !miscounts.is_empty() && self.store.recount_quotas().await? > 0;
+        for miscount in miscounts {
             let example = format!(
-                "{}: the row says {} sessions, {} bytes and {} held, there are {}, {} and {}",
-                wrong.tenant,
-                wrong.told_sessions,
-                wrong.told_bytes,
-                wrong.told_held_bytes,
-                wrong.sessions,
-                wrong.bytes,
-                wrong.held_bytes
+                "tenant {}: its row counts {} sessions, {} bytes and {} held bytes, but its sessions add up to {}, {} and {}",
+                miscount.tenant,
+                miscount.stored_sessions,
+                miscount.stored_bytes,
+                miscount.stored_held_bytes,
+                miscount.sessions,
+                miscount.bytes,
+                miscount.held_bytes
             );
-            let bytes = wrong.told_bytes.abs_diff(wrong.bytes) + wrong.told_held_bytes.abs_diff(wrong.held_bytes);
-            tally.tell(Told { kind: Kind::Quota, bytes, fixed, example });
+            let bytes = miscount.stored_bytes.abs_diff(miscount.bytes) + miscount.stored_held_bytes.abs_diff(miscount.held_bytes);
+            report.add(NewFinding { kind: FindingKind::Quota, bytes, fixed, example });
         }
         Ok(())
     }
 }
 
-/// The tenant, topic and upload that an object's key names, whatever prefix stands before them; `None` for a key that
-/// no broker made.
-fn shape(object_key: &str) -> Option<(&str, &str, Uuid)> {
+/// The tenant, topic and upload id in an object key, after an optional prefix; `None` if no broker creates such a key.
+fn parse_object_key(object_key: &str) -> Option<(&str, &str, Uuid)> {
     let mut segments = object_key.rsplit('/');
     let id = segments.next().filter(|id| id.len() == 36).and_then(|id| Uuid::try_parse(id).ok())?;
-    let mut number = |digits: usize| {
+    let mut next_is_number = |digits: usize| {
         segments.next().filter(|text| text.len() == digits && text.bytes().all(|byte| byte.is_ascii_digit())).is_some()
     };
-    if !(number(2) && number(2) && number(4)) || segments.next() != Some("lfs") {
+    if !(next_is_number(2) && next_is_number(2) && next_is_number(4)) || segments.next() != Some("lfs") {
         return None;
     }
     let (topic, tenant) = (segments.next()?, segments.next()?);
@@ -280,12 +281,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_keys_that_a_broker_makes_are_ours() {
+    fn only_object_keys_that_a_broker_creates_are_parsed() {
         let id = Uuid::now_v7();
         let at = OffsetDateTime::UNIX_EPOCH;
         for prefix in [None, Some("a"), Some("a/b")] {
             let key = policy::object_key(prefix, "acme", "videos", id, at);
-            assert_eq!(shape(&key), Some(("acme", "videos", id)), "{key}");
+            assert_eq!(parse_object_key(&key), Some(("acme", "videos", id)), "{key}");
         }
         for key in [
             "acme/videos/lfs/2026/11/21/x".to_owned(),
@@ -297,7 +298,7 @@ mod tests {
             format!("acme/videos/lfs/2026/11/21/{}", id.simple()),
             format!("acme/videos/lfs/2026/11/21/{id}/"),
         ] {
-            assert_eq!(shape(&key), None, "{key}");
+            assert_eq!(parse_object_key(&key), None, "{key}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Settings of `serve`: the environment over a TOML file over the defaults.
+//! Settings of `serve`: the environment overrides the TOML file, and the file overrides the defaults.
 //!
-//! Each room declares its own settings; this one knows their names outside. `LFS_BROKER_S3_BUCKET` in the
-//! environment is `bucket` in the file's table `[s3]`. A variable whose name ends in `_FILE` names a file that holds
-//! the value, for secrets that are mounted.
+//! Each module declares its own settings; this module maps them to environment variables and TOML keys. For example,
+//! `LFS_BROKER_S3_BUCKET` is `bucket` in the file's table `[s3]`. A variable with the suffix `_FILE` names a file that holds
+//! the value, for mounted secrets.
 
 mod file;
 mod urls;
@@ -18,9 +18,9 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::kafka::Delivery;
-use crate::{app, auth, broker, finish, http, kafka, objects, policy, session, store, sweeper};
-pub(crate) use urls::origin;
-use urls::{host, public_url};
+use crate::{app, auth, broker, completion, http, kafka, objects, policy, session, store, sweeper};
+pub(crate) use urls::parse_origin;
+use urls::{public_url, url_host};
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -28,110 +28,110 @@ pub enum Error {
     /// A file cannot be read.
     #[error("cannot read {0}: {1}")]
     File(String, std::io::Error),
-    /// The file is not TOML. Its line is not shown: it may hold a secret.
+    /// The file is not valid TOML. The error does not show the line, because it may hold a secret.
     #[error("{path}, line {line}: {reason}")]
     Toml {
         /// The file.
         path: String,
-        /// The line, from 1 on.
+        /// The line number, from 1.
         line: usize,
-        /// What is wrong there.
+        /// What is wrong with the line.
         reason: String,
     },
-    /// The settings hold what nobody asked for.
+    /// A setting of the file is unknown or has an invalid value.
     #[error("settings: {0}")]
     Unknown(String),
-    /// A text of the file is something else, which is not shown: it may be a secret.
-    #[error("{0} must be a text in quotes")]
-    NoText(&'static str),
-    /// The same where a table should be.
+    /// A value that must be a string has another type. The error does not show the value, because it may be a secret.
+    #[error("{0} must be a string in quotes")]
+    NotAString(&'static str),
+    /// A value that must be a table has another type.
     #[error("{0} must be a table, [{0}]")]
-    NoTable(&'static str),
-    /// A value of the environment is not of its kind.
-    #[error("{name} is {value:?}, but must be {kind}")]
+    NotATable(&'static str),
+    /// A value is not valid.
+    #[error("{name} is {value:?}, but must be {expected}")]
     Value {
-        /// The variable.
+        /// The environment variable.
         name: String,
         /// Its value.
         value: String,
-        /// What it must be.
-        kind: &'static str,
+        /// The valid values.
+        expected: &'static str,
     },
-    /// No browser sends such an origin.
+    /// No browser sends this origin.
     #[error("LFS_BROKER_CORS_ORIGINS: {value:?} never matches: {hint}")]
     Origin {
-        /// What was set.
+        /// The configured origin.
         value: String,
-        /// What to set.
+        /// What to write instead.
         hint: String,
     },
-    /// Something that has no default is missing.
+    /// A required setting is missing.
     #[error("{0} is not set")]
     Missing(&'static str),
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum ValueKind {
     Text,
     Number,
     Flag,
 }
 
-/// Every setting: its variable, its place in the file, its kind.
-const SETTINGS: &[(&str, &str, Kind)] = &[
-    ("LFS_BROKER_LISTEN", "listen", Kind::Text),
-    ("LFS_BROKER_PUBLIC_URL", "public_url", Kind::Text),
-    ("LFS_BROKER_TLS_CERTIFICATE_FILE", "tls.certificate_file", Kind::Text),
-    ("LFS_BROKER_TLS_KEY_FILE", "tls.key_file", Kind::Text),
-    ("LFS_BROKER_TRUSTED_PROXIES", "trusted_proxies", Kind::Text),
-    ("LFS_BROKER_CONNECTIONS", "connections", Kind::Number),
-    ("LFS_BROKER_CONNECTIONS_PER_ADDRESS", "connections_per_address", Kind::Number),
-    ("LFS_BROKER_BODY_MEMORY_BYTES", "body_memory_bytes", Kind::Number),
-    ("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "shutdown_delay_seconds", Kind::Number),
-    ("LFS_BROKER_SHUTDOWN_GRACE_SECONDS", "shutdown_grace_seconds", Kind::Number),
-    ("LFS_BROKER_TENANT_LONG_POLLS", "tenant.long_polls", Kind::Number),
-    ("LFS_BROKER_HEADER_SECONDS", "header_seconds", Kind::Number),
-    ("LFS_BROKER_BODY_SECONDS", "body_seconds", Kind::Number),
-    ("LFS_BROKER_REQUEST_SECONDS", "request_seconds", Kind::Number),
-    ("LFS_BROKER_IDLE_SECONDS", "idle_seconds", Kind::Number),
-    ("LFS_BROKER_FAILED_LOGINS_PER_MINUTE", "failed_logins_per_minute", Kind::Number),
-    ("LFS_BROKER_CONCURRENT_COMPLETES", "concurrent_completes", Kind::Number),
-    ("LFS_BROKER_TENANT_REQUESTS_PER_SECOND", "tenant.requests_per_second", Kind::Number),
-    ("DATABASE_URL", "database_url", Kind::Text),
-    ("KAFKA_BOOTSTRAP_SERVERS", "kafka.bootstrap_servers", Kind::Text),
-    ("AWS_REGION", "s3.region", Kind::Text),
-    ("LFS_BROKER_S3_BUCKET", "s3.bucket", Kind::Text),
-    ("LFS_BROKER_S3_PUBLIC_ENDPOINT", "s3.public_endpoint", Kind::Text),
-    ("LFS_BROKER_S3_FORCE_PATH_STYLE", "s3.force_path_style", Kind::Flag),
-    ("LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "s3.signing_access_key_id", Kind::Text),
-    ("LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY", "s3.signing_secret_access_key", Kind::Text),
-    ("LFS_BROKER_S3_ALLOW_COPY_SOURCE", "s3.allow_copy_source", Kind::Flag),
-    ("LFS_BROKER_AUTH_MODE", "auth.mode", Kind::Text),
-    ("LFS_BROKER_JWT_HS256_SECRET", "jwt.hs256_secret", Kind::Text),
-    ("LFS_BROKER_JWT_PUBLIC_KEY_FILE", "jwt.public_key_file", Kind::Text),
-    ("LFS_BROKER_JWT_JWKS_URL", "jwt.jwks_url", Kind::Text),
-    ("LFS_BROKER_JWT_ISSUER", "jwt.issuer", Kind::Text),
-    ("LFS_BROKER_JWT_AUDIENCE", "jwt.audience", Kind::Text),
-    ("LFS_BROKER_TOPICS_DEFAULT_ENABLED", "topics.default_enabled", Kind::Flag),
-    ("LFS_BROKER_SINGLE_PUT_MAX_BYTES", "single_put_max_bytes", Kind::Number),
-    ("LFS_BROKER_PART_SIZE_BYTES", "part_size_bytes", Kind::Number),
-    ("LFS_BROKER_SESSION_SECONDS", "session_seconds", Kind::Number),
-    ("LFS_BROKER_SESSION_MAX_SECONDS", "session_max_seconds", Kind::Number),
-    ("LFS_BROKER_URL_SECONDS", "url_seconds", Kind::Number),
-    ("LFS_BROKER_SWEEP_SECONDS", "sweep_seconds", Kind::Number),
-    ("LFS_BROKER_LONGEST_PUT_SECONDS", "longest_put_seconds", Kind::Number),
-    ("LFS_BROKER_LEASE_SECONDS", "lease_seconds", Kind::Number),
-    ("LFS_BROKER_COMPLETE_WAIT_SECONDS", "complete_wait_seconds", Kind::Number),
-    ("LFS_BROKER_DELIVERY", "delivery", Kind::Text),
-    ("LFS_BROKER_CORS_ORIGINS", "cors.origins", Kind::Text),
-    ("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", Kind::Number),
-    ("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Kind::Number),
-    ("LFS_BROKER_TENANT_CONNECTIONS", "tenant.connections", Kind::Number),
+/// Every setting: its environment variable, its path in the TOML file, and its type.
+const SETTINGS: &[(&str, &str, ValueKind)] = &[
+    ("LFS_BROKER_LISTEN", "listen", ValueKind::Text),
+    ("LFS_BROKER_PUBLIC_URL", "public_url", ValueKind::Text),
+    ("LFS_BROKER_TLS_CERTIFICATE_FILE", "tls.certificate_file", ValueKind::Text),
+    ("LFS_BROKER_TLS_KEY_FILE", "tls.key_file", ValueKind::Text),
+    ("LFS_BROKER_TRUSTED_PROXIES", "trusted_proxies", ValueKind::Text),
+    ("LFS_BROKER_CONNECTIONS", "connections", ValueKind::Number),
+    ("LFS_BROKER_CONNECTIONS_PER_ADDRESS", "connections_per_address", ValueKind::Number),
+    ("LFS_BROKER_BODY_MEMORY_BYTES", "body_memory_bytes", ValueKind::Number),
+    ("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "shutdown_delay_seconds", ValueKind::Number),
+    ("LFS_BROKER_SHUTDOWN_GRACE_SECONDS", "shutdown_grace_seconds", ValueKind::Number),
+    ("LFS_BROKER_TENANT_LONG_POLLS", "tenant.long_polls", ValueKind::Number),
+    ("LFS_BROKER_HEADER_SECONDS", "header_seconds", ValueKind::Number),
+    ("LFS_BROKER_BODY_SECONDS", "body_seconds", ValueKind::Number),
+    ("LFS_BROKER_REQUEST_SECONDS", "request_seconds", ValueKind::Number),
+    ("LFS_BROKER_IDLE_SECONDS", "idle_seconds", ValueKind::Number),
+    ("LFS_BROKER_FAILED_LOGINS_PER_MINUTE", "failed_logins_per_minute", ValueKind::Number),
+    ("LFS_BROKER_CONCURRENT_COMPLETES", "concurrent_completes", ValueKind::Number),
+    ("LFS_BROKER_TENANT_REQUESTS_PER_SECOND", "tenant.requests_per_second", ValueKind::Number),
+    ("DATABASE_URL", "database_url", ValueKind::Text),
+    ("KAFKA_BOOTSTRAP_SERVERS", "kafka.bootstrap_servers", ValueKind::Text),
+    ("AWS_REGION", "s3.region", ValueKind::Text),
+    ("LFS_BROKER_S3_BUCKET", "s3.bucket", ValueKind::Text),
+    ("LFS_BROKER_S3_PUBLIC_ENDPOINT", "s3.public_endpoint", ValueKind::Text),
+    ("LFS_BROKER_S3_FORCE_PATH_STYLE", "s3.force_path_style", ValueKind::Flag),
+    ("LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "s3.signing_access_key_id", ValueKind::Text),
+    ("LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY", "s3.signing_secret_access_key", ValueKind::Text),
+    ("LFS_BROKER_S3_ALLOW_COPY_SOURCE", "s3.allow_copy_source", ValueKind::Flag),
+    ("LFS_BROKER_AUTH_MODE", "auth.mode", ValueKind::Text),
+    ("LFS_BROKER_JWT_HS256_SECRET", "jwt.hs256_secret", ValueKind::Text),
+    ("LFS_BROKER_JWT_PUBLIC_KEY_FILE", "jwt.public_key_file", ValueKind::Text),
+    ("LFS_BROKER_JWT_JWKS_URL", "jwt.jwks_url", ValueKind::Text),
+    ("LFS_BROKER_JWT_ISSUER", "jwt.issuer", ValueKind::Text),
+    ("LFS_BROKER_JWT_AUDIENCE", "jwt.audience", ValueKind::Text),
+    ("LFS_BROKER_TOPICS_DEFAULT_ENABLED", "topics.default_enabled", ValueKind::Flag),
+    ("LFS_BROKER_SINGLE_PUT_MAX_BYTES", "single_put_max_bytes", ValueKind::Number),
+    ("LFS_BROKER_PART_SIZE_BYTES", "part_size_bytes", ValueKind::Number),
+    ("LFS_BROKER_SESSION_SECONDS", "session_seconds", ValueKind::Number),
+    ("LFS_BROKER_SESSION_MAX_SECONDS", "session_max_seconds", ValueKind::Number),
+    ("LFS_BROKER_URL_SECONDS", "url_seconds", ValueKind::Number),
+    ("LFS_BROKER_SWEEP_SECONDS", "sweep_seconds", ValueKind::Number),
+    ("LFS_BROKER_LONGEST_PUT_SECONDS", "longest_put_seconds", ValueKind::Number),
+    ("LFS_BROKER_LEASE_SECONDS", "lease_seconds", ValueKind::Number),
+    ("LFS_BROKER_COMPLETE_WAIT_SECONDS", "complete_wait_seconds", ValueKind::Number),
+    ("LFS_BROKER_DELIVERY", "delivery", ValueKind::Text),
+    ("LFS_BROKER_CORS_ORIGINS", "cors.origins", ValueKind::Text),
+    ("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", ValueKind::Number),
+    ("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", ValueKind::Number),
+    ("LFS_BROKER_TENANT_CONNECTIONS", "tenant.connections", ValueKind::Number),
 ];
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
-struct File {
+struct SettingsFile {
     listen: Option<SocketAddr>,
     public_url: Option<String>,
     database_url: Option<String>,
@@ -143,7 +143,7 @@ struct File {
     tenant: TenantTable,
     cors: CorsTable,
     tls: TlsTable,
-    /// Separated by commas.
+    /// Comma-separated.
     trusted_proxies: String,
     connections: Option<usize>,
     connections_per_address: Option<usize>,
@@ -231,66 +231,66 @@ struct TlsTable {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct CorsTable {
-    /// Separated by commas.
+    /// Comma-separated.
     origins: String,
 }
 
-/// Reads the settings of `serve`. `environment` gives a variable's value.
+/// Loads the settings of `serve`. `environment` returns the value of a variable.
 ///
 /// # Errors
-/// Whatever is missing, unknown or of the wrong kind, with its name.
+/// If a setting is missing, unknown or not valid. The error names the setting.
 pub fn load(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<app::Settings, Error> {
-    settings(gather(file, environment)?)
+    settings(merge_sources(file, environment)?)
 }
 
-/// Reads where the database is: all that `migrate` needs.
+/// Loads the database settings, which is all that `migrate` needs.
 ///
 /// # Errors
-/// As [`load`], but only the database must be named.
+/// As [`load`], but only the database URL is required.
 pub fn load_store(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<store::Settings, Error> {
-    Ok(store::Settings::new(&gather(file, environment)?.database_url.ok_or(Error::Missing("DATABASE_URL"))?))
+    Ok(store::Settings::new(&merge_sources(file, environment)?.database_url.ok_or(Error::Missing("DATABASE_URL"))?))
 }
 
-/// Reads how tokens are checked: all that `token` needs.
+/// Loads the authentication settings, which is all that `token` needs.
 ///
 /// # Errors
-/// As [`load`], but nothing must be named.
+/// As [`load`], but no setting is required.
 pub fn load_auth(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<auth::Settings, Error> {
-    let file = gather(file, environment)?;
+    let file = merge_sources(file, environment)?;
     auth_settings(file.auth, file.jwt)
 }
 
-/// Reads where Kafka is: all that `consume` needs.
+/// Loads the Kafka settings, which is all that `consume` needs.
 ///
 /// # Errors
-/// As [`load`], but only Kafka must be named.
+/// As [`load`], but only the bootstrap servers are required.
 pub fn load_kafka(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<kafka::Settings, Error> {
-    let file = gather(file, environment)?;
+    let file = merge_sources(file, environment)?;
     kafka_settings(file.kafka, file.delivery)
 }
 
-/// Reads where the objects are: all that following references needs.
+/// Loads the S3 settings, which is all that following references needs.
 ///
 /// # Errors
-/// As [`load`], but nothing must be named.
+/// As [`load`], but no setting is required.
 pub fn load_objects(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<objects::Settings, Error> {
-    Ok(gather(file, environment)?.s3)
+    Ok(merge_sources(file, environment)?.s3)
 }
 
-fn gather(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<File, Error> {
+fn merge_sources(file: Option<&Path>, environment: impl Fn(&str) -> Option<String>) -> Result<SettingsFile, Error> {
     let mut table = match file {
         Some(path) => file::parse(&path.display().to_string())?,
         None => Table::new(),
     };
-    file::check_texts(&mut table)?;
-    for (name, place, kind) in SETTINGS {
+    file::check_strings(&mut table)?;
+    for (name, toml_path, value_kind) in SETTINGS {
         let from_file = |name: &str| environment(&format!("{name}_FILE")).map(|path| read(&path)).transpose();
         let value = match environment(name).filter(|value| !value.is_empty()) {
             Some(value) => Some(value),
             None => from_file(name)?.map(|text| text.trim_end_matches(['\r', '\n']).to_owned()),
         };
         if let Some(value) = value {
-            put(&mut table, place, typed(name, value, *kind)?);
+            insert_at(&mut table, toml_path, parse_value(name, value, *value_kind)?);
         }
     }
     table.try_into().map_err(|error: toml::de::Error| Error::Unknown(error.to_string().trim().replace('\n', " ")))
@@ -300,72 +300,79 @@ fn read(path: &str) -> Result<String, Error> {
     std::fs::read_to_string(path).map_err(|error| Error::File(path.to_owned(), error))
 }
 
-fn typed(name: &str, value: String, kind: Kind) -> Result<Value, Error> {
-    let wrong = |value: &str, kind| Error::Value { name: name.to_owned(), value: value.to_owned(), kind };
-    Ok(match kind {
-        Kind::Text => Value::String(value),
-        Kind::Number => match value.parse::<i64>() {
+fn parse_value(name: &str, value: String, value_kind: ValueKind) -> Result<Value, Error> {
+    let invalid = |value: &str, expected| Error::Value { name: name.to_owned(), value: value.to_owned(), expected };
+    Ok(match value_kind {
+        ValueKind::Text => Value::String(value),
+        ValueKind::Number => match value.parse::<i64>() {
             Ok(number) if number >= 0 => Value::Integer(number),
-            _ => return Err(wrong(&value, "a whole number, 0 or more")),
+            _ => return Err(invalid(&value, "a whole number, 0 or more")),
         },
-        Kind::Flag => Value::Boolean(value.parse().map_err(|_| wrong(&value, "true or false"))?),
+        ValueKind::Flag => Value::Boolean(value.parse().map_err(|_| invalid(&value, "true or false"))?),
     })
 }
 
-fn put(table: &mut Table, place: &str, value: Value) {
-    match place.split_once('.') {
-        Some((section, member)) => {
+fn insert_at(table: &mut Table, toml_path: &str, value: Value) {
+    match toml_path.split_once('.') {
+        Some((section, key)) => {
             let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
             if let Value::Table(section) = section {
-                section.insert(member.to_owned(), value);
+                section.insert(key.to_owned(), value);
             }
         }
         None => {
-            table.insert(place.to_owned(), value);
+            table.insert(toml_path.to_owned(), value);
         }
     }
 }
 
-fn at_least(name: &str, seconds: Option<u64>, least: u64, default: Duration) -> Result<Duration, Error> {
+fn seconds_at_least(name: &str, seconds: Option<u64>, minimum: u64, default: Duration) -> Result<Duration, Error> {
     match seconds {
         None => Ok(default),
-        Some(seconds) if seconds >= least => Ok(Duration::from_secs(seconds)),
+        Some(seconds) if seconds >= minimum => Ok(Duration::from_secs(seconds)),
         Some(seconds) => {
-            let kind = if least == 1 { "at least 1" } else { "at least 3: a lease is renewed every third of it" };
-            Err(Error::Value { name: name.to_owned(), value: seconds.to_string(), kind })
+            let expected = if minimum == 1 { "at least 1" } else { "at least 3: a lease is renewed after a third of its time" };
+            Err(Error::Value { name: name.to_owned(), value: seconds.to_string(), expected })
         }
     }
 }
 
-fn settings(file: File) -> Result<app::Settings, Error> {
-    let (sweeps, leases, patience) = (sweeper::Settings::default(), finish::Settings::default(), broker::Settings::default());
-    let cors_origins: Vec<String> = listed(&file.cors.origins).map(origin).collect::<Result<_, _>>()?;
-    let local = matches!(file.auth.mode, Some(ModeName::None)).then(|| http::Local {
-        hosts: file.public_url.as_deref().and_then(host).into_iter().collect(),
+fn settings(file: SettingsFile) -> Result<app::Settings, Error> {
+    let (sweeper_defaults, completion_defaults, broker_defaults) =
+        (sweeper::Settings::default(), completion::Settings::default(), broker::Settings::default());
+    let cors_origins: Vec<String> = comma_separated(&file.cors.origins).map(parse_origin).collect::<Result<_, _>>()?;
+    let allowed_hosts = matches!(file.auth.mode, Some(ModeName::None)).then(|| http::AllowedHosts {
+        hosts: file.public_url.as_deref().and_then(url_host).into_iter().collect(),
         origins: cors_origins.clone(),
     });
     Ok(app::Settings {
         listen: file.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 8080))),
         public_url: public_url(file.public_url.clone())?,
         cors_origins,
-        http: http::Settings { local, ..http_settings(&file)? },
+        http: http::Settings { allowed_hosts, ..http_settings(&file)? },
         policy: policy_settings(&file)?,
         store: store_settings(file.database_url, file.tenant.connections)?,
         objects: file.s3,
         kafka: kafka_settings(file.kafka, file.delivery)?,
         auth: auth_settings(file.auth, file.jwt)?,
         broker: broker::Settings {
-            complete_wait: file.complete_wait_seconds.map_or(patience.complete_wait, Duration::from_secs),
-            completes: least_one("LFS_BROKER_CONCURRENT_COMPLETES", file.concurrent_completes, patience.completes)?,
+            complete_wait: file.complete_wait_seconds.map_or(broker_defaults.complete_wait, Duration::from_secs),
+            max_concurrent_completes: at_least_one(
+                "LFS_BROKER_CONCURRENT_COMPLETES",
+                file.concurrent_completes,
+                broker_defaults.max_concurrent_completes,
+            )?,
             quota: store::Quota {
-                open_sessions: file.tenant.open_sessions.unwrap_or(patience.quota.open_sessions),
-                reserved_bytes: file.tenant.reserved_bytes.unwrap_or(patience.quota.reserved_bytes),
+                open_sessions: file.tenant.open_sessions.unwrap_or(broker_defaults.quota.open_sessions),
+                reserved_bytes: file.tenant.reserved_bytes.unwrap_or(broker_defaults.quota.reserved_bytes),
             },
         },
-        finish: finish::Settings { lease: at_least("LFS_BROKER_LEASE_SECONDS", file.lease_seconds, 3, leases.lease)? },
+        completion: completion::Settings {
+            lease: seconds_at_least("LFS_BROKER_LEASE_SECONDS", file.lease_seconds, 3, completion_defaults.lease)?,
+        },
         sweeper: sweeper::Settings {
-            every: at_least("LFS_BROKER_SWEEP_SECONDS", file.sweep_seconds, 1, sweeps.every)?,
-            longest_put: file.longest_put_seconds.map_or(sweeps.longest_put, Duration::from_secs),
+            interval: seconds_at_least("LFS_BROKER_SWEEP_SECONDS", file.sweep_seconds, 1, sweeper_defaults.interval)?,
+            max_put_duration: file.longest_put_seconds.map_or(sweeper_defaults.max_put_duration, Duration::from_secs),
         },
     })
 }
@@ -375,13 +382,14 @@ fn store_settings(url: Option<String>, tenant_connections: Option<u32>) -> Resul
     Ok(store::Settings { tenant_connections: tenant_connections.unwrap_or(defaults.tenant_connections), ..defaults })
 }
 
-fn policy_settings(file: &File) -> Result<policy::Settings, Error> {
+fn policy_settings(file: &SettingsFile) -> Result<policy::Settings, Error> {
     let defaults = policy::Settings::default();
-    let within = |name, number: Option<u64>, default, bounds: RangeInclusive<u64>, kind| match number {
-        Some(number) if !bounds.contains(&number) => Err(wrong(name, &number.to_string(), kind)),
+    let within = |name, number: Option<u64>, default, bounds: RangeInclusive<u64>, expected| match number {
+        Some(number) if !bounds.contains(&number) => Err(invalid(name, &number.to_string(), expected)),
         number => Ok(number.unwrap_or(default)),
     };
-    let week = |name, seconds, default| within(name, seconds, default, 1..=policy::MAX_SECONDS, "1 to 604800, which is a week");
+    let week =
+        |name, seconds, default| within(name, seconds, default, 1..=policy::MAX_LIFETIME_SECONDS, "1 to 604800, which is a week");
     Ok(policy::Settings {
         default_enabled: file.topics.default_enabled,
         single_put_max_bytes: within(
@@ -404,34 +412,34 @@ fn policy_settings(file: &File) -> Result<policy::Settings, Error> {
     })
 }
 
-/// What a list names, which is separated by commas.
-fn listed(list: &str) -> impl Iterator<Item = &str> {
+/// The items of a comma-separated list.
+fn comma_separated(list: &str) -> impl Iterator<Item = &str> {
     list.split(',').map(str::trim).filter(|item| !item.is_empty())
 }
 
-fn least_one(name: &str, number: Option<usize>, default: usize) -> Result<usize, Error> {
+fn at_least_one(name: &str, number: Option<usize>, default: usize) -> Result<usize, Error> {
     match number {
-        Some(0) => Err(wrong(name, "0", "at least 1")),
+        Some(0) => Err(invalid(name, "0", "at least 1")),
         number => Ok(number.unwrap_or(default)),
     }
 }
 
-fn wrong(name: &str, value: &str, kind: &'static str) -> Error {
-    Error::Value { name: name.to_owned(), value: value.to_owned(), kind }
+fn invalid(name: &str, value: &str, expected: &'static str) -> Error {
+    Error::Value { name: name.to_owned(), value: value.to_owned(), expected }
 }
 
-/// A request may wait for a change or for Kafka, and is not given up before.
-fn request_time(file: &File, default: Duration) -> Result<Duration, Error> {
+/// The request timeout, which must be longer than a request may wait for a change or for Kafka.
+fn request_timeout(file: &SettingsFile, default: Duration) -> Result<Duration, Error> {
     let seconds = file.request_seconds.unwrap_or(default.as_secs());
-    let longest = broker::MAX_WAIT_SECONDS.max(file.complete_wait_seconds.unwrap_or_default());
-    if seconds > longest {
+    let longest_wait = broker::MAX_WAIT_SECONDS.max(file.complete_wait_seconds.unwrap_or_default());
+    if seconds > longest_wait {
         return Ok(Duration::from_secs(seconds));
     }
-    let kind = "more than LFS_BROKER_COMPLETE_WAIT_SECONDS, and more than the 30 s that a read may wait";
-    Err(wrong("LFS_BROKER_REQUEST_SECONDS", &seconds.to_string(), kind))
+    let expected = "more than LFS_BROKER_COMPLETE_WAIT_SECONDS, and more than 30, the longest wait of a read";
+    Err(invalid("LFS_BROKER_REQUEST_SECONDS", &seconds.to_string(), expected))
 }
 
-fn http_settings(file: &File) -> Result<http::Settings, Error> {
+fn http_settings(file: &SettingsFile) -> Result<http::Settings, Error> {
     let defaults = http::Settings::default();
     let tls = match (&file.tls.certificate_file, &file.tls.key_file) {
         (None, None) => None,
@@ -442,30 +450,30 @@ fn http_settings(file: &File) -> Result<http::Settings, Error> {
     let proxy = |text: &str| match text.parse::<IpAddr>() {
         Ok(address) => Ok(IpNet::from(address)),
         Err(_) => text.parse::<IpNet>().map_err(|_| {
-            wrong("LFS_BROKER_TRUSTED_PROXIES", text, "addresses and networks such as 10.0.0.0/8, separated by commas")
+            invalid("LFS_BROKER_TRUSTED_PROXIES", text, "IP addresses and networks such as 10.0.0.0/8, separated by commas")
         }),
     };
-    let connections = least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?;
+    let connections = at_least_one("LFS_BROKER_CONNECTIONS", file.connections, defaults.connections)?;
     Ok(http::Settings {
-        header_time: at_least("LFS_BROKER_HEADER_SECONDS", file.header_seconds, 1, defaults.header_time)?,
-        body_time: at_least("LFS_BROKER_BODY_SECONDS", file.body_seconds, 1, defaults.body_time)?,
-        request_time: request_time(file, defaults.request_time)?,
-        idle_time: at_least("LFS_BROKER_IDLE_SECONDS", file.idle_seconds, 1, defaults.idle_time)?,
+        header_timeout: seconds_at_least("LFS_BROKER_HEADER_SECONDS", file.header_seconds, 1, defaults.header_timeout)?,
+        body_timeout: seconds_at_least("LFS_BROKER_BODY_SECONDS", file.body_seconds, 1, defaults.body_timeout)?,
+        request_timeout: request_timeout(file, defaults.request_timeout)?,
+        idle_timeout: seconds_at_least("LFS_BROKER_IDLE_SECONDS", file.idle_seconds, 1, defaults.idle_timeout)?,
         connections,
-        // Shares of what there is, also where that is set lower.
+        // The defaults are shares of the configured number of connections.
         connections_per_address: file.connections_per_address.unwrap_or((connections / 2).max(1)),
         tenant_long_polls: file.tenant.long_polls.unwrap_or((connections / 4).max(1)),
         body_memory_bytes: match file.body_memory_bytes {
             Some(bytes) if !http::BODY_MEMORY.contains(&bytes) => {
-                let kind = "1048576 to 1099511627776: a request with part hashes has up to 1 MiB";
-                return Err(wrong("LFS_BROKER_BODY_MEMORY_BYTES", &bytes.to_string(), kind));
+                let expected = "1048576 to 1099511627776: one request with part hashes has up to 1 MiB";
+                return Err(invalid("LFS_BROKER_BODY_MEMORY_BYTES", &bytes.to_string(), expected));
             }
             bytes => bytes.unwrap_or(defaults.body_memory_bytes),
         },
         shutdown_delay: file.shutdown_delay_seconds.map_or(defaults.shutdown_delay, Duration::from_secs),
         shutdown_grace: file.shutdown_grace_seconds.map_or(defaults.shutdown_grace, Duration::from_secs),
         tls,
-        trusted_proxies: listed(&file.trusted_proxies).map(proxy).collect::<Result<_, _>>()?,
+        trusted_proxies: comma_separated(&file.trusted_proxies).map(proxy).collect::<Result<_, _>>()?,
         tenant_requests_per_second: file.tenant.requests_per_second.unwrap_or(defaults.tenant_requests_per_second),
         failed_logins_per_minute: file.failed_logins_per_minute.unwrap_or(defaults.failed_logins_per_minute),
         ..defaults

@@ -1,4 +1,4 @@
-//! Settings: what is taken, what is refused, and by which name.
+//! Settings: which values are accepted, and how errors name the setting.
 
 use super::*;
 use proptest::prelude::*;
@@ -8,24 +8,24 @@ fn with(pairs: &[(&str, &str)]) -> Result<app::Settings, Error> {
     load(None, |name| pairs.get(name).cloned())
 }
 
-const NEEDED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://x/y"), ("KAFKA_BOOTSTRAP_SERVERS", "k:9092")];
+const REQUIRED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://x/y"), ("KAFKA_BOOTSTRAP_SERVERS", "k:9092")];
 
 #[test]
-fn defaults_are_those_of_the_contract() {
-    let settings = with(&NEEDED).unwrap();
+fn defaults_match_the_documentation() {
+    let settings = with(&REQUIRED).unwrap();
     assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
     assert_eq!(settings.auth.mode, auth::Mode::Jwt);
     assert!(!settings.policy.default_enabled);
     assert_eq!((settings.policy.single_put_max_bytes, settings.policy.part_size_bytes), (64 << 20, 16 << 20));
     assert_eq!(settings.broker.complete_wait.as_secs(), 5);
     assert_eq!(settings.store.tenant_connections, 5);
-    let fewer = with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_TENANT_CONNECTIONS", "2")]).unwrap();
+    let fewer = with(&[REQUIRED[0], REQUIRED[1], ("LFS_BROKER_TENANT_CONNECTIONS", "2")]).unwrap();
     assert_eq!(fewer.store.tenant_connections, 2);
     assert_eq!(settings.kafka.delivery, Delivery::ExactlyOnce);
 }
 
 #[test]
-fn the_environment_wins_over_the_file_and_mistakes_are_named() {
+fn the_environment_overrides_the_file_and_errors_name_the_setting() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(
         file.path(),
@@ -34,7 +34,7 @@ fn the_environment_wins_over_the_file_and_mistakes_are_named() {
     .unwrap();
     let environment = |name: &str| match name {
         "LFS_BROKER_S3_BUCKET" => Some("environment".to_owned()),
-        _ => NEEDED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()),
+        _ => REQUIRED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()),
     };
     let settings = load(Some(file.path()), environment).unwrap();
     assert_eq!(settings.objects.bucket.as_deref(), Some("environment"));
@@ -43,28 +43,32 @@ fn the_environment_wins_over_the_file_and_mistakes_are_named() {
 
     std::fs::write(file.path(), "lisen = 'x'\n").unwrap();
     assert!(load(Some(file.path()), environment).err().unwrap().to_string().contains("lisen"));
-    let told = |extra: (&str, &str)| with(&[NEEDED[0], NEEDED[1], extra]).err().unwrap().to_string();
-    assert!(told(("LFS_BROKER_URL_SECONDS", "0")).contains("LFS_BROKER_URL_SECONDS"));
-    assert!(told(("LFS_BROKER_LEASE_SECONDS", "x")).contains("LFS_BROKER_LEASE_SECONDS"));
-    assert!(told(("LFS_BROKER_AUTH_MODE", "maybe")).contains("maybe"));
+    let message = |extra: (&str, &str)| with(&[REQUIRED[0], REQUIRED[1], extra]).err().unwrap().to_string();
+    assert!(message(("LFS_BROKER_URL_SECONDS", "0")).contains("LFS_BROKER_URL_SECONDS"));
+    assert!(message(("LFS_BROKER_LEASE_SECONDS", "x")).contains("LFS_BROKER_LEASE_SECONDS"));
+    assert!(message(("LFS_BROKER_AUTH_MODE", "maybe")).contains("maybe"));
     assert!(with(&[]).err().unwrap().to_string().contains("DATABASE_URL"));
 }
 
 #[test]
-fn the_doors_settings_are_checked() {
-    let more = |extra: &[(&str, &str)]| with(&[NEEDED.as_slice(), extra].concat());
-    let door = more(&[]).unwrap().http;
-    assert_eq!((door.connections, door.tenant_requests_per_second, door.failed_logins_per_minute), (4096, 1000, 600));
+fn http_settings_are_validated() {
+    let more = |extra: &[(&str, &str)]| with(&[REQUIRED.as_slice(), extra].concat());
+    let http = more(&[]).unwrap().http;
+    assert_eq!((http.connections, http.tenant_requests_per_second, http.failed_logins_per_minute), (4096, 1000, 600));
     assert_eq!(
-        [door.header_time, door.body_time, door.request_time, door.idle_time].map(|time| time.as_secs()),
+        [http.header_timeout, http.body_timeout, http.request_timeout, http.idle_timeout].map(|time| time.as_secs()),
         [10, 10, 60, 75]
     );
-    assert_eq!((door.connections_per_address, door.tenant_long_polls, door.body_memory_bytes), (2048, 1024, 64 << 20));
-    assert_eq!((door.shutdown_delay.as_secs(), door.shutdown_grace.as_secs()), (5, 20));
+    assert_eq!((http.connections_per_address, http.tenant_long_polls, http.body_memory_bytes), (2048, 1024, 64 << 20));
+    assert_eq!((http.shutdown_delay.as_secs(), http.shutdown_grace.as_secs()), (5, 20));
     let fewer = more(&[("LFS_BROKER_CONNECTIONS", "1000")]).unwrap().http;
-    assert_eq!((fewer.connections_per_address, fewer.tenant_long_polls), (500, 250), "shares of what there is");
-    assert!(door.tls.is_none() && door.trusted_proxies.is_empty());
-    let door = more(&[
+    assert_eq!(
+        (fewer.connections_per_address, fewer.tenant_long_polls),
+        (500, 250),
+        "the defaults are shares of the connections"
+    );
+    assert!(http.tls.is_none() && http.trusted_proxies.is_empty());
+    let settings = more(&[
         ("LFS_BROKER_TLS_CERTIFICATE_FILE", "/c"),
         ("LFS_BROKER_TLS_KEY_FILE", "/k"),
         ("LFS_BROKER_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.1,2001:db8::/32,"),
@@ -72,11 +76,11 @@ fn the_doors_settings_are_checked() {
         ("LFS_BROKER_CORS_ORIGINS", "https://a.example, http://localhost:3000"),
         ("LFS_BROKER_PUBLIC_URL", "https://lfs.example/base/"),
     ]);
-    let door = door.unwrap();
-    assert_eq!(door.http.tls.unwrap().key_file, PathBuf::from("/k"));
-    let nets: Vec<String> = door.http.trusted_proxies.iter().map(ToString::to_string).collect();
+    let settings = settings.unwrap();
+    assert_eq!(settings.http.tls.unwrap().key_file, PathBuf::from("/k"));
+    let nets: Vec<String> = settings.http.trusted_proxies.iter().map(ToString::to_string).collect();
     assert_eq!(nets, ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"]);
-    assert_eq!((door.http.tenant_requests_per_second, door.cors_origins.len()), (0, 2));
+    assert_eq!((settings.http.tenant_requests_per_second, settings.cors_origins.len()), (0, 2));
     for (name, value) in [
         ("LFS_BROKER_TLS_KEY_FILE", "/k"),
         ("LFS_BROKER_TLS_CERTIFICATE_FILE", "/c"),
@@ -103,30 +107,31 @@ fn the_doors_settings_are_checked() {
         ("LFS_BROKER_CORS_ORIGINS", "a.example"),
         ("LFS_BROKER_CORS_ORIGINS", "https://A.example"),
     ] {
-        let told = more(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value:?} is taken")).to_string();
-        let place = SETTINGS.iter().find(|(setting, ..)| *setting == name).map(|(_, place, _)| place.rsplit('.').next().unwrap());
+        let message = more(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value:?} is accepted")).to_string();
+        let toml_path =
+            SETTINGS.iter().find(|(setting, ..)| *setting == name).map(|(_, toml_path, _)| toml_path.rsplit('.').next().unwrap());
         let wanted = match name {
             "LFS_BROKER_TLS_KEY_FILE" => "LFS_BROKER_TLS_CERTIFICATE_FILE",
             "LFS_BROKER_TLS_CERTIFICATE_FILE" => "LFS_BROKER_TLS_KEY_FILE",
             "LFS_BROKER_COMPLETE_WAIT_SECONDS" => "LFS_BROKER_REQUEST_SECONDS",
             name => name,
         };
-        assert!(told.contains(wanted) || told.contains(place.unwrap()), "{name}={value:?}: {told}");
+        assert!(message.contains(wanted) || message.contains(toml_path.unwrap()), "{name}={value:?}: {message}");
     }
 }
 
 #[test]
-fn an_origin_that_no_browser_sends_is_refused_with_what_to_write() {
+fn an_origin_that_no_browser_sends_is_refused_with_a_hint() {
     for (value, hint) in [
         ("https://A.example/x", "https://a.example"),
         ("https://a.example:443", "https://a.example"),
         ("https://bücher.example", "https://xn--bcher-kva.example"),
         ("https://*.a.example", "list each origin"),
         ("a.example", "such as https://"),
-        ("null", "* only"),
+        ("null", "only *"),
     ] {
-        let told = origin(value).unwrap_err().to_string();
-        assert!(told.contains("LFS_BROKER_CORS_ORIGINS") && told.contains(hint), "{told}");
+        let message = parse_origin(value).unwrap_err().to_string();
+        assert!(message.contains("LFS_BROKER_CORS_ORIGINS") && message.contains(hint), "{message}");
     }
     for value in [
         "https://a.example/path",
@@ -142,60 +147,61 @@ fn an_origin_that_no_browser_sends_is_refused_with_what_to_write() {
         "ftp://a.example",
         "null",
     ] {
-        assert!(origin(value).is_err(), "{value}");
+        assert!(parse_origin(value).is_err(), "{value}");
     }
     for value in ["*", "https://a.example", "http://localhost:3000", "https://xn--bcher-kva.example:8443", "http://[::1]:1"] {
-        assert_eq!(origin(value).unwrap(), value);
+        assert_eq!(parse_origin(value).unwrap(), value);
     }
 }
 
 #[test]
-fn a_broker_without_tokens_is_asked_under_its_public_name_too() {
-    let more =
-        |mode| with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_AUTH_MODE", mode), ("LFS_BROKER_PUBLIC_URL", "https://lfs.example/b")]);
-    assert_eq!(more("none").unwrap().http.local.unwrap().hosts, ["lfs.example"]);
-    assert!(more("jwt").unwrap().http.local.is_none());
+fn a_broker_without_tokens_also_answers_under_its_public_name() {
+    let more = |mode| {
+        with(&[REQUIRED[0], REQUIRED[1], ("LFS_BROKER_AUTH_MODE", mode), ("LFS_BROKER_PUBLIC_URL", "https://lfs.example/b")])
+    };
+    assert_eq!(more("none").unwrap().http.allowed_hosts.unwrap().hosts, ["lfs.example"]);
+    assert!(more("jwt").unwrap().http.allowed_hosts.is_none());
 }
 
 proptest! {
     #[test]
-    fn no_value_of_a_size_or_a_time_makes_it_panic(value in "[ -~]{0,24}", number in any::<i128>()) {
-        for (name, _, kind) in SETTINGS.iter().filter(|(_, _, kind)| matches!(kind, Kind::Number)) {
-            let whole = |text: &str| text.parse::<i64>().is_ok_and(|number| number >= 0);
+    fn no_number_setting_causes_a_panic(value in "[ -~]{0,24}", number in any::<i128>()) {
+        for (name, _, value_kind) in SETTINGS.iter().filter(|(_, _, value_kind)| matches!(value_kind, ValueKind::Number)) {
+            let is_valid = |text: &str| text.parse::<i64>().is_ok_and(|number| number >= 0);
             for text in [value.as_str(), &number.to_string()] {
-                prop_assert_eq!(typed(name, text.to_owned(), *kind).is_ok(), whole(text));
-                let _ = with(&[NEEDED[0], NEEDED[1], (name, text)]);
+                prop_assert_eq!(parse_value(name, text.to_owned(), *value_kind).is_ok(), is_valid(text));
+                let _ = with(&[REQUIRED[0], REQUIRED[1], (name, text)]);
             }
         }
     }
 
     #[test]
-    fn no_list_makes_it_panic(value in "[ -~]{0,40}") {
+    fn no_list_setting_causes_a_panic(value in "[ -~]{0,40}") {
         for name in ["LFS_BROKER_TRUSTED_PROXIES", "LFS_BROKER_CORS_ORIGINS", "LFS_BROKER_PUBLIC_URL"] {
-            let _ = with(&[NEEDED[0], NEEDED[1], (name, &value)]);
+            let _ = with(&[REQUIRED[0], REQUIRED[1], (name, &value)]);
         }
     }
 }
 
 #[test]
-fn a_secret_may_come_from_a_file() {
+fn a_secret_can_come_from_a_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "from a file\n").unwrap();
     let path = file.path().display().to_string();
-    let settings = with(&[NEEDED[0], NEEDED[1], ("LFS_BROKER_JWT_HS256_SECRET_FILE", &path)]).unwrap();
+    let settings = with(&[REQUIRED[0], REQUIRED[1], ("LFS_BROKER_JWT_HS256_SECRET_FILE", &path)]).unwrap();
     assert_eq!(settings.auth.hs256_secret.as_deref(), Some("from a file"));
 }
 
-/// The settings of a file alone.
+/// Loads settings from a file with this text.
 fn from_file(text: &str) -> Result<app::Settings, Error> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
-    load(Some(file.path()), |name| NEEDED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+    load(Some(file.path()), |name| REQUIRED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
 }
 
 #[test]
-fn a_malformed_line_is_told_by_its_number_and_never_shown() {
-    for (line, told_line) in [
+fn an_error_in_the_file_names_the_place_and_never_shows_the_value() {
+    for (text, named) in [
         ("[jwt]\nhs256_secret = hush", "line 2"),
         ("[jwt]\n\nhs256_secret = \"hush", "line 3"),
         ("[jwt]\nhs256_secret = 'hush' x", "line 2"),
@@ -207,14 +213,14 @@ fn a_malformed_line_is_told_by_its_number_and_never_shown() {
         ("[jwt]\nhs256_secret = ['hush']", "jwt.hs256_secret"),
         ("[s3]\nsigning_secret_access_key = 2026-11-21", "s3.signing_secret_access_key"),
     ] {
-        let told = from_file(line).err().unwrap_or_else(|| panic!("{line} is taken")).to_string();
-        assert!(told.contains(told_line), "{line:?}: {told}");
-        assert!(!["hush", "4812948129", "2026"].iter().any(|secret| told.contains(secret)), "{line:?}: {told}");
+        let message = from_file(text).err().unwrap_or_else(|| panic!("{text} is accepted")).to_string();
+        assert!(message.contains(named), "{text:?}: {message}");
+        assert!(!["hush", "4812948129", "2026"].iter().any(|secret| message.contains(secret)), "{text:?}: {message}");
     }
 }
 
 #[test]
-fn a_file_may_say_it_as_toml_does() {
+fn a_file_may_use_toml_arrays_and_bare_keys() {
     let settings = from_file(
         "trusted_proxies = ['10.0.0.0/8', '192.0.2.1']
          [cors]
@@ -239,7 +245,7 @@ fn a_file_may_say_it_as_toml_does() {
 }
 
 #[test]
-fn the_readmes_file_is_read_as_it_says() {
+fn the_example_file_in_the_readme_is_valid() {
     let readme = include_str!("../README.md");
     let (_, rest) = readme.split_once("```toml\n").expect("the README has an example");
     let (example, _) = rest.split_once("```").unwrap();
@@ -249,9 +255,10 @@ fn the_readmes_file_is_read_as_it_says() {
     assert_eq!((settings.cors_origins.len(), settings.policy.part_size_bytes), (1, 32 << 20));
     kafka::Kafka::connect(&settings.kafka).unwrap();
     settings.objects.check().unwrap();
-    // Every table is there once, and every setting of the file alone.
-    let places: Vec<&str> = SETTINGS.iter().map(|(_, place, _)| *place).chain(["s3.endpoint", "kafka.properties"]).collect();
-    for table in places.iter().filter_map(|place| place.split_once('.')).map(|(table, _)| table) {
+    // The example shows every table.
+    let toml_paths: Vec<&str> =
+        SETTINGS.iter().map(|(_, toml_path, _)| *toml_path).chain(["s3.endpoint", "kafka.properties"]).collect();
+    for table in toml_paths.iter().filter_map(|toml_path| toml_path.split_once('.')).map(|(table, _)| table) {
         assert!(example.contains(&format!("[{table}")), "{table}");
     }
 }

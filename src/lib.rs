@@ -1,32 +1,34 @@
-//! lfs-broker: the claim check for Kafka.
+//! lfs-broker: the claim check pattern for Kafka. File data goes to S3, and a pointer record goes to Kafka.
 //!
-//! A tour of the house, from the front door down; imports point the same way.
+//! The modules, from the top layer to the bottom layer. Imports point in the same direction.
 //!
-//! - [`cli`] reads the command line, [`config`] the settings; [`dev`] is the whole product on one machine.
-//! - [`app`] wires the parts, keeps the workers going, and ends them in order.
-//! - [`http`] is the door: the only place that knows axum and status codes.
-//! - [`broker`] moves when it is asked; the verifier, the relay and the [`sweeper`] are ticks that move when bytes must be
-//!   read, when a pointer waits, and as time passes. They meet in the store and never call each other. [`finish`] is
-//!   what the broker and the verifier both do under a lease.
-//! - `readiness` tries what an upload needs, and keeps the last outcome for whoever asks.
-//! - [`audit`] asks whether PostgreSQL, S3 and Kafka tell the same story; [`restore_check`] whether the database is older
-//!   than Kafka, before anything is deleted.
-//! - [`store`] speaks SQL, [`objects`] speaks S3, [`kafka`] speaks Kafka, [`auth`] reads tokens: one language a room.
-//! - [`session`] and [`policy`] are the pure core: what is legal, without I/O, clock or chance.
+//! - [`cli`] parses the command line, [`config`] loads the settings, and [`dev`] runs the whole product on one machine.
+//! - [`app`] connects the components, runs the workers, and shuts them down in order.
+//! - [`http`] serves the API. It is the only module that knows axum and HTTP status codes.
+//! - [`broker`] handles requests. The verifier, the relay and the [`sweeper`] are background workers: the verifier reads
+//!   objects, the relay publishes pointers from the outbox, the sweeper cleans up. They share state only through the
+//!   store and never call each other. [`completion`] is the part that the broker and the verifier both run under a lease.
+//! - `readiness` probes everything that an upload needs, and keeps the last outcome for health checks.
+//! - [`audit`] compares PostgreSQL, S3 and Kafka. [`restore_check`] detects a database that is older than Kafka, before
+//!   the broker deletes or publishes anything.
+//! - [`store`] contains the SQL, [`objects`] the S3 calls, [`kafka`] the Kafka calls, and [`auth`] verifies tokens.
+//! - [`session`] and [`policy`] are pure rules: what is allowed, without I/O, clock or randomness.
 //!
-//! `telemetry` writes the log, one line an event, whatever strangers' words hold. `failpoint` is where the tests strike between two side effects; a release has none.
+//! `notify` wakes the workers and the waiting requests of one process. `telemetry` writes the log: one line for each event,
+//! with untrusted text escaped. `failpoint` lets tests inject faults between two side effects; a release has no failpoints.
 
 pub mod app;
 pub mod audit;
 pub mod auth;
 pub mod broker;
 pub mod cli;
+pub mod completion;
 pub mod config;
 pub mod dev;
 mod failpoint;
-pub mod finish;
 pub mod http;
 pub mod kafka;
+mod notify;
 pub mod objects;
 pub mod policy;
 mod readiness;
@@ -37,4 +39,3 @@ pub mod store;
 pub mod sweeper;
 mod telemetry;
 mod verifier;
-mod wakes;

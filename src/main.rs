@@ -1,4 +1,4 @@
-//! The `lfs-broker` program: hands its arguments to [`lfs_broker::cli`].
+//! The `lfs-broker` program: passes its arguments to [`lfs_broker::cli`].
 
 use std::process::ExitCode;
 

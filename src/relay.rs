@@ -1,20 +1,21 @@
-//! The relay: carries pointers from the outbox to Kafka, exactly once and in order.
+//! The relay: publishes pointers from the outbox to Kafka, exactly once and in order.
 //!
-//! A shard's owner fences whoever owned it before (Kafka's word, not ours), settles what that one left behind by
-//! the last committed marker, and only then sends. A batch is stamped and committed before anything of it is sent,
-//! and its marker is part of its own Kafka transaction: so a stamped row is published if the marker lists it, and
-//! is sent again if not. With `at_least_once` there is no transaction, and the marker goes first and lists nothing: what
-//! was stamped is sent again.
+//! A relay that acquires a shard first fences the shard's previous owner in Kafka. Then it reads the last committed marker
+//! to find out which claimed rows were published. Only then does it send. A batch is claimed and this claim committed
+//! before any record is sent, and the batch's marker is part of the same Kafka transaction. So a claimed row is published
+//! if the marker lists it; otherwise it is sent again. With `at_least_once` there is no transaction: the marker is sent
+//! first and lists nothing, so all claimed rows are sent again.
 //!
-//! PostgreSQL may lose commits at any moment: a backup is restored, or a standby is promoted that lacks the last ones.
-//! Connections come back by themselves and the lease row may be as it was, so nothing else tells. Therefore a batch is
-//! claimed only if the shard is as its holder left it: the last batch number, and no row stamped. If it is not, or the
-//! database fails in any way, the holder drops its shards, and takes them anew: fence, marker, comparison, settling.
+//! PostgreSQL may lose commits at any moment: a backup is restored, or the promoted standby lacks the last commits.
+//! The pool reconnects by itself and the lease row may look the same, so nothing else reports this. Therefore a batch is
+//! claimed only if the shard is as its owner left it: the same last batch number, and no claimed row. If it is not, or
+//! if the database fails in any way, the owner drops its shards and takes them over again: fence, read the marker,
+//! compare it with the database, apply the outcome.
 
 mod isolation;
-mod look_up;
-mod settlement;
+mod outcome;
 mod stall;
+mod topic_lookup;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -27,162 +28,162 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::kafka::{self, Kafka, Record, Refusal, Shard};
-use crate::restore_check::{Ahead, RestoreCheck};
-use crate::store::{self, Claim, Deployment, Ownership, Store, Waiting};
-use crate::wakes::Wakes;
+use crate::kafka::{self, Kafka, Record, RecordRejection, ShardProducer};
+use crate::notify::ChangeNotifier;
+use crate::restore_check::{KafkaAhead, RestoreCheck};
+use crate::store::{self, Claim, Deployment, OutboxRow, ShardLease, Store};
 use isolation::Isolation;
 
-/// Most pointers a transaction: 500 cost 7 ms at the median, more only adds to the loss when one aborts.
-const BATCH: i64 = 500;
+/// The most pointers in one transaction. 500 take 7 ms (median); more would only lose more work when one aborts.
+const MAX_BATCH_RECORDS: i64 = 500;
 
-/// How long a crashed owner's shards stay its own. Kafka's fence is what makes a takeover safe, so this may be short:
-/// a broker that comes back publishes within five seconds.
+/// How long a crashed owner keeps its shards. The lease may be short, because the fence in Kafka makes a takeover safe:
+/// a broker that restarts publishes within five seconds.
 const LEASE: Duration = Duration::from_secs(3);
-/// How long a tick waits for the shards that it has begun. A batch takes some ten milliseconds; one that takes longer, for
-/// Kafka keeps it waiting, must cost neither the other shards their next batch nor this replica its leases.
-const PATIENT_FOR: Duration = Duration::from_millis(100);
+/// How long a tick waits for the batches that it started. A batch takes some ten milliseconds. A slow Kafka must not delay
+/// the next batch of the other shards or the renewal of the leases.
+const TICK_WAIT: Duration = Duration::from_millis(100);
 
-/// Keeps the shards it owns going, each by itself.
+/// Publishes the shards that this replica owns, each independently of the others.
 pub(crate) struct Relay {
-    carrier: Arc<Carrier>,
+    publisher: Arc<ShardPublisher>,
     restore_check: RestoreCheck,
     owner: Uuid,
-    owned: Vec<Ownership>,
-    /// What is at rest.
-    held: HashMap<i32, Held>,
-    /// The shards whose batch is under way, and its task.
-    under_way: HashMap<i32, Id>,
-    /// A batch of each shard that is under way; dropped, it drops them.
-    work: JoinSet<Ended>,
+    leases: Vec<ShardLease>,
+    /// The shards that are taken over and have no batch running.
+    fenced_shards: HashMap<i32, FencedShard>,
+    /// The shards that have a batch running, and the id of its task.
+    running: HashMap<i32, Id>,
+    /// The tasks of the running batches. Dropping the set aborts them.
+    tasks: JoinSet<BatchOutcome>,
     renewed_at: Option<Instant>,
-    /// When the database was last in doubt: a shard that was taken before is used no more.
-    doubted_at: Option<Instant>,
-    has_markers: bool,
+    /// When the relay last stopped trusting the database. A shard whose takeover began before is dropped.
+    invalidated_at: Option<Instant>,
+    has_marker_topic: bool,
 }
 
-/// How a shard's batch ended, and the shard, if it may be used again.
-type Ended = (Ownership, Option<Held>, Result<usize, Error>);
+/// The result of a shard's batch, with the shard if it can be used again.
+type BatchOutcome = (ShardLease, Option<FencedShard>, Result<usize, Error>);
 
-/// Carries a shard's pointers.
-struct Carrier {
+/// Publishes the batches of a shard.
+struct ShardPublisher {
     store: Store,
     kafka: Kafka,
-    wakes: Arc<Wakes>,
+    notifier: Arc<ChangeNotifier>,
     deployment: Deployment,
-    /// For which topic and reason refused records were told of, and when.
-    told: Mutex<HashMap<(String, String), Instant>>,
+    /// When a failure was last logged, by topic (or shard) and reason.
+    log_throttle: Mutex<HashMap<(String, String), Instant>>,
     isolation: Isolation,
-    /// Kafka did not take a marker, or could not say which was the last: perhaps the marker topic is gone.
-    markers_in_doubt: AtomicBool,
+    /// Kafka did not accept a marker, or could not return the last one: the marker topic may be missing.
+    recheck_marker_topic: AtomicBool,
 }
 
-/// A shard that is fenced and settled under one epoch.
-struct Held {
+/// A shard that this relay has taken over: its previous owner is fenced, and no claimed row is left.
+struct FencedShard {
     epoch: i64,
-    shard: Shard,
-    /// When it began to be taken.
-    taken_at: Instant,
-    /// The last batch number, as this relay read or wrote it.
+    producer: ShardProducer,
+    takeover_started_at: Instant,
+    /// The last batch number that this relay read or wrote.
     last_batch: i64,
 }
 
-/// What keeps a shard from going on.
+/// Why a shard cannot be published now.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("{0}")]
     Store(#[from] store::Error),
     #[error("{0}")]
     Kafka(#[from] kafka::Error),
-    #[error("another owner has taken the shard")]
-    Taken,
-    /// Sending would be a second time for whatever Kafka has and the database does not know of.
+    #[error("another relay has taken over the shard")]
+    ShardLost,
+    /// Sending could publish pointers twice: Kafka has records that the database does not know.
     #[error(
-        "kafka holds batch {marker} of shard {shard}, the database knows {last_batch}: it was restored from a backup; \
-         nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
+        "kafka holds batch {marker} of shard {shard}, but the last batch in the database is {last_batch}: the database was \
+         restored from a backup; nothing of this shard is published until `lfs-broker audit --fix` has reconciled them"
     )]
-    Ahead { shard: i32, marker: i64, last_batch: i64 },
-    /// As `Ahead`, under the same number.
+    KafkaAhead { shard: i32, marker: i64, last_batch: i64 },
+    /// Like `KafkaAhead`, but the batch numbers are equal.
     #[error(
-        "kafka holds {unfinished} pointers of batch {batch} of shard {shard} whose uploads the database takes for unfinished: \
-         it was restored from a backup; nothing of the shard is sent until `lfs-broker audit --fix` has reconciled them"
+        "kafka holds {unfinished} pointers of batch {batch} of shard {shard} whose uploads are unfinished in the database: the \
+         database was restored from a backup; nothing of this shard is published until `lfs-broker audit --fix` has \
+         reconciled them"
     )]
-    Forgotten { shard: i32, batch: i64, unfinished: i64 },
-    /// A batch was claimed of a shard that is not as this relay left it.
+    UnfinishedInDatabase { shard: i32, batch: i64, unfinished: i64 },
+    /// The shard is not as this relay left it, so no batch was claimed.
     #[error(
-        "the database says that batch {found} of shard {shard} was the last one{}, this relay knows {known} and left nothing \
-         unsettled: PostgreSQL lost commits (a restore, a failover), or somebody else wrote",
-        if *is_unsettled { " and is unsettled" } else { "" }
+        "the last batch of shard {shard} is {found}{} in the database, but {known} in this relay, which left no row claimed: \
+         PostgreSQL lost commits (a restore, a failover), or another program wrote to it",
+        if *has_claimed_rows { " and is unsettled" } else { "" }
     )]
-    Changed { shard: i32, known: i64, found: i64, is_unsettled: bool },
-    /// Kafka holds records of sessions that are not verified in the database any more.
+    ShardChanged { shard: i32, known: i64, found: i64, has_claimed_rows: bool },
+    /// Kafka holds records of sessions that are no longer verified in the database.
     #[error(
-        "kafka holds {published} pointers of batch {batch} of shard {shard}, the database took note of {written}: \
+        "kafka holds {published} pointers of batch {batch} of shard {shard}, but the database recorded {written} of them: \
          PostgreSQL lost commits (a restore, a failover)"
     )]
-    Unwritten { shard: i32, batch: i64, published: usize, written: usize },
+    PublishedNotRecorded { shard: i32, batch: i64, published: usize, written: usize },
 }
 
 impl Relay {
     pub(crate) fn new(
         store: Store,
         kafka: Kafka,
-        wakes: Arc<Wakes>,
+        notifier: Arc<ChangeNotifier>,
         deployment: Deployment,
         restore_check: RestoreCheck,
         owner: Uuid,
     ) -> Self {
         Self {
-            carrier: Arc::new(Carrier {
+            publisher: Arc::new(ShardPublisher {
                 store,
                 kafka,
-                wakes,
+                notifier,
                 deployment,
-                told: Mutex::default(),
+                log_throttle: Mutex::default(),
                 isolation: Isolation::default(),
-                markers_in_doubt: AtomicBool::new(false),
+                recheck_marker_topic: AtomicBool::new(false),
             }),
             restore_check,
             owner,
-            owned: Vec::new(),
-            held: HashMap::new(),
-            under_way: HashMap::new(),
-            work: JoinSet::new(),
+            leases: Vec::new(),
+            fenced_shards: HashMap::new(),
+            running: HashMap::new(),
+            tasks: JoinSet::new(),
             renewed_at: None,
-            doubted_at: None,
-            has_markers: false,
+            invalidated_at: None,
+            has_marker_topic: false,
         }
     }
 
-    /// One batch of every owned shard that is at rest, side by side; says how many pointers reached Kafka. A shard that
-    /// takes long holds up no other: it goes on by itself, and the first tick after its end tells of it.
+    /// Starts one batch of every owned shard that has none running, and returns how many pointers were published. A slow
+    /// shard does not delay the others: its batch continues, and the first tick after its end reports the result.
     pub(crate) async fn tick(&mut self) -> Result<usize, Error> {
-        if let Err(error) = self.own().await {
+        if let Err(error) = self.renew_leases().await {
             match &error {
-                Error::Store(_) => self.doubt(),
-                Error::Kafka(_) => self.carrier.tell_stalled(0..self.carrier.deployment.shards, &error).await,
+                Error::Store(_) => self.drop_fenced_shards(),
+                Error::Kafka(_) => self.publisher.report_stalled(0..self.publisher.deployment.shards, &error).await,
                 _ => {}
             }
             return Err(error);
         }
-        let mut begun = Vec::with_capacity(self.owned.len());
-        for owned in &self.owned {
-            if let Entry::Vacant(free) = self.under_way.entry(owned.shard) {
-                begun.push(owned.shard);
-                let held = self.held.remove(&owned.shard);
-                free.insert(self.work.spawn(Arc::clone(&self.carrier).carry(*owned, held)).id());
+        let mut started = Vec::with_capacity(self.leases.len());
+        for lease in &self.leases {
+            if let Entry::Vacant(vacant) = self.running.entry(lease.shard) {
+                started.push(lease.shard);
+                let fenced = self.fenced_shards.remove(&lease.shard);
+                vacant.insert(self.tasks.spawn(Arc::clone(&self.publisher).run_batch(*lease, fenced)).id());
             }
         }
-        let patience = tokio::time::Instant::now() + PATIENT_FOR;
+        let deadline = tokio::time::Instant::now() + TICK_WAIT;
         let mut sent = 0;
         let mut failed = None;
         loop {
-            let ended = if begun.iter().any(|shard| self.under_way.contains_key(shard)) {
-                tokio::time::timeout_at(patience, self.work.join_next()).await.ok().flatten()
+            let ended = if started.iter().any(|shard| self.running.contains_key(shard)) {
+                tokio::time::timeout_at(deadline, self.tasks.join_next()).await.ok().flatten()
             } else {
-                self.work.try_join_next()
+                self.tasks.try_join_next()
             };
-            match ended.map(|ended| self.ended(ended)) {
+            match ended.map(|ended| self.handle_outcome(ended)) {
                 Some(Ok(count)) => sent += count,
                 Some(Err(error)) => failed = Some(error),
                 None => break,
@@ -194,216 +195,224 @@ impl Relay {
         }
     }
 
-    /// Takes note of how a shard's batch ended.
-    fn ended(&mut self, ended: Result<Ended, JoinError>) -> Result<usize, Error> {
-        let (owned, held, outcome) = match ended {
-            Ok(ended) => ended,
-            // A bug, which is told as such; the shard is taken anew.
+    /// Handles the result of a shard's batch.
+    fn handle_outcome(&mut self, ended: Result<BatchOutcome, JoinError>) -> Result<usize, Error> {
+        let (lease, fenced, result) = match ended {
+            Ok(outcome) => outcome,
+            // A panic is a bug and is passed on. The shard is taken over again.
             Err(error) => {
-                self.under_way.retain(|_, task| *task != error.id());
+                self.running.retain(|_, task| *task != error.id());
                 match error.try_into_panic() {
                     Ok(panic) => std::panic::resume_unwind(panic),
-                    // Nobody aborts a batch but who drops the relay.
+                    // Only dropping the relay aborts a batch.
                     Err(_) => return Ok(0),
                 }
             }
         };
-        self.under_way.remove(&owned.shard);
-        match outcome {
+        let shard = lease.shard;
+        self.running.remove(&shard);
+        match result {
             Ok(count) => {
-                // It may have been taken from us meanwhile, and be ours again: that is another epoch.
-                let held = held.filter(|held| self.owned.contains(&owned) && self.doubted_at < Some(held.taken_at));
-                self.held.extend(held.map(|held| (owned.shard, held)));
+                // The shard may have been lost and acquired again meanwhile. Then its lease has another epoch.
+                let fenced = fenced
+                    .filter(|fenced| self.leases.contains(&lease) && self.invalidated_at < Some(fenced.takeover_started_at));
+                self.fenced_shards.extend(fenced.map(|fenced| (shard, fenced)));
                 Ok(count)
             }
-            // Before anything else, find out what is still ours: taking it back would fence its new owner.
-            Err(Error::Taken) => {
-                info!(shard = owned.shard, "shard {} has another owner", owned.shard);
+            // Find out first which shards this relay still owns: taking this one back would fence its new owner.
+            Err(Error::ShardLost) => {
+                info!(shard, "another relay has taken over shard {shard}; reading the leases again");
                 self.renewed_at = None;
                 Ok(0)
             }
-            // Waiting does not help, only an operator does: it is logged once, and the shard is looked at again.
-            Err(Error::Ahead { shard, marker, last_batch }) => {
-                self.restore_check.note(Ahead { shard, marker, last_batch });
+            // Only an operator can solve this. It is logged once, and the next ticks check the shard again.
+            Err(Error::KafkaAhead { shard, marker, last_batch }) => {
+                self.restore_check.report_kafka_ahead(KafkaAhead { shard, marker, last_batch });
                 Ok(0)
             }
-            // The same, under the marker's own number.
-            Err(Error::Forgotten { shard, batch, unfinished }) => {
-                if self.carrier.is_news(&format!("shard {shard}"), "forgotten") {
-                    let error = Error::Forgotten { shard, batch, unfinished };
-                    error!(shard, %error, "shard {shard} is refused: {error}");
+            // The same, with the batch number of the marker itself.
+            Err(Error::UnfinishedInDatabase { shard, batch, unfinished }) => {
+                if self.publisher.should_log(&format!("shard {shard}"), "unfinished in the database") {
+                    let error = Error::UnfinishedInDatabase { shard, batch, unfinished };
+                    error!(shard, %error, "publishing shard {shard} stopped: {error}");
                 }
-                self.restore_check.note(Ahead { shard, marker: batch, last_batch: batch });
+                self.restore_check.report_kafka_ahead(KafkaAhead { shard, marker: batch, last_batch: batch });
                 Ok(0)
             }
-            // It costs milliseconds to take the shards anew, which is done at once.
-            Err(error @ (Error::Changed { .. } | Error::Unwritten { .. })) => {
-                error!(shard = owned.shard, %error, "shard {} is compared with Kafka before it goes on: {error}", owned.shard);
-                self.doubt();
-                self.carrier.wakes.relay.notify_one();
+            // Taking the shards over again costs milliseconds, so the relay does this at once.
+            Err(error @ (Error::ShardChanged { .. } | Error::PublishedNotRecorded { .. })) => {
+                error!(shard, %error, "publishing shard {shard} is paused until it is compared with Kafka: {error}");
+                self.drop_fenced_shards();
+                self.publisher.notifier.relay.notify_one();
                 Ok(0)
             }
-            // The shard is dropped: whoever takes it, perhaps we, fences and settles first.
+            // The shard is dropped. Its next owner, possibly this relay, fences it and reads its marker first.
             Err(error) => {
                 if matches!(error, Error::Store(_)) {
-                    self.doubt();
+                    self.drop_fenced_shards();
                 }
-                if self.carrier.is_news(&format!("shard {}", owned.shard), &error.to_string()) {
-                    warn!(shard = owned.shard, %error, "shard {} publishes nothing until this is solved: {error}", owned.shard);
+                if self.publisher.should_log(&format!("shard {shard}"), &error.to_string()) {
+                    warn!(shard, %error, "publishing shard {shard} failed: {error}; retrying until it succeeds");
                 }
                 Err(error)
             }
         }
     }
 
-    /// Drops every shard that is held, those under way when their batch has ended: the database may be another than the
-    /// one in which they were settled.
-    fn doubt(&mut self) {
-        self.held.clear();
-        self.doubted_at = Some(Instant::now());
+    /// Drops every shard that was taken over; shards with a running batch are dropped when the batch ends. The database may
+    /// no longer be in the state in which they were taken over.
+    fn drop_fenced_shards(&mut self) {
+        self.fenced_shards.clear();
+        self.invalidated_at = Some(Instant::now());
     }
 
-    /// Takes free shards and renews the leases of ours, every third of a lease.
-    async fn own(&mut self) -> Result<(), Error> {
-        let Carrier { kafka, deployment, markers_in_doubt, .. } = &*self.carrier;
-        let in_doubt = markers_in_doubt.load(Ordering::Acquire);
-        if !self.has_markers || in_doubt {
+    /// Acquires free shards and renews this relay's leases, every third of a lease.
+    async fn renew_leases(&mut self) -> Result<(), Error> {
+        let ShardPublisher { kafka, deployment, recheck_marker_topic, .. } = &*self.publisher;
+        let must_recheck = recheck_marker_topic.load(Ordering::Acquire);
+        if !self.has_marker_topic || must_recheck {
             let was_missing = kafka.ensure_marker_topic(deployment.shards).await?;
-            if self.has_markers && was_missing {
+            if self.has_marker_topic && was_missing {
                 warn!(
-                    "topic {} was gone, and has been made again: somebody deleted it, or another Kafka answers at the same \
-                     address; `lfs-broker audit` finds published pointers that Kafka lacks",
+                    "topic {} was missing and was created again: it was deleted, or another Kafka cluster answers at the same \
+                     address; run `lfs-broker audit` to find published pointers that Kafka lacks",
                     kafka::MARKER_TOPIC
                 );
             }
-            self.has_markers = true;
-            markers_in_doubt.store(false, Ordering::Release);
+            self.has_marker_topic = true;
+            recheck_marker_topic.store(false, Ordering::Release);
         }
         if self.renewed_at.is_some_and(|at| at.elapsed() < LEASE / 3) {
             return Ok(());
         }
-        self.owned = self.carrier.renew(self.owner).await?;
+        self.leases = self.publisher.acquire_shards(self.owner).await?;
         self.renewed_at = Some(Instant::now());
-        let owned = &self.owned;
-        self.held.retain(|shard, held| owned.iter().any(|owned| owned.shard == *shard && owned.epoch == held.epoch));
+        let leases = &self.leases;
+        self.fenced_shards
+            .retain(|shard, fenced| leases.iter().any(|lease| lease.shard == *shard && lease.epoch == fenced.epoch));
         Ok(())
     }
 
-    /// Ends what is under way, and gives the shards back, so that another replica takes them at once.
+    /// Waits for the running batches and releases the shards, so that another replica can acquire them at once.
     pub(crate) async fn stop(&mut self) {
-        let (carrier, owner) = (Arc::clone(&self.carrier), self.owner);
+        let (publisher, owner) = (Arc::clone(&self.publisher), self.owner);
         let ended = async {
-            while let Some(ended) = self.work.join_next().await {
-                // Who comes next is told by what it left behind.
-                let _ = self.ended(ended);
+            while let Some(ended) = self.tasks.join_next().await {
+                // The result is not needed: the next owner finds out from the marker and the claimed rows.
+                let _ = self.handle_outcome(ended);
             }
         };
         tokio::select! {
             () = ended => {}
-            never = carrier.keep(owner) => match never {},
+            never = publisher.renew_leases_while_draining(owner) => match never {},
         }
-        self.held.clear();
-        self.owned.clear();
-        if let Err(error) = carrier.store.disown_shards(owner).await {
-            info!(%error, "could not give the shards back; their leases will run out");
+        self.fenced_shards.clear();
+        self.leases.clear();
+        if let Err(error) = publisher.store.release_shards(owner).await {
+            info!(%error, "could not release the shards: {error}; their leases expire within {} s", LEASE.as_secs());
         }
     }
 }
 
-impl Carrier {
-    async fn renew(&self, owner: Uuid) -> Result<Vec<Ownership>, store::Error> {
+impl ShardPublisher {
+    async fn acquire_shards(&self, owner: Uuid) -> Result<Vec<ShardLease>, store::Error> {
         let now = self.store.now().await?;
-        self.store.own_shards(owner, now, now + LEASE).await
+        self.store.acquire_shards(owner, now, now + LEASE).await
     }
 
-    /// Renews the leases while the last batches are under way: a shard must not be taken in the middle of one.
-    async fn keep(&self, owner: Uuid) -> Infallible {
+    /// Renews the leases while the last batches are running: no other relay may take over a shard in the middle of a batch.
+    async fn renew_leases_while_draining(&self, owner: Uuid) -> Infallible {
         loop {
             tokio::time::sleep(LEASE / 3).await;
-            if let Err(error) = self.renew(owner).await {
-                warn!(%error, "could not renew the leases of the shards");
+            if let Err(error) = self.acquire_shards(owner).await {
+                warn!(%error, "could not renew the leases of the shards: {error}; retrying in {} s", (LEASE / 3).as_secs());
             }
         }
     }
 
-    /// One batch of a shard.
-    async fn carry(self: Arc<Self>, owned: Ownership, mut held: Option<Held>) -> Ended {
-        let begun = Instant::now();
-        let outcome = self.relay(owned, &mut held).await;
-        match &outcome {
-            Err(Error::Taken) => self.isolation.idle(owned.shard),
+    /// Runs one batch of a shard.
+    async fn run_batch(self: Arc<Self>, lease: ShardLease, mut fenced: Option<FencedShard>) -> BatchOutcome {
+        let started = Instant::now();
+        let result = self.publish_batch(lease, &mut fenced).await;
+        match &result {
+            Err(Error::ShardLost) => self.isolation.clear_shard(lease.shard),
             Err(Error::Store(_)) => {}
             Err(error) => {
-                // Where a marker cannot be read, the topic may be gone.
+                // If a marker cannot be read, the marker topic may be missing.
                 let is_refused = matches!(error, Error::Kafka(kafka::Error::Refused(_)));
-                self.markers_in_doubt.fetch_or(is_refused, Ordering::AcqRel);
-                self.tell_stalled(owned.shard..owned.shard + 1, error).await;
-                // A take that failed rests as a batch that failed does: it has cost two clients of Kafka.
-                if !matches!(error, Error::Changed { .. } | Error::Unwritten { .. }) {
-                    self.isolation.failed(owned.shard, &[], false, &error.to_string());
+                self.recheck_marker_topic.fetch_or(is_refused, Ordering::AcqRel);
+                self.report_stalled(lease.shard..lease.shard + 1, error).await;
+                // A takeover that failed pauses like a batch that failed, because it needs two new Kafka clients.
+                if !matches!(error, Error::ShardChanged { .. } | Error::PublishedNotRecorded { .. }) {
+                    self.isolation.record_failure(lease.shard, &[], false, &error.to_string());
                 }
             }
-            Ok(_) => self.tell_stall(owned.shard).await,
+            Ok(_) => self.report_stall(lease.shard).await,
         }
-        // Then no tick waits for it, or soon none.
-        if outcome.is_ok() && begun.elapsed() > PATIENT_FOR / 2 {
-            self.wakes.relay.notify_one();
+        // The tick no longer waits for this shard, or soon stops, so wake the relay to collect the result.
+        if result.is_ok() && started.elapsed() > TICK_WAIT / 2 {
+            self.notifier.relay.notify_one();
         }
-        (owned, held, outcome)
+        (lease, fenced, result)
     }
 
-    async fn relay(&self, owned: Ownership, slot: &mut Option<Held>) -> Result<usize, Error> {
-        if self.isolation.is_paused(owned.shard) {
+    async fn publish_batch(&self, lease: ShardLease, slot: &mut Option<FencedShard>) -> Result<usize, Error> {
+        if self.isolation.is_paused(lease.shard) {
             return Ok(0);
         }
-        let mut settled = 0;
-        let held = match slot {
-            Some(held) => held,
-            // A shard that has nothing to send costs no producer.
-            None if !self.store.has_waiting(owned.shard).await? => {
-                self.isolation.idle(owned.shard);
+        let mut recovered = 0;
+        let fenced = match slot {
+            Some(fenced) => fenced,
+            // A shard without outbox rows needs no producer.
+            None if !self.store.has_outbox_rows(lease.shard).await? => {
+                self.isolation.clear_shard(lease.shard);
                 return Ok(0);
             }
             None => {
-                let (held, count) = self.take(owned).await?;
-                settled = count;
-                slot.insert(held)
+                let (fenced, count) = self.take_over(lease).await?;
+                recovered = count;
+                slot.insert(fenced)
             }
         };
         let now = self.store.now().await?;
-        let (batch, mut rows) = match self.store.stamp(owned, held.last_batch, BATCH, now).await? {
-            Claim::Stamped { batch, rows } => (batch, rows),
+        let (batch, mut rows) = match self.store.claim_batch(lease, fenced.last_batch, MAX_BATCH_RECORDS, now).await? {
+            Claim::Claimed { batch, rows } => (batch, rows),
             Claim::Idle => {
-                self.isolation.idle(owned.shard);
-                return Ok(settled);
+                self.isolation.clear_shard(lease.shard);
+                return Ok(recovered);
             }
-            Claim::Taken => return Err(Error::Taken),
-            Claim::Changed { last_batch: found, is_unsettled } => {
-                return Err(Error::Changed { shard: owned.shard, known: held.last_batch, found, is_unsettled });
+            Claim::ShardLost => return Err(Error::ShardLost),
+            Claim::Changed { last_batch: found, has_claimed_rows } => {
+                return Err(Error::ShardChanged { shard: lease.shard, known: fenced.last_batch, found, has_claimed_rows });
             }
         };
-        held.last_batch = batch;
-        let selection = self.isolation.select(owned.shard, &rows);
-        self.park(owned, batch, &selection.refused, &mut rows).await?;
+        fenced.last_batch = batch;
+        let selection = self.isolation.select(lease.shard, &rows);
+        self.defer(lease, batch, &selection.rejected, &mut rows).await?;
         let selected = rows.iter().filter(|row| selection.send.contains(&row.session_id));
-        let outcome = match self.kafka.place(selected.map(record).collect()).await {
-            Ok(placing) => {
-                // A topic that was refused before is put off as a whole.
-                let refused = placing.refused.into_iter().map(|refusal| {
-                    let whole_topic = refusal.whole_topic || self.isolation.is_retry(&[refusal.upload_id], &rows);
-                    Refusal { whole_topic, ..refusal }
+        let result = match self.kafka.assign_partitions(selected.map(to_kafka_record).collect()).await {
+            Ok(partitioned) => {
+                // A topic that Kafka rejected before is deferred as a whole.
+                let rejected = partitioned.rejected.into_iter().map(|rejection| {
+                    let whole_topic = rejection.whole_topic || self.isolation.is_retry(&[rejection.upload_id], &rows);
+                    RecordRejection { whole_topic, ..rejection }
                 });
-                let refused = self.blamed(&refused.collect::<Vec<_>>(), &[], &rows);
-                self.park(owned, batch, &refused, &mut rows).await?;
-                if placing.records.is_empty() { Ok(Vec::new()) } else { held.shard.publish(batch, &placing.records).await }
+                let rejected = self.rows_to_defer(&rejected.collect::<Vec<_>>(), &[], &rows);
+                self.defer(lease, batch, &rejected, &mut rows).await?;
+                if partitioned.records.is_empty() {
+                    Ok(Vec::new())
+                } else {
+                    fenced.producer.publish(batch, &partitioned.records).await
+                }
             }
             Err(failed) => Err(failed),
         };
-        Ok(settled + self.settle(owned, slot, (batch, &selection.send), rows, outcome).await?)
+        Ok(recovered + self.apply_outcome(lease, slot, (batch, &selection.send), rows, result).await?)
     }
 }
 
-pub(crate) fn record(row: &Waiting) -> Record {
+/// The Kafka record of an outbox row.
+pub(crate) fn to_kafka_record(row: &OutboxRow) -> Record {
     Record {
         upload_id: row.session_id,
         topic: row.topic.clone(),

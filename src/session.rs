@@ -1,10 +1,10 @@
-//! The session: what was promised, where it stands, and which moves are legal.
+//! The session: what the client declared, its state, and the allowed transitions.
 //!
-//! Pure: no I/O, no clock, no randomness. A state carries exactly what is known once it is reached, a move
-//! takes `self` and gives back the next session or a [`Refusal`], and every move answers every state.
+//! Pure: no I/O, no clock, no randomness. A state carries exactly what is known once it is reached. A transition
+//! takes `self` and returns the next session or a [`SessionError`]. Every transition answers every state.
 
-mod proof;
-mod refusal;
+mod error;
+mod verification;
 
 use lfs_broker_client::api::{FieldError, Integrity, UploadState};
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
@@ -12,22 +12,22 @@ use lfs_broker_client::pointer::Pointer;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-pub(crate) use proof::reachable;
-use proof::{is_harmless, proof_by_s3};
-pub use refusal::{Refusal, Rejection};
+pub use error::SessionError;
+pub(crate) use verification::max_integrity;
+use verification::{integrity_from_s3, is_harmless};
 
-/// Most parts of a multipart upload (Amazon S3, "Multipart upload limits").
+/// The most parts of a multipart upload (Amazon S3, "Multipart upload limits").
 pub const MAX_PARTS: u64 = 10_000;
-/// The smallest part but the last, in bytes (ibid.).
+/// The smallest part except the last one, in bytes (same source).
 pub const MIN_PART_BYTES: u64 = 5 << 20;
-/// The largest part, and the largest single PUT, in bytes (ibid.).
+/// The largest single PUT, in bytes (same source).
 pub const MAX_PUT_BYTES: u64 = 5 << 30;
-/// The largest part in bytes: a part is a PUT.
+/// The largest part, in bytes: each part is one PUT.
 pub const MAX_PART_BYTES: u64 = MAX_PUT_BYTES;
 
-/// What the client promised at open; it never changes but for a sha256 that complete may bring.
+/// What the client declared at open. It never changes, except that complete may add a sha256.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Promise {
+pub(crate) struct UploadSpec {
     pub(crate) topic: String,
     pub(crate) key: Option<Vec<u8>>,
     pub(crate) partition: Option<i32>,
@@ -37,7 +37,7 @@ pub(crate) struct Promise {
     pub(crate) filename: Option<String>,
     pub(crate) size_bytes: u64,
     pub(crate) algorithm: Algorithm,
-    /// None for [`Algorithm::None`], and for a sha256 that is still to come.
+    /// `None` for [`Algorithm::None`], and for a sha256 that complete will bring.
     pub(crate) digest: Option<Digest>,
     pub(crate) min_integrity: Integrity,
     pub(crate) layout: Layout,
@@ -47,26 +47,26 @@ pub(crate) struct Promise {
     pub(crate) session_max_seconds: u32,
 }
 
-/// One PUT or parts.
+/// One PUT, or a multipart upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
     Single,
-    Multipart { part_bytes: u64, parts: u32, hashes: Hashes },
+    Multipart { part_bytes: u64, part_count: u32, part_hashes: PartHashMode },
 }
 
-/// Whether part hashes were promised, and when they come.
+/// Whether the client declares part hashes, and when: at open (`Given`), or when it asks for part URLs (`Deferred`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Hashes {
+pub(crate) enum PartHashMode {
     None,
     Given,
     Deferred,
 }
 
 impl Layout {
-    /// Where part `number` begins, and its size, in bytes.
-    pub(crate) fn part(&self, number: u32, size_bytes: u64) -> Option<(u64, u64)> {
+    /// The offset and size of part `number`, in bytes.
+    pub(crate) fn part_range(&self, number: u32, size_bytes: u64) -> Option<(u64, u64)> {
         match *self {
-            Self::Multipart { part_bytes, parts, .. } if (1..=parts).contains(&number) => {
+            Self::Multipart { part_bytes, part_count, .. } if (1..=part_count).contains(&number) => {
                 let offset = u64::from(number - 1) * part_bytes;
                 Some((offset, part_bytes.min(size_bytes - offset)))
             }
@@ -75,11 +75,11 @@ impl Layout {
     }
 
     pub(crate) fn has_part_hashes(&self) -> bool {
-        matches!(self, Self::Multipart { hashes: Hashes::Given | Hashes::Deferred, .. })
+        matches!(self, Self::Multipart { part_hashes: PartHashMode::Given | PartHashMode::Deferred, .. })
     }
 }
 
-/// Who completes a session, until when, and how often that was tried.
+/// Which replica completes a session, until when, and the number of this attempt.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Lease {
     pub(crate) owner: Uuid,
@@ -87,31 +87,31 @@ pub(crate) struct Lease {
     pub(crate) attempt: i32,
 }
 
-/// What S3 says it holds.
+/// An object as S3 describes it in the answer to a HEAD.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Object {
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// The write token in its metadata.
+    /// The write token in its metadata: the session's id.
     pub token: Option<String>,
     /// The ETag with its quotes, as `If-Match` takes it.
     pub etag: Option<String>,
     /// The version, in a versioned bucket.
     pub version_id: Option<String>,
-    /// SHA-256 of the whole, where S3 computed it over the whole.
+    /// SHA-256 of the whole object, if S3 computed one over the whole object.
     pub sha256: Option<Sha256>,
     /// The composite SHA-256 of the parts, `<base64>-N`.
     pub composite_sha256: Option<String>,
-    /// Other checksums of the whole.
+    /// Other checksums of the whole object.
     pub checksums: Vec<Digest>,
-    /// Headers that it was stored with and that no upload declares: names in lower case, and values. Without those that
-    /// its bucket sets on every object.
-    pub undeclared: Vec<(String, String)>,
+    /// Headers that the object was stored with and that no upload declares: lowercase names, and values. Headers that
+    /// the bucket sets on every object are left out.
+    pub undeclared_headers: Vec<(String, String)>,
 }
 
-/// What was proved, and the pointer that says so.
+/// The result of a successful verification, with the pointer to publish.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Proof {
+pub(crate) struct Verification {
     pub(crate) verified_at: OffsetDateTime,
     pub(crate) integrity: Integrity,
     pub(crate) etag: Option<String>,
@@ -120,36 +120,39 @@ pub(crate) struct Proof {
     pub(crate) pointer: String,
 }
 
-/// Where the record is in Kafka.
+/// The record's position in Kafka.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Place {
+pub(crate) struct RecordMetadata {
     pub(crate) partition: i32,
     pub(crate) offset: i64,
     pub(crate) at: OffsetDateTime,
 }
 
-/// Why something went wrong, in a form that is stored and shown.
+/// Why an upload failed, in the form that is stored and shown.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Trouble {
-    pub(crate) code: String,
-    pub(crate) detail: String,
-    pub(crate) items: Vec<FieldError>,
+pub struct Failure {
+    /// The error code of the first answer.
+    pub code: String,
+    /// Its detail.
+    pub detail: String,
+    /// The request members or parts that it concerns.
+    pub items: Vec<FieldError>,
 }
 
-/// Where a session stands.
+/// A session's state.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum State {
     Open,
-    /// `must_read`: the object is whole, its bytes must be read to prove them.
+    /// `must_read`: the object is complete, but the broker must read its bytes to verify them.
     Completing {
         lease: Lease,
         must_read: bool,
     },
-    Verified(Proof),
-    Published(Proof, Place),
+    Verified(Verification),
+    Published(Verification, RecordMetadata),
     Aborted,
     Expired,
-    Rejected(Trouble),
+    Rejected(Failure),
 }
 
 impl State {
@@ -165,23 +168,23 @@ impl State {
         }
     }
 
-    /// What was proved, once it was.
-    pub(crate) fn proof(&self) -> Option<&Proof> {
+    /// The verification, in the states that have one.
+    pub(crate) fn verification(&self) -> Option<&Verification> {
         match self {
-            Self::Verified(proof) | Self::Published(proof, _) => Some(proof),
+            Self::Verified(verification) | Self::Published(verification, _) => Some(verification),
             Self::Open | Self::Completing { .. } | Self::Aborted | Self::Expired | Self::Rejected(_) => None,
         }
     }
 }
 
-/// An upload as the broker keeps it.
+/// An upload as the broker stores it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Session {
     pub(crate) id: Uuid,
     pub(crate) tenant: String,
     pub(crate) subject: String,
     pub(crate) version: i64,
-    pub(crate) promise: Promise,
+    pub(crate) spec: UploadSpec,
     pub(crate) bucket: String,
     pub(crate) object_key: String,
     pub(crate) s3_upload_id: Option<String>,
@@ -190,88 +193,90 @@ pub(crate) struct Session {
     pub(crate) updated_at: OffsetDateTime,
     pub(crate) expires_at: OffsetDateTime,
     pub(crate) expires_latest_at: OffsetDateTime,
-    /// Why it went back to open, or is not published yet.
-    pub(crate) trouble: Option<Trouble>,
-    /// The promised digest came with a complete: it counts only as long as that completion lasts, unless it is proved.
+    /// Why the last completion failed, or why the pointer is not published yet.
+    pub(crate) last_failure: Option<Failure>,
+    /// The digest came with a complete request. It is kept only if that completion verifies it.
     pub(crate) digest_by_complete: bool,
 }
 
 impl Session {
-    /// Opens a session under a fresh id.
+    /// Opens a session under a new id.
     pub(crate) fn open(
         id: Uuid,
         tenant: &str,
         subject: &str,
-        place: (String, String),
-        promise: Promise,
+        (bucket, object_key): (String, String),
+        spec: UploadSpec,
         now: OffsetDateTime,
     ) -> Self {
         let seconds = |seconds: u32| Duration::seconds(seconds.into());
-        let latest = now + seconds(promise.session_max_seconds);
+        let latest = now + seconds(spec.session_max_seconds);
         Self {
             id,
             tenant: tenant.to_owned(),
             subject: subject.to_owned(),
             version: 1,
-            bucket: place.0,
-            object_key: place.1,
+            bucket,
+            object_key,
             s3_upload_id: None,
             state: State::Open,
             created_at: now,
             updated_at: now,
-            expires_at: latest.min(now + seconds(promise.session_seconds)),
+            expires_at: latest.min(now + seconds(spec.session_seconds)),
             expires_latest_at: latest,
-            trouble: None,
+            last_failure: None,
             digest_by_complete: false,
-            promise,
+            spec,
         }
     }
 
-    /// Whether the time to put bytes is over.
+    /// Whether the session is open past its expiry.
     pub(crate) fn is_overdue(&self, now: OffsetDateTime) -> bool {
         self.state == State::Open && now >= self.expires_at
     }
 
-    /// How long a URL signed now may live: no longer than its session.
-    pub(crate) fn url_life(&self, now: OffsetDateTime) -> std::time::Duration {
+    /// How long a URL signed now is valid: never longer than its session.
+    pub(crate) fn url_lifetime(&self, now: OffsetDateTime) -> std::time::Duration {
         let left = (self.expires_at - now).whole_seconds().max(1).unsigned_abs();
-        std::time::Duration::from_secs(left.min(self.promise.url_seconds.into()))
+        std::time::Duration::from_secs(left.min(self.spec.url_seconds.into()))
     }
 
-    /// When the last URL ends of a session that ended at `ended_at`: none was signed after that, and none outlives the
-    /// session. A minute more for one that was being signed at that moment.
-    pub(crate) fn urls_end_at(&self, ended_at: OffsetDateTime) -> OffsetDateTime {
+    /// When the last URL expires of a session that ended at `ended_at`. No URL is signed after `ended_at`, and none
+    /// outlives the session. One more minute covers a URL that was being signed at that moment.
+    pub(crate) fn urls_expire_at(&self, ended_at: OffsetDateTime) -> OffsetDateTime {
         let signing = Duration::seconds(60);
-        self.expires_at.min(ended_at + Duration::seconds(self.promise.url_seconds.into()) + signing)
+        self.expires_at.min(ended_at + Duration::seconds(self.spec.url_seconds.into()) + signing)
     }
 
-    /// Where an open session's end slides to when parts are signed.
-    pub(crate) fn slid(&self, now: OffsetDateTime) -> OffsetDateTime {
-        (now + Duration::seconds(self.promise.session_seconds.into())).min(self.expires_latest_at).max(self.expires_at)
+    /// The new expiry of an open session when parts are signed.
+    pub(crate) fn extended_expiry(&self, now: OffsetDateTime) -> OffsetDateTime {
+        (now + Duration::seconds(self.spec.session_seconds.into())).min(self.expires_latest_at).max(self.expires_at)
     }
 
-    /// Answers a caller who wants to put bytes: only an open session may.
-    pub(crate) fn must_be_open(&self) -> Result<(), Refusal> {
+    /// Fails unless the session is open: only then may a client put bytes.
+    pub(crate) fn ensure_open(&self) -> Result<(), SessionError> {
         match &self.state {
             State::Open => Ok(()),
-            State::Aborted => Err(Refusal::Aborted),
-            State::Expired => Err(Refusal::Expired(self.expires_at)),
+            State::Aborted => Err(SessionError::Aborted),
+            State::Expired => Err(SessionError::Expired(self.expires_at)),
             State::Completing { .. } | State::Verified(_) | State::Published(..) | State::Rejected(_) => {
-                Err(Refusal::State(self.state.name()))
+                Err(SessionError::WrongState(self.state.name()))
             }
         }
     }
 
-    /// Takes the sha256 that complete brings, where open did not.
-    pub(crate) fn promise_sha256(mut self, brought: Option<Sha256>) -> Result<Self, Refusal> {
-        let promised = self.promise.digest.as_ref().and_then(Digest::sha256);
-        match (self.promise.algorithm, promised, brought) {
-            (Algorithm::Sha256, None, None) => Err(Refusal::Sha256("sha256 is required here: open did not bring it")),
-            (Algorithm::Sha256, Some(promised), Some(brought)) if promised != brought => {
-                Err(Refusal::Sha256("sha256 is not the one promised at open"))
+    /// Adds the sha256 of the complete request if open declared none.
+    pub(crate) fn declare_sha256(mut self, at_complete: Option<Sha256>) -> Result<Self, SessionError> {
+        let at_open = self.spec.digest.as_ref().and_then(Digest::sha256);
+        match (self.spec.algorithm, at_open, at_complete) {
+            (Algorithm::Sha256, None, None) => {
+                Err(SessionError::InvalidSha256("sha256 is required at complete: open did not declare it"))
             }
-            (Algorithm::Sha256, None, Some(brought)) => {
-                self.promise.digest = Some(brought.into());
+            (Algorithm::Sha256, Some(at_open), Some(at_complete)) if at_open != at_complete => {
+                Err(SessionError::InvalidSha256("sha256 differs from the one declared at open"))
+            }
+            (Algorithm::Sha256, None, Some(at_complete)) => {
+                self.spec.digest = Some(at_complete.into());
                 self.digest_by_complete = true;
                 Ok(self)
             }
@@ -279,68 +284,71 @@ impl Session {
         }
     }
 
-    /// Whether a lease was given back because S3 gave no verdict.
+    /// Whether the lease was released because S3 or the database did not answer.
     pub(crate) fn is_released(&self) -> bool {
-        matches!(self.state, State::Completing { .. }) && self.trouble.is_some()
+        matches!(self.state, State::Completing { .. }) && self.last_failure.is_some()
     }
 
-    /// Takes the session to complete it; a lease that ran out or was given back is taken over.
-    pub(crate) fn claim(self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Self, Refusal> {
+    /// Claims the session to complete it. An expired or released lease is taken over.
+    pub(crate) fn claim(self, owner: Uuid, now: OffsetDateTime, until: OffsetDateTime) -> Result<Self, SessionError> {
         match self.state {
-            State::Open if now >= self.expires_at => Err(Refusal::Expired(self.expires_at)),
+            State::Open if now >= self.expires_at => Err(SessionError::Expired(self.expires_at)),
             State::Open => Ok(Self {
                 state: State::Completing { lease: Lease { owner, until, attempt: 1 }, must_read: false },
-                trouble: None,
+                last_failure: None,
                 ..self
             }),
-            State::Completing { ref lease, must_read } if lease.until <= now || self.trouble.is_some() => {
+            State::Completing { ref lease, must_read } if lease.until <= now || self.last_failure.is_some() => {
                 let lease = Lease { owner, until, attempt: lease.attempt + 1 };
-                Ok(Self { state: State::Completing { lease, must_read }, trouble: None, ..self })
+                Ok(Self { state: State::Completing { lease, must_read }, last_failure: None, ..self })
             }
-            State::Completing { .. } => Err(Refusal::InProgress),
-            State::Verified(_) | State::Published(..) => Err(Refusal::State(self.state.name())),
-            State::Aborted => Err(Refusal::Aborted),
-            State::Expired => Err(Refusal::Expired(self.expires_at)),
-            State::Rejected(trouble) => Err(Refusal::Rejected(Box::new(trouble.into()))),
+            State::Completing { .. } => Err(SessionError::CompletionInProgress),
+            State::Verified(_) | State::Published(..) => Err(SessionError::WrongState(self.state.name())),
+            State::Aborted => Err(SessionError::Aborted),
+            State::Expired => Err(SessionError::Expired(self.expires_at)),
+            State::Rejected(failure) => Err(SessionError::Rejected(Box::new(failure))),
         }
     }
 
-    /// Holds what S3 says it has against the promise. Where S3's word is not proof enough, the bytes must be read.
-    pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, Refusal> {
-        let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
-        self.is_ours(found)?;
-        self.is_as_declared(found)?;
-        match proof_by_s3(&self.promise, found, parts)? {
-            Some(integrity) if integrity >= self.promise.min_integrity => Ok(self.proved(integrity, found, now)),
-            _ => Ok(self.needing_a_read(now)),
+    /// Compares the object in S3 with what the client declared. If S3's checksums do not reach the required integrity,
+    /// the bytes must be read.
+    pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, SessionError> {
+        let State::Completing { .. } = self.state else { return Err(SessionError::WrongState(self.state.name())) };
+        self.check_identity(found)?;
+        self.check_headers(found)?;
+        match integrity_from_s3(&self.spec, found, parts)? {
+            Some(integrity) if integrity >= self.spec.min_integrity => Ok(self.verified(integrity, found, now)),
+            _ => Ok(self.require_read_back(now)),
         }
     }
 
-    /// Holds the digest of bytes that were read back against the promise.
-    pub(crate) fn verify_read(
+    /// Compares the digest of the bytes that were read back with what the client declared.
+    pub(crate) fn verify_read_back(
         self,
         found: &Object,
         read: &Digest,
         read_bytes: u64,
         now: OffsetDateTime,
-    ) -> Result<Self, Refusal> {
-        let State::Completing { .. } = self.state else { return Err(Refusal::State(self.state.name())) };
-        self.is_as_declared(found)?;
-        if read_bytes != self.promise.size_bytes {
-            return Err(Refusal::Size { promised: self.promise.size_bytes, found: read_bytes });
+    ) -> Result<Self, SessionError> {
+        let State::Completing { .. } = self.state else { return Err(SessionError::WrongState(self.state.name())) };
+        self.check_headers(found)?;
+        if read_bytes != self.spec.size_bytes {
+            return Err(SessionError::SizeMismatch { declared: self.spec.size_bytes, found: read_bytes });
         }
-        match &self.promise.digest {
-            Some(promised) if promised == read => {
-                let integrity = reachable(self.promise.algorithm);
-                Ok(self.proved(integrity, found, now))
+        match &self.spec.digest {
+            Some(declared) if declared == read => {
+                let integrity = max_integrity(self.spec.algorithm);
+                Ok(self.verified(integrity, found, now))
             }
-            Some(promised) => Err(Refusal::Checksum { promised: format!("{promised:?}"), found: format!("{read:?}") }),
-            None => Err(Refusal::Sha256("sha256 was never promised")),
+            Some(declared) => {
+                Err(SessionError::ChecksumMismatch { declared: format!("{declared:?}"), found: format!("{read:?}") })
+            }
+            None => Err(SessionError::InvalidSha256("sha256 was not declared, neither at open nor at complete")),
         }
     }
 
-    /// The lease ends here: whoever reads takes one of its own.
-    fn needing_a_read(self, now: OffsetDateTime) -> Self {
+    /// Ends the lease and marks the session to be read: the verifier takes a lease of its own.
+    fn require_read_back(self, now: OffsetDateTime) -> Self {
         match self.state {
             State::Completing { lease, .. } => {
                 Self { state: State::Completing { lease: Lease { until: now, ..lease }, must_read: true }, ..self }
@@ -349,161 +357,168 @@ impl Session {
         }
     }
 
-    fn proved(self, integrity: Integrity, found: &Object, now: OffsetDateTime) -> Self {
+    fn verified(self, integrity: Integrity, found: &Object, now: OffsetDateTime) -> Self {
         let none = Digest { algorithm: Algorithm::None, value: Vec::new() };
-        let promise = &self.promise;
-        let digest = promise.digest.as_ref().unwrap_or(&none);
-        let pointer = Pointer::new(&self.bucket, &self.object_key, promise.size_bytes, digest, &promise.content_type, now);
-        let proof = Proof {
+        let spec = &self.spec;
+        let digest = spec.digest.as_ref().unwrap_or(&none);
+        let pointer = Pointer::new(&self.bucket, &self.object_key, spec.size_bytes, digest, &spec.content_type, now);
+        let verification = Verification {
             verified_at: now,
             integrity,
             etag: found.etag.clone(),
             version_id: found.version_id.clone(),
             pointer: pointer.to_json(),
         };
-        Self { state: State::Verified(proof), trouble: None, ..self }
+        Self { state: State::Verified(verification), last_failure: None, ..self }
     }
 
-    /// What is proved today of an object that was proved before: as much as then while it is the very object that was
-    /// looked at, by its ETag; of one that was written again, what S3's own word proves of it and no more than then.
-    /// `parts` are the promised part hashes, which are needed only where the ETag is another.
-    pub(crate) fn holds(&self, proof: &Proof, found: &Object, parts: &[Sha256]) -> Result<Integrity, Refusal> {
-        self.is_ours(found)?;
-        if proof.etag.is_some() && proof.etag == found.etag {
-            return Ok(proof.integrity);
+    /// The integrity of a verified object as it is now. While its ETag is unchanged, the integrity is the verified one.
+    /// After it was written again, S3's checksums decide, and the verified integrity is the maximum.
+    /// `parts` are the declared part hashes; they are needed only if the ETag has changed.
+    pub(crate) fn recheck(
+        &self,
+        verification: &Verification,
+        found: &Object,
+        parts: &[Sha256],
+    ) -> Result<Integrity, SessionError> {
+        self.check_identity(found)?;
+        if verification.etag.is_some() && verification.etag == found.etag {
+            return Ok(verification.integrity);
         }
-        match proof_by_s3(&self.promise, found, parts)? {
-            Some(integrity) => Ok(integrity.min(proof.integrity)),
+        match integrity_from_s3(&self.spec, found, parts)? {
+            Some(integrity) => Ok(integrity.min(verification.integrity)),
             None => {
                 let etag = |etag: &Option<String>| format!("ETag {}", etag.as_deref().unwrap_or("none"));
-                Err(Refusal::Checksum { promised: etag(&proof.etag), found: etag(&found.etag) })
+                Err(SessionError::ChecksumMismatch { declared: etag(&verification.etag), found: etag(&found.etag) })
             }
         }
     }
 
-    /// Whether an object bears this session's write token and the promised size.
-    fn is_ours(&self, found: &Object) -> Result<(), Refusal> {
+    /// Checks that the object has this session's write token and the declared size.
+    fn check_identity(&self, found: &Object) -> Result<(), SessionError> {
         if found.token.as_deref() != Some(self.id.to_string().as_str()) {
-            return Err(Refusal::Foreign);
+            return Err(SessionError::ForeignObject);
         }
-        if found.size_bytes != self.promise.size_bytes {
-            return Err(Refusal::Size { promised: self.promise.size_bytes, found: found.size_bytes });
+        if found.size_bytes != self.spec.size_bytes {
+            return Err(SessionError::SizeMismatch { declared: self.spec.size_bytes, found: found.size_bytes });
         }
         Ok(())
     }
 
-    /// The first header of an object that the upload did not declare and that makes a difference.
-    pub(crate) fn undeclared<'a>(&self, found: &'a Object) -> Option<&'a (String, String)> {
-        let is_declared = |name: &str| self.promise.kms_key_id.is_some() && name.starts_with("x-amz-server-side-encryption");
-        found.undeclared.iter().find(|(name, value)| !is_declared(name) && !is_harmless(name, value))
+    /// The first header of an object that the upload did not declare and that matters to readers.
+    pub(crate) fn first_undeclared_header<'a>(&self, found: &'a Object) -> Option<&'a (String, String)> {
+        let is_declared = |name: &str| self.spec.kms_key_id.is_some() && name.starts_with("x-amz-server-side-encryption");
+        found.undeclared_headers.iter().find(|(name, value)| !is_declared(name) && !is_harmless(name, value))
     }
 
-    /// Whether an object was stored with nothing that the upload did not declare. Only its first verification asks: what
-    /// an operator or a lifecycle rule changes later is theirs to change.
-    fn is_as_declared(&self, found: &Object) -> Result<(), Refusal> {
-        match self.undeclared(found) {
-            Some((name, value)) => Err(Refusal::Undeclared { header: name.clone(), value: value.clone() }),
+    /// Checks that the object was stored only with headers that the upload declared. Only the first verification checks
+    /// this: an operator or a lifecycle rule may change headers later.
+    fn check_headers(&self, found: &Object) -> Result<(), SessionError> {
+        match self.first_undeclared_header(found) {
+            Some((name, value)) => Err(SessionError::UndeclaredHeader { header: name.clone(), value: value.clone() }),
             None => Ok(()),
         }
     }
 
-    /// Gives a session back to its client: bytes or parts are missing, or S3 refuses for good. A digest that came with
-    /// this completion goes with it: the next one may bring another.
-    pub(crate) fn reopen(mut self, why: &Refusal) -> Result<Self, Refusal> {
+    /// Returns the session to open: bytes or parts are missing, or S3 refuses permanently. A digest that came with this
+    /// complete request is dropped: the next request may bring another one.
+    pub(crate) fn reopen(mut self, error: &SessionError) -> Result<Self, SessionError> {
         match self.state {
             State::Completing { .. } => {
                 if std::mem::take(&mut self.digest_by_complete) {
-                    self.promise.digest = None;
+                    self.spec.digest = None;
                 }
-                Ok(Self { state: State::Open, trouble: Some(why.trouble()), ..self })
+                Ok(Self { state: State::Open, last_failure: Some(error.failure()), ..self })
             }
             State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
-                Err(Refusal::State(self.state.name()))
+                Err(SessionError::WrongState(self.state.name()))
             }
         }
     }
 
-    /// Rejects a session for good: the bytes are not what was promised.
-    pub(crate) fn reject(self, why: &Refusal) -> Result<Self, Refusal> {
+    /// Rejects a session permanently: the bytes are not the declared ones.
+    pub(crate) fn reject(self, error: &SessionError) -> Result<Self, SessionError> {
         match self.state {
-            State::Completing { .. } => Ok(Self { state: State::Rejected(why.trouble()), ..self }),
+            State::Completing { .. } => Ok(Self { state: State::Rejected(error.failure()), ..self }),
             State::Open | State::Verified(_) | State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => {
-                Err(Refusal::State(self.state.name()))
+                Err(SessionError::WrongState(self.state.name()))
             }
         }
     }
 
-    /// Gives up an upload whose pointer Kafka refuses.
-    pub(crate) fn discard(self, why: String) -> Result<Self, Refusal> {
+    /// Rejects a verified upload whose pointer Kafka refuses.
+    pub(crate) fn discard(self, cause: String) -> Result<Self, SessionError> {
         match self.state {
             State::Verified(_) => {
-                Ok(Self { state: State::Rejected(Refusal::Unpublishable(why).trouble()), trouble: None, ..self })
+                Ok(Self { state: State::Rejected(SessionError::Unpublishable(cause).failure()), last_failure: None, ..self })
             }
             State::Open
             | State::Completing { .. }
             | State::Published(..)
             | State::Aborted
             | State::Expired
-            | State::Rejected(_) => Err(Refusal::State(self.state.name())),
+            | State::Rejected(_) => Err(SessionError::WrongState(self.state.name())),
         }
     }
 
-    /// The bytes that the record has at least, as Kafka counts a batch of one (its format is KIP-98's, version 2).
-    pub(crate) fn record_bytes(&self) -> usize {
-        /// The batch's header, and the record's attributes and differences.
-        const FRAME: usize = 61 + 4;
+    /// The minimum size of the record, as Kafka counts a batch of one record (format version 2, KIP-98).
+    pub(crate) fn min_record_bytes(&self) -> usize {
+        /// The batch header, and the record's attributes and deltas.
+        const OVERHEAD_BYTES: usize = 61 + 4;
         let none = Digest { algorithm: Algorithm::None, value: Vec::new() };
         let unknown = Digest { algorithm: Algorithm::Sha256, value: vec![0; 32] };
-        let promise = &self.promise;
-        let digest = match promise.algorithm {
+        let spec = &self.spec;
+        let digest = match spec.algorithm {
             Algorithm::None => &none,
-            _ => promise.digest.as_ref().unwrap_or(&unknown),
+            _ => spec.digest.as_ref().unwrap_or(&unknown),
         };
-        let pointer =
-            Pointer::new(&self.bucket, &self.object_key, promise.size_bytes, digest, &promise.content_type, self.created_at);
+        let pointer = Pointer::new(&self.bucket, &self.object_key, spec.size_bytes, digest, &spec.content_type, self.created_at);
         let header = |name: usize, value: usize| 2 + name + value;
-        let ours = header("lfs-upload-id".len(), 36) + header("lfs-integrity".len(), promise.min_integrity.name().len());
-        let trace = promise.traceparent.as_ref().map_or(0, |trace| header("traceparent".len(), trace.len()));
-        let theirs: usize = promise.headers.iter().map(|(name, value)| header(name.len(), value.len())).sum();
-        FRAME + promise.key.as_ref().map_or(0, Vec::len) + pointer.to_json().len() + ours + trace + theirs
+        let broker_headers = header("lfs-upload-id".len(), 36) + header("lfs-integrity".len(), spec.min_integrity.name().len());
+        let trace = spec.traceparent.as_ref().map_or(0, |trace| header("traceparent".len(), trace.len()));
+        let client_headers: usize = spec.headers.iter().map(|(name, value)| header(name.len(), value.len())).sum();
+        let key = spec.key.as_ref().map_or(0, Vec::len);
+        OVERHEAD_BYTES + key + pointer.to_json().len() + broker_headers + trace + client_headers
     }
 
-    /// Takes an upload back. `None`: it is over already, and nothing is left to do.
-    pub(crate) fn abort(self) -> Result<Option<Self>, Refusal> {
+    /// Aborts an upload. `None`: the upload has already ended.
+    pub(crate) fn abort(self) -> Result<Option<Self>, SessionError> {
         match self.state {
             State::Open | State::Completing { must_read: true, .. } => Ok(Some(Self { state: State::Aborted, ..self })),
             State::Aborted | State::Expired | State::Rejected(_) => Ok(None),
-            State::Completing { must_read: false, .. } => Err(Refusal::InProgress),
-            State::Verified(_) | State::Published(..) => Err(Refusal::State(self.state.name())),
+            State::Completing { must_read: false, .. } => Err(SessionError::CompletionInProgress),
+            State::Verified(_) | State::Published(..) => Err(SessionError::WrongState(self.state.name())),
         }
     }
 
-    /// Ends a session that is being completed and whose bytes cannot be proved, once its last possible end is over.
-    /// `None`: the next attempt may still prove them.
-    pub(crate) fn give_up(self, now: OffsetDateTime) -> Option<Self> {
+    /// Expires a completing session that is past its latest expiry and could not be verified.
+    /// `None`: a later attempt may still verify it.
+    pub(crate) fn expire_completing(self, now: OffsetDateTime) -> Option<Self> {
         let is_completing = matches!(self.state, State::Completing { .. });
         if is_completing && now >= self.expires_latest_at { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 
-    /// Ends an open session whose time is over. `None`: there is nothing to end.
+    /// Expires an open session that is past its expiry. `None`: it is not.
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
         if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 }
 
-/// The shard of a record: records of one topic and key always share one, keyless ones are spread by session.
+/// The outbox shard of a record. Records of one topic and key share a shard; records without a key are spread by
+/// session id.
 pub(crate) fn shard(topic: &str, key: Option<&[u8]>, id: Uuid, shards: i32) -> i32 {
-    let hash = ordering(topic, key).unwrap_or_else(|| first_eight(Sha256::of(id.as_bytes())));
-    i32::try_from(hash.rem_euclid(i64::from(shards))).expect("a remainder is smaller than the shards")
+    let hash = ordering_key(topic, key).unwrap_or_else(|| first_eight_bytes(Sha256::of(id.as_bytes())));
+    i32::try_from(hash.rem_euclid(i64::from(shards))).expect("a remainder is smaller than the shard count")
 }
 
-/// What records of one topic and key have in common; `None` for keyless ones, which have no order.
-pub(crate) fn ordering(topic: &str, key: Option<&[u8]>) -> Option<i64> {
-    // A topic cannot contain a NUL, so no two pairs collide by concatenation.
-    key.map(|key| first_eight(Sha256::of(&[topic.as_bytes(), b"\0", key].concat())))
+/// A hash of topic and key: records with the same hash keep their order. `None` for records without a key, which have
+/// no order.
+pub(crate) fn ordering_key(topic: &str, key: Option<&[u8]>) -> Option<i64> {
+    // A topic cannot contain a NUL, so two different pairs never concatenate to the same bytes.
+    key.map(|key| first_eight_bytes(Sha256::of(&[topic.as_bytes(), b"\0", key].concat())))
 }
 
-fn first_eight(digest: Sha256) -> i64 {
+fn first_eight_bytes(digest: Sha256) -> i64 {
     i64::from_be_bytes(digest.0[..8].try_into().expect("a SHA-256 has more than eight bytes"))
 }
 

@@ -1,7 +1,7 @@
-//! Logs: one event is one line, whatever the words of others hold.
+//! Logs: one event is always exactly one line.
 //!
-//! Clients, tokens, S3 and Kafka choose parts of what is logged. A line break or a terminal's escape code of theirs must not
-//! write a line of its own, and a long text must not fill the disk: each field is escaped and cut here, where it is written.
+//! Some logged text comes from clients, tokens, S3 and Kafka. A line break or terminal escape code in it must not forge a log
+//! line, and a long text must not fill the disk. So each field is escaped and truncated here, where it is written.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -15,20 +15,20 @@ use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
-/// The longest field of a log line, in characters: the longest error of our own has about 500.
-const FIELD_CHARACTERS: usize = 1000;
-/// The longest text that a stranger chose, in characters: longer than any honest path, algorithm or key id.
-const FOREIGN_CHARACTERS: usize = 200;
+/// The longest field of a log line, in characters. The broker's longest own error has about 500.
+const MAX_FIELD_CHARACTERS: usize = 1000;
+/// The longest untrusted text in a log line, in characters: longer than any valid path, algorithm or key id.
+const MAX_UNTRUSTED_CHARACTERS: usize = 200;
 
-/// Logs to stderr: lines for a terminal, JSON for machines (`LFS_BROKER_LOG_FORMAT=json`), filtered by `RUST_LOG`.
-pub(crate) fn log(default: &str) {
+/// Starts logging to stderr: text lines, or JSON with `LFS_BROKER_LOG_FORMAT=json`. `RUST_LOG` filters the events.
+pub(crate) fn init_logging(default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    // The embedded S3's protocol layer writes whole requests, signed URLs among them, at its debug level, and whatever
-    // it refuses as an error, though the broker's own trial is refused on purpose. Whoever asked it is told.
-    let filter = filter.add_directive("s3s=off".parse().expect("a directive"));
+    // At debug level, the embedded S3's protocol layer logs whole requests with their signed URLs. It also logs every refused
+    // request as an error, though the broker's probe is refused on purpose. The caller gets the error in the response.
+    let filter = filter.add_directive("s3s=off".parse().expect("a valid directive"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter);
     match std::env::var("LFS_BROKER_LOG_FORMAT").as_deref() {
-        Ok("json") => builder.json().with_writer(Cleaned(io::stderr)).init(),
+        Ok("json") => builder.json().with_writer(Sanitized(io::stderr)).init(),
         _ => {
             let fields = debug_fn(write_field).delimited(" ");
             let builder = builder.fmt_fields(fields).with_writer(io::stderr);
@@ -37,16 +37,16 @@ pub(crate) fn log(default: &str) {
     }
 }
 
-/// A stranger's text as it may stand in a log: without control characters, and cut.
-pub(crate) fn foreign(text: &str) -> Cow<'_, str> {
-    plain(text, FOREIGN_CHARACTERS)
+/// Untrusted text made safe for a log: control characters are escaped, and long text is truncated.
+pub(crate) fn sanitize(text: &str) -> Cow<'_, str> {
+    escape_and_truncate(text, MAX_UNTRUSTED_CHARACTERS)
 }
 
 /// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
+pub(crate) fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
-    // Sixteen is far more than a chain has; the bound is for one that never ends.
+    // Real chains are much shorter than 16. The limit stops an endless chain.
     for _ in 0..16 {
         let Some(error) = cause else { break };
         let _ = write!(text, ": {error}");
@@ -55,60 +55,60 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// Whether a character would move a terminal's cursor, begin a line, or turn the direction of writing.
+/// Whether a character would move a terminal's cursor, start a new line, or change the text direction.
 fn is_unsafe(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn plain(text: &str, most: usize) -> Cow<'_, str> {
-    // Bytes are never fewer than characters.
-    if text.len() <= most && !text.contains(is_unsafe) {
+fn escape_and_truncate(text: &str, max_characters: usize) -> Cow<'_, str> {
+    // A text never has more characters than bytes, so its length in bytes is a cheap first check.
+    if text.len() <= max_characters && !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
     }
-    let mut told = String::new();
-    for c in text.chars().take(most) {
+    let mut escaped = String::new();
+    for c in text.chars().take(max_characters) {
         match is_unsafe(c) {
-            true => told.extend(c.escape_default()),
-            false => told.push(c),
+            true => escaped.extend(c.escape_default()),
+            false => escaped.push(c),
         }
     }
-    let left = text.chars().count().saturating_sub(most);
-    if left > 0 {
-        let _ = write!(told, "... ({left} more characters)");
+    let omitted = text.chars().count().saturating_sub(max_characters);
+    if omitted > 0 {
+        let _ = write!(escaped, "... ({omitted} more characters)");
     }
-    Cow::Owned(told)
+    Cow::Owned(escaped)
 }
 
-/// One field of an event or a span. The message comes first and has no name.
+/// Writes one field of an event or a span. The message is written without its name.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     let text = format!("{value:?}");
-    let text = plain(&text, FIELD_CHARACTERS);
+    let text = escape_and_truncate(&text, MAX_FIELD_CHARACTERS);
     match field.name() {
         "message" => writer.write_str(&text),
         name => write!(writer, "{name}={text}"),
     }
 }
 
-/// Writes events in JSON whose texts are made plain first.
-struct Cleaned<M>(M);
+/// Writes JSON events after escaping and truncating their texts.
+struct Sanitized<M>(M);
 
-impl<'a, M: MakeWriter<'a>> MakeWriter<'a> for Cleaned<M> {
-    type Writer = Cleaned<M::Writer>;
+impl<'a, M: MakeWriter<'a>> MakeWriter<'a> for Sanitized<M> {
+    type Writer = Sanitized<M::Writer>;
 
     fn make_writer(&'a self) -> Self::Writer {
-        Cleaned(self.0.make_writer())
+        Sanitized(self.0.make_writer())
     }
 }
 
-impl<W: io::Write> io::Write for Cleaned<W> {
-    /// An event comes whole, in one call.
+impl<W: io::Write> io::Write for Sanitized<W> {
+    /// The JSON formatter passes each event in one call.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let line = match serde_json::from_slice::<Value>(event) {
             Ok(mut value) => {
-                clean(&mut value);
+                sanitize_json(&mut value);
                 value.to_string()
             }
-            Err(_) => plain(&String::from_utf8_lossy(event), FIELD_CHARACTERS).into_owned(),
+            Err(_) => escape_and_truncate(&String::from_utf8_lossy(event), MAX_FIELD_CHARACTERS).into_owned(),
         };
         self.0.write_all(format!("{line}\n").as_bytes())?;
         Ok(event.len())
@@ -119,15 +119,15 @@ impl<W: io::Write> io::Write for Cleaned<W> {
     }
 }
 
-fn clean(value: &mut Value) {
+fn sanitize_json(value: &mut Value) {
     match value {
         Value::String(text) => {
-            if let Cow::Owned(plain) = plain(text, FIELD_CHARACTERS) {
-                *text = plain;
+            if let Cow::Owned(safe) = escape_and_truncate(text, MAX_FIELD_CHARACTERS) {
+                *text = safe;
             }
         }
-        Value::Array(items) => items.iter_mut().for_each(clean),
-        Value::Object(members) => members.values_mut().for_each(clean),
+        Value::Array(items) => items.iter_mut().for_each(sanitize_json),
+        Value::Object(members) => members.values_mut().for_each(sanitize_json),
         _ => {}
     }
 }
@@ -138,11 +138,11 @@ mod tests {
 
     use super::*;
 
-    /// What is written is kept.
+    /// Captures the written log.
     #[derive(Clone, Default)]
-    struct Kept(Arc<Mutex<Vec<u8>>>);
+    struct CapturedOutput(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Kept {
+    impl io::Write for CapturedOutput {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -153,45 +153,45 @@ mod tests {
         }
     }
 
-    impl Kept {
+    impl CapturedOutput {
         fn line(&self) -> String {
             let text = String::from_utf8(std::mem::take(&mut *self.0.lock().unwrap())).unwrap();
-            let line = text.strip_suffix('\n').expect("an event ends its line");
+            let line = text.strip_suffix('\n').expect("an event ends with a line break");
             assert!(!line.contains(is_unsafe) && line.len() < 8000, "{line:?}");
             line.to_owned()
         }
     }
 
-    fn say_it() {
+    fn log_hostile_text() {
         let evil = "a\r\n\u{1b}[31mINFO fine\u{9b}2J\u{7f}\u{2028}\u{202e}";
         let span = tracing::info_span!("request", path = evil);
         let _in = span.enter();
-        tracing::info!(error = %evil, long = "x".repeat(20_000), "{evil} was said");
+        tracing::info!(error = %evil, long = "x".repeat(20_000), "{evil} was logged");
     }
 
     #[test]
-    fn no_control_character_reaches_a_log_and_no_field_is_endless() {
-        let kept = Kept::default();
-        let (text, json) = (kept.clone(), kept.clone());
+    fn log_fields_are_escaped_and_truncated() {
+        let captured = CapturedOutput::default();
+        let (text, json) = (captured.clone(), captured.clone());
         let fields = debug_fn(write_field).delimited(" ");
         let subscriber = tracing_subscriber::fmt().fmt_fields(fields).with_ansi(false).with_writer(move || text.clone());
-        tracing::subscriber::with_default(subscriber.finish(), say_it);
-        let line = kept.line();
+        tracing::subscriber::with_default(subscriber.finish(), log_hostile_text);
+        let line = captured.line();
         assert!(line.contains("request{path=") && line.contains("\\u{1b}[31mINFO") && line.contains("more characters"), "{line}");
 
-        let subscriber = tracing_subscriber::fmt().json().with_writer(Cleaned(move || json.clone()));
-        tracing::subscriber::with_default(subscriber.finish(), say_it);
-        let event: Value = serde_json::from_str(&kept.line()).unwrap();
-        assert!(event["fields"]["message"].as_str().unwrap().ends_with(" was said"), "{event}");
-        assert!(event["fields"]["long"].as_str().unwrap().len() < FIELD_CHARACTERS + 50, "{event}");
+        let subscriber = tracing_subscriber::fmt().json().with_writer(Sanitized(move || json.clone()));
+        tracing::subscriber::with_default(subscriber.finish(), log_hostile_text);
+        let event: Value = serde_json::from_str(&captured.line()).unwrap();
+        assert!(event["fields"]["message"].as_str().unwrap().ends_with(" was logged"), "{event}");
+        assert!(event["fields"]["long"].as_str().unwrap().len() < MAX_FIELD_CHARACTERS + 50, "{event}");
         assert!(event["span"]["path"].as_str().unwrap().contains("\\u{1b}"), "{event}");
     }
 
     #[test]
-    fn an_error_is_told_with_its_causes() {
+    fn an_error_is_written_with_its_causes() {
         let inner = io::Error::other("invalid peer certificate: UnknownIssuer");
-        assert_eq!(chain(&io::Error::other(inner)), "invalid peer certificate: UnknownIssuer");
-        assert_eq!(foreign("short"), "short");
-        assert!(foreign(&"é".repeat(300)).ends_with("(100 more characters)"));
+        assert_eq!(error_chain(&io::Error::other(inner)), "invalid peer certificate: UnknownIssuer");
+        assert_eq!(sanitize("short"), "short");
+        assert!(sanitize(&"é".repeat(300)).ends_with("(100 more characters)"));
     }
 }

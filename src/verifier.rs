@@ -1,4 +1,4 @@
-//! The verifier: finishes what waits for a reader, and what somebody left half done.
+//! The verifier: reads back objects whose bytes must be verified, and takes over completions whose lease has expired.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,53 +6,54 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::finish::Finisher;
+use crate::completion::CompletionWorker;
+use crate::notify::ChangeNotifier;
 use crate::session::Session;
 use crate::store;
-use crate::wakes::Wakes;
 
-/// Most sessions that one replica reads at a time: each costs one CPU-second a GiB and one S3 stream. One tenant never
-/// has more than half of them, and less where others read too: who comes next finds a seat, however long the reads are.
-const AT_ONCE: usize = 8;
-/// Rows that break the rules of their state stay due; with so many of them the others are still seen.
-const PASSED_OVER: i64 = 20;
+/// The most sessions that one replica reads at the same time. Each costs one CPU-second per GiB and one S3 stream. One
+/// tenant has at most half of them, and fewer if other tenants read too, so the next tenant always finds a permit.
+const MAX_CONCURRENT_READS: usize = 8;
+/// Invalid rows are never completed and stay due. A query reads this many more rows, so up to as many invalid rows do not
+/// hide the valid ones.
+const MAX_INVALID_ROWS: i64 = 20;
 
-/// Takes over completing sessions that nobody attends to.
+/// Takes over completing sessions that have no valid lease.
 pub(crate) struct Verifier {
-    finisher: Finisher,
-    seats: Arc<Semaphore>,
-    readers: Readers,
-    /// The tenant that was served last: the next one by name comes first.
-    last: Mutex<String>,
+    completion_worker: CompletionWorker,
+    permits: Arc<Semaphore>,
+    tenant_reads: TenantReads,
+    /// The tenant whose session was taken last. The next tick starts with the next tenant by name.
+    last_tenant: Mutex<String>,
 }
 
-/// How many sessions are read for each tenant; those without any are not in it.
+/// How many sessions are read for each tenant. Tenants without a read are not in the map.
 #[derive(Clone, Default)]
-struct Readers(Arc<Mutex<HashMap<String, usize>>>);
+struct TenantReads(Arc<Mutex<HashMap<String, usize>>>);
 
-impl Readers {
+impl TenantReads {
     fn counts(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        // It is whole after every statement, so a panic elsewhere does not spoil it.
+        // The map is consistent after every statement, so a panic elsewhere does not corrupt it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The tenants that have their share: of the seats one part for each that reads, and one for who comes next.
-    fn busy(&self) -> Vec<String> {
+    /// The tenants that have reached their limit.
+    fn tenants_at_limit(&self) -> Vec<String> {
         let counts = self.counts();
-        counts.iter().filter(|(_, count)| **count >= share(counts.len())).map(|(tenant, _)| tenant.clone()).collect()
+        counts.iter().filter(|(_, count)| **count >= tenant_limit(counts.len())).map(|(tenant, _)| tenant.clone()).collect()
     }
 
-    /// Counts one more for a tenant that has not got its share yet.
-    fn try_add(&self, tenant: &str) -> bool {
+    /// Counts one more read for a tenant, unless the tenant has reached its limit.
+    fn try_start(&self, tenant: &str) -> bool {
         let mut counts = self.counts();
         let tenants = counts.len() + usize::from(!counts.contains_key(tenant));
         let count = counts.entry(tenant.to_owned()).or_default();
-        let has_room = *count < share(tenants);
+        let has_room = *count < tenant_limit(tenants);
         *count += usize::from(has_room);
         has_room
     }
 
-    fn remove(&self, tenant: &str) {
+    fn end(&self, tenant: &str) {
         let mut counts = self.counts();
         if let Some(count) = counts.get_mut(tenant) {
             *count -= 1;
@@ -61,13 +62,13 @@ impl Readers {
     }
 }
 
-/// How many seats a tenant may have where so many read.
-fn share(tenants: usize) -> usize {
-    (AT_ONCE / (tenants + 1)).max(1)
+/// How many permits one of `tenants` reading tenants may have: an equal share, with one more share left for a new tenant.
+fn tenant_limit(tenants: usize) -> usize {
+    (MAX_CONCURRENT_READS / (tenants + 1)).max(1)
 }
 
-/// One of every tenant, then the next of every tenant, and so on.
-fn in_turn<T>(waiting: Vec<(String, T)>) -> Vec<(String, T)> {
+/// Orders the sessions: the first of every tenant, then the second of every tenant, and so on.
+fn round_robin<T>(waiting: Vec<(String, T)>) -> Vec<(String, T)> {
     let mut tenants: Vec<(String, VecDeque<T>)> = Vec::new();
     for (tenant, session) in waiting {
         match tenants.iter_mut().find(|(known, _)| *known == tenant) {
@@ -86,95 +87,101 @@ fn in_turn<T>(waiting: Vec<(String, T)>) -> Vec<(String, T)> {
 }
 
 impl Verifier {
-    pub(crate) fn new(finisher: Finisher) -> Self {
-        Self { finisher, seats: Arc::new(Semaphore::new(AT_ONCE)), readers: Readers::default(), last: Mutex::default() }
+    pub(crate) fn new(completion_worker: CompletionWorker) -> Self {
+        Self {
+            completion_worker,
+            permits: Arc::new(Semaphore::new(MAX_CONCURRENT_READS)),
+            tenant_reads: TenantReads::default(),
+            last_tenant: Mutex::default(),
+        }
     }
 
-    /// Takes as many sessions as there are free seats, of one tenant after the other, and lets them run: a long read
-    /// holds no other up. Says how many it took.
+    /// Takes as many sessions as there are free permits, one tenant after the other, and starts their tasks. A long read
+    /// does not delay other sessions. Returns how many sessions were taken.
     pub(crate) async fn tick(&self) -> Result<usize, store::Error> {
-        let free = self.seats.available_permits();
+        let free = self.permits.available_permits();
         if free == 0 {
             return Ok(0);
         }
-        let now = self.finisher.store.now().await?;
-        let each = i64::try_from(free).expect("a few seats") + PASSED_OVER;
-        let busy = self.readers.busy();
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut waiting = self.finisher.store.unattended(now, &last, &busy, each).await?;
+        let now = self.completion_worker.store.now().await?;
+        let limit = i64::try_from(free).expect("there are few permits") + MAX_INVALID_ROWS;
+        let excluded = self.tenant_reads.tenants_at_limit();
+        let last = self.last_tenant.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut waiting = self.completion_worker.store.sessions_with_expired_lease(now, &last, &excluded, limit).await?;
         if !last.is_empty() {
-            // From the first name on again, up to where it began.
-            let first = self.finisher.store.unattended(now, "", &busy, each).await?;
+            // Wrap around: the tenants from the first name up to the last served one.
+            let first = self.completion_worker.store.sessions_with_expired_lease(now, "", &excluded, limit).await?;
             waiting.extend(first.into_iter().filter(|(tenant, _)| *tenant <= last));
         }
         let (mut taken, mut failed) = (0, None);
-        for (tenant, session) in in_turn(waiting) {
+        for (tenant, session) in round_robin(waiting) {
             match self.take(&tenant, session).await {
-                Ok(Taken::Ours) => {
+                Ok(TakeOutcome::Taken) => {
                     taken += 1;
-                    *self.last.lock().unwrap_or_else(PoisonError::into_inner) = tenant;
+                    *self.last_tenant.lock().unwrap_or_else(PoisonError::into_inner) = tenant;
                 }
-                Ok(Taken::Others) => {}
-                Ok(Taken::Full) => break,
+                Ok(TakeOutcome::Skipped) => {}
+                Ok(TakeOutcome::NoPermit) => break,
                 Err(error) => failed = Some(error),
             }
         }
         match failed {
-            // What fails now fails again at once: a database that is only read answers in no time.
+            // Nothing was taken, so report the error: the worker loop then pauses before it retries.
             Some(error) if taken == 0 => Err(error),
             _ => Ok(taken),
         }
     }
 
-    async fn take(&self, tenant: &str, session: Result<Session, store::Error>) -> Result<Taken, store::Error> {
+    async fn take(&self, tenant: &str, session: Result<Session, store::Error>) -> Result<TakeOutcome, store::Error> {
         let session = session?;
-        let Ok(permit) = Arc::clone(&self.seats).try_acquire_owned() else { return Ok(Taken::Full) };
-        if !self.readers.try_add(tenant) {
-            return Ok(Taken::Others);
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else { return Ok(TakeOutcome::NoPermit) };
+        if !self.tenant_reads.try_start(tenant) {
+            return Ok(TakeOutcome::Skipped);
         }
         let is_used = Arc::new(AtomicBool::new(false));
-        let wakes = Arc::clone(&self.finisher.wakes);
-        let reader = (self.readers.clone(), tenant.to_owned());
-        let seat = Seat { permit: Some(permit), reader, is_used: Arc::clone(&is_used), wakes };
-        match self.finisher.begin(session, "verifier", seat).await {
+        let notifier = Arc::clone(&self.completion_worker.notifier);
+        let counted = (self.tenant_reads.clone(), tenant.to_owned());
+        let read_permit = ReadPermit { permit: Some(permit), counted, is_used: Arc::clone(&is_used), notifier };
+        match self.completion_worker.start(session, "verifier", read_permit).await {
             Ok(Ok(())) => {
-                // Should the work have ended by now, nobody is woken: whoever took something looks again at once.
+                // If the task has already ended, it notified no one. That is safe: after a taken session the verifier ticks
+                // again at once.
                 is_used.store(true, Ordering::Release);
-                Ok(Taken::Ours)
+                Ok(TakeOutcome::Taken)
             }
-            // Another replica was quicker.
-            Ok(Err(_)) | Err(store::Error::Moved(_)) => Ok(Taken::Others),
+            // Another replica claimed the session first.
+            Ok(Err(_)) | Err(store::Error::VersionConflict(_)) => Ok(TakeOutcome::Skipped),
             Err(error) => Err(error),
         }
     }
 }
 
-/// What came of taking a session.
-enum Taken {
-    Ours,
-    /// Another replica's, or of a tenant that has its share.
-    Others,
-    /// There is no seat left.
-    Full,
+/// The outcome of taking a session.
+enum TakeOutcome {
+    Taken,
+    /// Another replica has it, or its tenant has reached its limit.
+    Skipped,
+    NoPermit,
 }
 
-/// The right to read one session.
-struct Seat {
+/// The permit to read one session.
+struct ReadPermit {
     permit: Option<OwnedSemaphorePermit>,
-    /// Where it is counted, and for whom.
-    reader: (Readers, String),
-    /// Somebody read under it. One that nobody used has kept nothing waiting.
+    /// The counter and the tenant it counts for.
+    counted: (TenantReads, String),
+    /// Whether a session was claimed with this permit. An unused permit blocked no other session, so its end notifies
+    /// no worker.
     is_used: Arc<AtomicBool>,
-    wakes: Arc<Wakes>,
+    notifier: Arc<ChangeNotifier>,
 }
 
-impl Drop for Seat {
-    /// Frees the seat first: whoever is woken finds it.
+impl Drop for ReadPermit {
+    /// Releases the permit before the notification, so that the notified verifier finds it free.
     fn drop(&mut self) {
         drop(self.permit.take());
-        self.reader.0.remove(&self.reader.1);
+        self.counted.0.end(&self.counted.1);
         if self.is_used.load(Ordering::Acquire) {
-            self.wakes.verifier.notify_one();
+            self.notifier.verifier.notify_one();
         }
     }
 }
@@ -184,27 +191,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tenants_take_turns_however_many_sessions_one_of_them_has() {
+    fn tenants_take_turns_even_if_one_has_many_sessions() {
         let mut waiting: Vec<(String, usize)> = (0..64).map(|number| ("noisy".to_owned(), number)).collect();
         waiting.push(("quiet".to_owned(), 64));
-        let turns: Vec<(String, usize)> = in_turn(waiting);
+        let turns: Vec<(String, usize)> = round_robin(waiting);
         assert_eq!(turns[..3], [("noisy".to_owned(), 0), ("quiet".to_owned(), 64), ("noisy".to_owned(), 1)]);
         assert_eq!(turns.len(), 65);
     }
 
     #[test]
-    fn a_tenant_never_has_more_than_half_of_the_seats() {
-        let readers = Readers::default();
-        let taken = |tenant: &str| (0..64).filter(|_| readers.try_add(tenant)).count();
-        assert_eq!(taken("noisy"), AT_ONCE / 2);
-        assert_eq!(readers.busy(), ["noisy"]);
+    fn a_tenant_never_has_more_than_half_of_the_permits() {
+        let tenant_reads = TenantReads::default();
+        let taken = |tenant: &str| (0..64).filter(|_| tenant_reads.try_start(tenant)).count();
+        assert_eq!(taken("noisy"), MAX_CONCURRENT_READS / 2);
+        assert_eq!(tenant_reads.tenants_at_limit(), ["noisy"]);
         assert!(taken("another") >= 1);
-        // However many read much, who comes next finds a seat.
-        assert!(readers.counts().values().sum::<usize>() < AT_ONCE);
+        // Permits remain for the next tenant.
+        assert!(tenant_reads.counts().values().sum::<usize>() < MAX_CONCURRENT_READS);
         assert_eq!(taken("quiet"), 2);
         for _ in 0..4 {
-            readers.remove("noisy");
+            tenant_reads.end("noisy");
         }
-        assert!(!readers.counts().contains_key("noisy"));
+        assert!(!tenant_reads.counts().contains_key("noisy"));
     }
 }

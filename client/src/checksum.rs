@@ -1,4 +1,4 @@
-//! Digests: how they are computed, written and named in S3's headers.
+//! Digests: computed, written as hex and base64, and named in S3's headers.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,9 +9,9 @@ use md5::Md5;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::Digest as _;
 
-/// A SHA-256 digest: 32 bytes, lower-case hex wherever a person or JSON sees it.
+/// A SHA-256 digest of 32 bytes. Text and JSON show it in lower-case hex.
 ///
-/// Upper-case hex is accepted and normalised, for hashes come from many tools.
+/// Upper-case hex is accepted and normalised, because some tools write it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "openapi", schema(value_type = String, pattern = "^[0-9a-fA-F]{64}$",
@@ -24,14 +24,14 @@ impl Sha256 {
         Self(sha2::Sha256::digest(bytes).into())
     }
 
-    /// The digest as S3's headers carry it.
+    /// The digest in base64, as in S3's headers.
     pub fn base64(&self) -> String {
         BASE64.encode(self.0)
     }
 }
 
-/// What S3 calls the composite SHA-256 of a multipart object: the digest of the parts' digests, in
-/// base64, a dash, and the number of parts.
+/// The composite SHA-256 of an S3 multipart object: the digest of the parts' digests in base64, a dash, and the number of
+/// parts.
 ///
 /// Source: Amazon S3 User Guide, "Checking object integrity", composite checksums.
 pub fn composite(parts: &[Sha256]) -> String {
@@ -54,7 +54,7 @@ impl fmt::Debug for Sha256 {
     }
 }
 
-/// A digest that is not what its algorithm produces.
+/// A digest that its algorithm cannot produce.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected {expected} hex digits, found {found}")]
 pub struct NotADigest {
@@ -62,12 +62,12 @@ pub struct NotADigest {
     found: String,
 }
 
-fn unhex(text: &str, bytes: usize) -> Result<Vec<u8>, NotADigest> {
-    let wrong = |found: String| NotADigest { expected: bytes * 2, found };
+fn decode_hex(text: &str, bytes: usize) -> Result<Vec<u8>, NotADigest> {
+    let invalid = |found: String| NotADigest { expected: bytes * 2, found };
     match hex::decode(text) {
         Ok(value) if value.len() == bytes => Ok(value),
-        Ok(value) => Err(wrong(format!("{}", value.len() * 2))),
-        Err(_) => Err(wrong(format!("{} characters that are not all hex digits", text.chars().count()))),
+        Ok(value) => Err(invalid(format!("{}", value.len() * 2))),
+        Err(_) => Err(invalid(format!("{} characters that are not all hex digits", text.chars().count()))),
     }
 }
 
@@ -75,8 +75,8 @@ impl FromStr for Sha256 {
     type Err = NotADigest;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bytes = unhex(text, 32)?;
-        Ok(Self(bytes.try_into().expect("unhex checked the length")))
+        let bytes = decode_hex(text, 32)?;
+        Ok(Self(bytes.try_into().expect("decode_hex checked the length")))
     }
 }
 
@@ -93,7 +93,7 @@ impl<'de> Deserialize<'de> for Sha256 {
     }
 }
 
-/// How the bytes of an upload are promised.
+/// The algorithm of the checksum that a client declares for an upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -139,7 +139,7 @@ impl Algorithm {
         }
     }
 
-    /// The request header that makes S3 check the digest of a PUT; none for [`Algorithm::None`].
+    /// The request header that makes S3 verify the digest of a PUT. None for [`Algorithm::None`].
     pub fn header(self) -> Option<&'static str> {
         match self {
             Self::Sha256 => Some("x-amz-checksum-sha256"),
@@ -151,12 +151,12 @@ impl Algorithm {
         }
     }
 
-    /// Reads a digest of this algorithm from hex.
+    /// Parses a digest of this algorithm from hex.
     ///
     /// # Errors
     /// When the text is not hex or not as long as the algorithm's digest.
     pub fn digest(self, text: &str) -> Result<Digest, NotADigest> {
-        Ok(Digest { algorithm: self, value: unhex(text, self.digest_bytes())? })
+        Ok(Digest { algorithm: self, value: decode_hex(text, self.digest_bytes())? })
     }
 
     /// A hasher of this algorithm.
@@ -209,7 +209,7 @@ impl Digest {
         BASE64.encode(&self.value)
     }
 
-    /// The SHA-256, where this is one.
+    /// The SHA-256, if the algorithm is SHA-256.
     pub fn sha256(&self) -> Option<Sha256> {
         match self.algorithm {
             Algorithm::Sha256 => self.value.as_slice().try_into().ok().map(Sha256),
@@ -230,7 +230,7 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// A digest in the making, fed piece by piece.
+/// Computes a digest of bytes that arrive in chunks.
 pub enum Hasher {
     /// SHA-256.
     Sha256(sha2::Sha256),
@@ -238,12 +238,12 @@ pub enum Hasher {
     Md5(Md5),
     /// One of the CRCs.
     Crc(Algorithm, crc_fast::Digest),
-    /// Nothing is computed.
+    /// Computes no digest.
     None,
 }
 
 impl Hasher {
-    /// Takes the next piece.
+    /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(hasher) => hasher.update(bytes),
@@ -253,7 +253,7 @@ impl Hasher {
         }
     }
 
-    /// The digest of all that was taken.
+    /// The digest of all added bytes.
     pub fn finish(self) -> Digest {
         match self {
             Self::Sha256(hasher) => Digest { algorithm: Algorithm::Sha256, value: hasher.finalize().to_vec() },

@@ -1,8 +1,9 @@
-//! A consumer's records opened: data as it came, pointers followed and verified, in one call and with any Kafka client.
+//! Opens a consumer's records with one call, for any Kafka client. Inline data is returned as it is; pointers are
+//! followed and their bytes verified.
 //!
-//! Two formats are known. A *pointer* is the record's value ([`mod@crate::pointer`]); its bytes are verified. A
-//! *reference* is a record without a value whose header `S3-REF-FILE-PATH` names an object of a bucket that both sides
-//! know; it names neither size nor checksum, so its bytes can be fetched, and not verified.
+//! Two formats are supported. A *pointer* is the record's value ([`mod@crate::pointer`]), and its bytes are verified. A
+//! *reference* is a record without a value whose header `S3-REF-FILE-PATH` names an object in a configured bucket. It has
+//! neither size nor checksum, so its bytes are downloaded without verification.
 
 use std::path::Path;
 use std::str::FromStr as _;
@@ -10,34 +11,34 @@ use std::str::FromStr as _;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::access::{Access, Place};
+use crate::access::{Access, ObjectLocation};
 use crate::api::Integrity;
 use crate::download::Download;
 use crate::error::Error;
 use crate::pointer::{NotAPointer, Pointer};
 use crate::resolve::{Resolver, Value};
-use crate::save::{Draft, Saved};
+use crate::save::{PartialFile, SavedFile};
 
-/// The header of a record whose bytes are in S3, as the claim check of other products writes it.
+/// The header of a reference, as other claim-check products write it.
 pub const REFERENCE_HEADER: &str = "S3-REF-FILE-PATH";
 
-/// What S3 takes in one object: references name no size, so something else must end them.
-const LARGEST_OBJECT: u64 = 5 << 40;
+/// The largest S3 object. A reference has no size, so this limits its download.
+const MAX_OBJECT_BYTES: u64 = 5 << 40;
 
-/// Opens records, whoever consumes them.
+/// Opens records of any Kafka client.
 ///
 /// ```no_run
 /// use lfs_broker_client::{Client, Consumer, consumer::Content};
 ///
 /// # async fn each(topic: &str, value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
 /// let consumer = Consumer::new(Client::new("http://127.0.0.1:8080")?.with_token("…"));
-/// // For each record that the Kafka client hands over:
+/// // For each record of the Kafka client:
 /// let message = consumer.open_record(topic, value, headers).await?;
-/// println!("upload {:?}, proved by {:?}", message.metadata.upload_id, message.metadata.integrity);
+/// println!("upload {:?}, verified by {:?}", message.metadata.upload_id, message.metadata.integrity);
 /// match message.content {
-///     Content::Nothing => println!("a tombstone"),
+///     Content::Tombstone => println!("a tombstone"),
 ///     Content::Inline(bytes) => println!("{} bytes came with the record", bytes.len()),
-///     // An `AsyncRead` and a `Stream` that fails where the bytes are not those that were promised.
+///     // An `AsyncRead` and a `Stream` that fails if the bytes do not match the pointer.
 ///     Content::Pointer(download) | Content::Reference(download) => {
 ///         download.to_file("order-17.mp4").await?;
 ///     }
@@ -51,59 +52,59 @@ pub struct Consumer {
     references: Option<(Resolver, String)>,
 }
 
-/// A record, opened.
+/// An opened record.
 #[derive(Debug)]
 pub struct Message<'a> {
-    /// What the record says of itself.
+    /// The record's headers.
     pub metadata: Metadata,
-    /// Its bytes, or the way to them.
+    /// Its bytes, or a download of them.
     pub content: Content<'a>,
 }
 
-/// What a record carries, or stands for.
+/// The content of a record.
 #[derive(Debug)]
 pub enum Content<'a> {
-    /// No value: a tombstone, where the topic is compacted.
-    Nothing,
+    /// No value. In a compacted topic this is a tombstone.
+    Tombstone,
     /// The value itself.
     Inline(&'a [u8]),
-    /// The bytes behind a pointer, verified while they are read.
+    /// The bytes of a pointer, verified while they are read.
     Pointer(Download),
-    /// The bytes behind a reference, which nothing vouches for.
+    /// The bytes of a reference, without verification.
     Reference(Download),
 }
 
-/// What the headers of a record say.
+/// The headers of a record.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metadata {
-    /// The upload at the broker (`lfs-upload-id`).
+    /// The upload's id (`lfs-upload-id`).
     pub upload_id: Option<Uuid>,
-    /// How far the broker proved the bytes (`lfs-integrity`).
+    /// How far the broker verified the bytes (`lfs-integrity`).
     pub integrity: Option<Integrity>,
-    /// The object's version, in buckets that keep several (`lfs-version-id`).
+    /// The object's version, in versioned buckets (`lfs-version-id`).
     pub version_id: Option<String>,
-    /// The trace that the upload belongs to (`traceparent`).
+    /// The trace of the upload (`traceparent`).
     pub traceparent: Option<String>,
-    /// Every other header, in order: the producer's own.
+    /// All other headers, in order: the producer's own.
     pub headers: Vec<(String, Vec<u8>)>,
 }
 
-/// What becomes of a record before anything is asked.
+/// The kind of a record, decided without a request.
 #[derive(Debug, PartialEq, Eq)]
-enum Kind<'a> {
-    Nothing,
+enum RecordKind<'a> {
+    Tombstone,
     Inline(&'a [u8]),
     Pointer(&'a [u8]),
     Reference(String),
 }
 
 impl Consumer {
-    /// Follows pointers by this resolver; a [`Client`](crate::Client) is one too.
+    /// Follows pointers with this resolver. A [`Client`](crate::Client) is accepted too.
     pub fn new(resolver: impl Into<Resolver>) -> Self {
         Self { pointers: resolver.into(), references: None }
     }
 
-    /// Follows references as well, into this bucket. The access need allow nothing: the bucket is allowed here.
+    /// Also follows references, into this bucket. `access` needs no other permission: this call allows the bucket.
     ///
     /// # Errors
     /// When no HTTP client can be built.
@@ -114,21 +115,22 @@ impl Consumer {
         Ok(self)
     }
 
-    /// Opens a record by its value and headers. A header without a value is one with an empty value.
+    /// Opens a record by its value and headers. Pass a header without a value with an empty value.
     ///
     /// # Errors
-    /// [`Error::NotAPointer`] where it begins like a pointer and cannot be read as one, [`Error::Forbidden`],
-    /// [`Error::Gone`], [`Error::Missing`], [`Error::NoReferenceBucket`], and what any call may meet. Nothing is handed on as data that only looks like it.
+    /// [`Error::NotAPointer`] for a value that begins like a pointer but is invalid, [`Error::Forbidden`],
+    /// [`Error::Gone`], [`Error::Missing`], [`Error::NoReferenceBucket`], and the errors of any call. An invalid pointer
+    /// is never returned as data.
     pub async fn open<'a, 'h>(
         &self,
         value: Option<&'a [u8]>,
         headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
     ) -> Result<Message<'a>, Error> {
-        self.opened(None, value, headers).await
+        self.open_with_topic(None, value, headers).await
     }
 
-    /// The same of a record of this topic: the broker refuses a pointer that somebody copied there from another topic
-    /// ([`Resolver::fetch_record`]). Where the topic is known, this is the one to use.
+    /// Opens a record of this topic. The broker refuses a pointer that was copied from another topic
+    /// ([`Resolver::fetch_record`]). Use this method if the topic is known.
     ///
     /// # Errors
     /// As [`Consumer::open`], and the problem `pointer-forbidden`.
@@ -138,32 +140,32 @@ impl Consumer {
         value: Option<&'a [u8]>,
         headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
     ) -> Result<Message<'a>, Error> {
-        self.opened(Some(topic), value, headers).await
+        self.open_with_topic(Some(topic), value, headers).await
     }
 
-    async fn opened<'a, 'h>(
+    async fn open_with_topic<'a, 'h>(
         &self,
         topic: Option<&str>,
         value: Option<&'a [u8]>,
         headers: impl IntoIterator<Item = (&'h str, &'h [u8])>,
     ) -> Result<Message<'a>, Error> {
-        let (metadata, reference) = read(headers);
-        let content = match kind(value, reference)? {
-            Kind::Nothing => Content::Nothing,
-            Kind::Inline(bytes) => Content::Inline(bytes),
-            Kind::Pointer(value) => {
+        let (metadata, reference) = read_headers(headers);
+        let content = match record_kind(value, reference)? {
+            RecordKind::Tombstone => Content::Tombstone,
+            RecordKind::Inline(bytes) => Content::Inline(bytes),
+            RecordKind::Pointer(value) => {
                 let version_id = metadata.version_id.as_deref();
                 Content::Pointer(match topic {
                     Some(topic) => self.pointers.fetch_record(topic, value, version_id).await?,
                     None => self.pointers.fetch_version(value, version_id).await?,
                 })
             }
-            Kind::Reference(key) => {
+            RecordKind::Reference(key) => {
                 let Some((resolver, bucket)) = &self.references else {
                     return Err(Error::NoReferenceBucket(key));
                 };
-                let place = Place { bucket: bucket.clone(), key, version_id: None };
-                Content::Reference(resolver.fetch_object(place, LARGEST_OBJECT).await?)
+                let location = ObjectLocation { bucket: bucket.clone(), key, version_id: None };
+                Content::Reference(resolver.fetch_object(location, MAX_OBJECT_BYTES).await?)
             }
         };
         Ok(Message { metadata, content })
@@ -171,13 +173,13 @@ impl Consumer {
 }
 
 impl Content<'_> {
-    /// Whether the bytes are held against a digest while they are read. Those that came with the record were not: Kafka's
-    /// own checksum is all they have.
+    /// Whether the bytes are compared with a digest while they are read. Inline bytes are not: they only have Kafka's own
+    /// checksum.
     pub fn is_verified(&self) -> bool {
         matches!(self, Self::Pointer(download) if download.digest().is_some())
     }
 
-    /// The pointer, where it is one.
+    /// The pointer, if the record has one.
     pub fn pointer(&self) -> Option<&Pointer> {
         match self {
             Self::Pointer(download) => download.pointer(),
@@ -185,36 +187,36 @@ impl Content<'_> {
         }
     }
 
-    /// Tells `report` how many bytes have come, piece by piece; it must not block.
+    /// Calls `callback` with the number of received bytes, for each chunk. It must not block.
     #[must_use]
-    pub fn on_progress(self, report: impl Fn(u64) + Send + 'static) -> Self {
+    pub fn on_progress(self, callback: impl Fn(u64) + Send + 'static) -> Self {
         match self {
-            Self::Pointer(download) => Self::Pointer(download.on_progress(report)),
-            Self::Reference(download) => Self::Reference(download.on_progress(report)),
-            here @ (Self::Nothing | Self::Inline(_)) => here,
+            Self::Pointer(download) => Self::Pointer(download.on_progress(callback)),
+            Self::Reference(download) => Self::Reference(download.on_progress(callback)),
+            unchanged @ (Self::Tombstone | Self::Inline(_)) => unchanged,
         }
     }
 
-    /// Writes the bytes to a file that appears, or is replaced, only when it is whole, verified as far as it can be, and
-    /// on disk. None where there are no bytes: then nothing is written.
+    /// Writes the bytes to a file. The file appears, or is replaced, only after its bytes are complete, verified if they
+    /// have a digest, and synced to disk. Returns `None` for a tombstone and writes nothing.
     ///
     /// # Errors
     /// As [`Download::to_file`].
-    pub async fn save(self, path: impl AsRef<Path>) -> Result<Option<Saved>, Error> {
+    pub async fn save(self, path: impl AsRef<Path>) -> Result<Option<SavedFile>, Error> {
         match self {
-            Self::Nothing => Ok(None),
+            Self::Tombstone => Ok(None),
             Self::Pointer(download) | Self::Reference(download) => download.to_file(path).await.map(Some),
             Self::Inline(bytes) => {
-                let mut draft = Draft::beside(path.as_ref(), None).await?;
-                draft.write(Bytes::copy_from_slice(bytes)).await?;
-                draft.keep().await.map(Some)
+                let mut partial = PartialFile::create_for(path.as_ref(), None).await?;
+                partial.write(Bytes::copy_from_slice(bytes)).await?;
+                partial.commit().await.map(Some)
             }
         }
     }
 }
 
-/// Sorts the headers; the second value is where a reference leads.
-fn read<'h>(headers: impl IntoIterator<Item = (&'h str, &'h [u8])>) -> (Metadata, Option<&'h [u8]>) {
+/// Reads the headers. The second value is the reference, if there is one.
+fn read_headers<'h>(headers: impl IntoIterator<Item = (&'h str, &'h [u8])>) -> (Metadata, Option<&'h [u8]>) {
     let (mut metadata, mut reference) = (Metadata::default(), None);
     for (name, value) in headers {
         let text = std::str::from_utf8(value).ok();
@@ -236,21 +238,21 @@ fn read<'h>(headers: impl IntoIterator<Item = (&'h str, &'h [u8])>) -> (Metadata
     (metadata, reference)
 }
 
-fn kind<'a>(value: Option<&'a [u8]>, reference: Option<&[u8]>) -> Result<Kind<'a>, NotAPointer> {
+fn record_kind<'a>(value: Option<&'a [u8]>, reference: Option<&[u8]>) -> Result<RecordKind<'a>, NotAPointer> {
     match (value, reference) {
         (Some(value), _) => Ok(match Value::of(value)? {
-            Value::Inline(bytes) => Kind::Inline(bytes),
-            Value::Pointer(_) => Kind::Pointer(value),
+            Value::Inline(bytes) => RecordKind::Inline(bytes),
+            Value::Pointer(_) => RecordKind::Pointer(value),
         }),
-        (None, None) => Ok(Kind::Nothing),
+        (None, None) => Ok(RecordKind::Tombstone),
         (None, Some(reference)) => {
             let malformed = || NotAPointer::Reference(String::from_utf8_lossy(reference).chars().take(200).collect());
             let key = std::str::from_utf8(reference).map_err(|_| malformed())?;
-            // `<prefix>/<uuid>`: what else it names was not written by a claim check.
+            // A claim check writes `<prefix>/<uuid>`. Any other value is not a reference.
             let (prefix, id) = key.rsplit_once('/').ok_or_else(malformed)?;
-            let sound = !prefix.is_empty() && !prefix.split('/').any(|segment| matches!(segment, "" | "." | ".."));
-            match sound && Uuid::try_parse(id).is_ok() {
-                true => Ok(Kind::Reference(key.to_owned())),
+            let valid = !prefix.is_empty() && !prefix.split('/').any(|segment| matches!(segment, "" | "." | ".."));
+            match valid && Uuid::try_parse(id).is_ok() {
+                true => Ok(RecordKind::Reference(key.to_owned())),
                 false => Err(malformed()),
             }
         }
@@ -264,29 +266,29 @@ mod tests {
     const KEY: &str = "large/0190f2f4-0000-7000-8000-000000000001";
 
     #[test]
-    fn records_are_told_apart_by_value_and_header() {
+    fn value_and_header_decide_the_kind_of_a_record() {
         let pointer = br#"{"kfs_lfs":1,"bucket":"b","key":"k","size":1}"#.as_slice();
-        assert_eq!(kind(Some(b"plain"), None), Ok(Kind::Inline(b"plain")));
-        assert_eq!(kind(Some(b""), None), Ok(Kind::Inline(b"")));
-        assert_eq!(kind(None, None), Ok(Kind::Nothing));
-        assert_eq!(kind(Some(pointer), None), Ok(Kind::Pointer(pointer)));
-        assert_eq!(kind(None, Some(KEY.as_bytes())), Ok(Kind::Reference(KEY.to_owned())));
-        // A header does not make something else of a value.
-        assert_eq!(kind(Some(b"plain"), Some(KEY.as_bytes())), Ok(Kind::Inline(b"plain")));
-        assert!(kind(Some(br#"{"kfs_lfs":1,"bucket":"b"}"#), None).is_err());
+        assert_eq!(record_kind(Some(b"plain"), None), Ok(RecordKind::Inline(b"plain")));
+        assert_eq!(record_kind(Some(b""), None), Ok(RecordKind::Inline(b"")));
+        assert_eq!(record_kind(None, None), Ok(RecordKind::Tombstone));
+        assert_eq!(record_kind(Some(pointer), None), Ok(RecordKind::Pointer(pointer)));
+        assert_eq!(record_kind(None, Some(KEY.as_bytes())), Ok(RecordKind::Reference(KEY.to_owned())));
+        // A record with a value is not a reference, even with the header.
+        assert_eq!(record_kind(Some(b"plain"), Some(KEY.as_bytes())), Ok(RecordKind::Inline(b"plain")));
+        assert!(record_kind(Some(br#"{"kfs_lfs":1,"bucket":"b"}"#), None).is_err());
     }
 
     #[test]
-    fn a_reference_is_a_prefix_and_a_uuid_and_nothing_else() {
+    fn a_reference_is_a_prefix_and_a_uuid() {
         let id = "0190f2f4-0000-7000-8000-000000000001";
         for wrong in ["", id, &format!("/{id}"), &format!("a/../{id}"), &format!("a//{id}"), "a/b", "a/", &format!("a/{id}/")] {
-            assert!(matches!(kind(None, Some(wrong.as_bytes())), Err(NotAPointer::Reference(_))), "{wrong}");
+            assert!(matches!(record_kind(None, Some(wrong.as_bytes())), Err(NotAPointer::Reference(_))), "{wrong}");
         }
-        assert!(kind(None, Some(b"a/\xff")).is_err());
+        assert!(record_kind(None, Some(b"a/\xff")).is_err());
     }
 
     #[test]
-    fn the_brokers_headers_are_read_and_the_others_kept() {
+    fn broker_headers_are_parsed_and_other_headers_are_kept() {
         let headers: [(&str, &[u8]); 7] = [
             ("lfs-upload-id", b"0190f2f4-0000-7000-8000-000000000001"),
             ("lfs-integrity", b"parts-sha256"),
@@ -296,13 +298,13 @@ mod tests {
             ("s3-ref-file-path", KEY.as_bytes()),
             ("trace", b""),
         ];
-        let (metadata, reference) = read(headers);
+        let (metadata, reference) = read_headers(headers);
         assert_eq!(reference, Some(KEY.as_bytes()));
         assert_eq!(metadata.upload_id.unwrap().to_string(), "0190f2f4-0000-7000-8000-000000000001");
         assert_eq!(metadata.integrity, Some(Integrity::PartsSha256));
         assert_eq!((metadata.version_id.as_deref(), metadata.traceparent.as_deref()), (Some("v1"), Some("00-1-2-01")));
         let names: Vec<_> = metadata.headers.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["trace", "s3-ref-file-path", "trace"]);
-        assert_eq!(read([("lfs-integrity", b"magic".as_slice()), ("lfs-upload-id", b"x")]).0, Metadata::default());
+        assert_eq!(read_headers([("lfs-integrity", b"magic".as_slice()), ("lfs-upload-id", b"x")]).0, Metadata::default());
     }
 }

@@ -1,4 +1,4 @@
-//! The bytes behind a pointer as the caller gets them: verified while they are read, and whole or not at all in a file.
+//! Downloads: verified while they are read. As a file, they appear whole or not at all.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -15,18 +15,18 @@ use crate::api::Resolved;
 use crate::checksum::{Digest, Hasher};
 use crate::error::Error;
 use crate::pointer::Pointer;
-use crate::save::{Draft, Saved};
-use crate::storage::Wire;
-use crate::transfer::{self, Link, Promise, Target};
+use crate::save::{PartialFile, SavedFile};
+use crate::storage::StorageClient;
+use crate::transfer::{self, DownloadSource, Expected, UrlSigner};
 
-/// Hashing more than this at a time keeps a thread that other tasks share from them for milliseconds.
-const HASH_ASIDE_BYTES: usize = 1 << 20;
+/// A larger chunk is hashed on the blocking pool, because it would block a runtime thread for milliseconds.
+const MAX_INLINE_HASH_BYTES: usize = 1 << 20;
 
-/// The bytes behind a pointer: an [`AsyncRead`] and a [`Stream`] that fails where they are not the promised ones.
+/// The bytes of a pointer: an [`AsyncRead`] and a [`Stream`] that fails if they do not match the pointer.
 ///
-/// The last byte is given out only once the whole has the pointer's size and digest: whoever has read
-/// everything has read the right thing. Bytes before that are not proved, so act on them only at the end.
-/// A download that failed never ends like a whole one: it fails again; only as a stream it ends with its error.
+/// The last chunk is returned only after size and digest are verified, so a reader that read everything has the right
+/// bytes. Earlier chunks are not verified yet: use them only after the end. A failed download does not end like a
+/// complete one: each read fails again. As a [`Stream`] it ends after the error.
 pub struct Download {
     pointer: Option<Pointer>,
     resolved: Option<Resolved>,
@@ -34,7 +34,7 @@ pub struct Download {
     digest: Option<Digest>,
     bytes: BoxStream<'static, Result<Bytes, Error>>,
     current: Bytes,
-    /// Why there are no more bytes, where that is not their end.
+    /// The error that ended the download.
     failed: Option<Error>,
 }
 
@@ -45,27 +45,27 @@ impl fmt::Debug for Download {
 }
 
 impl Download {
-    pub(crate) async fn begin(
-        wire: Wire,
-        target: Target,
-        promise: Promise,
-        lanes: usize,
+    pub(crate) async fn start(
+        storage_client: StorageClient,
+        signer: UrlSigner,
+        expected: Expected,
+        concurrency: usize,
         pointer: Option<Pointer>,
     ) -> Result<Self, Error> {
-        let digest = promise.digest.clone();
-        let link = Link::new(wire, target, promise);
-        let (size, bytes) = transfer::begin(&link, lanes).await?;
-        let resolved = link.resolved().await;
-        let bytes = verified(bytes, size, digest.clone());
+        let digest = expected.digest.clone();
+        let source = DownloadSource::new(storage_client, signer, expected);
+        let (size, bytes) = transfer::start(&source, concurrency).await?;
+        let resolved = source.resolved().await;
+        let bytes = verify(bytes, size, digest.clone());
         Ok(Self { pointer, resolved, size, digest, bytes, current: Bytes::new(), failed: None })
     }
 
-    /// The pointer that is followed; none for an object that was asked for by name.
+    /// The pointer. None for an object that was requested by its name.
     pub fn pointer(&self) -> Option<&Pointer> {
         self.pointer.as_ref()
     }
 
-    /// What the broker said of it: the file's name, its media type, the level of proof. None without a broker.
+    /// The broker's response to resolve: the file's name, its media type, its level of integrity. None without a broker.
     pub fn resolved(&self) -> Option<&Resolved> {
         self.resolved.as_ref()
     }
@@ -75,71 +75,73 @@ impl Download {
         self.size
     }
 
-    /// What the bytes are held against. None where nothing vouches for them: an object without a pointer, or a topic that
-    /// allowed uploads without a checksum; then only the size is checked.
+    /// The digest that the bytes must match. None for an object without a pointer, and for a topic that allows uploads
+    /// without a checksum. Then only the size is checked.
     pub fn digest(&self) -> Option<&Digest> {
         self.digest.as_ref()
     }
 
-    /// Tells `report` how many bytes have come, piece by piece; it must not block.
+    /// Calls `callback` with the number of received bytes, for each chunk. It must not block.
     #[must_use]
-    pub fn on_progress(mut self, report: impl Fn(u64) + Send + 'static) -> Self {
+    pub fn on_progress(mut self, callback: impl Fn(u64) + Send + 'static) -> Self {
         let mut received = 0;
         self.bytes = self
             .bytes
             .inspect_ok(move |chunk| {
                 received += chunk.len() as u64;
-                report(received);
+                callback(received);
             })
             .boxed();
         self
     }
 
-    /// The next piece, or none at the verified end.
+    /// Reads the next chunk. `None` is the verified end.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], or why the bytes could not be had: from then on as often as it is asked.
+    /// [`Error::Corrupt`], or why the bytes could not be read. Each further call fails again.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
         poll_fn(|cx| self.poll_chunk(cx)).await
     }
 
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Error>> {
         if let Some(error) = &self.failed {
-            return Poll::Ready(Err(again(error)));
+            return Poll::Ready(Err(repeat_error(error)));
         }
         if !self.current.is_empty() {
             return Poll::Ready(Ok(Some(std::mem::take(&mut self.current))));
         }
         let next = ready!(self.bytes.as_mut().poll_next(cx)).transpose();
-        self.failed = next.as_ref().err().map(again);
+        self.failed = next.as_ref().err().map(repeat_error);
         Poll::Ready(next)
     }
 
     /// Reads everything into memory.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] when it is more than `limit` bytes, before any is read; else as [`Download::chunk`].
+    /// [`Error::TooLarge`] when the size is more than `limit` bytes, before any byte is read. Otherwise as
+    /// [`Download::chunk`].
     pub async fn to_vec(mut self, limit: u64) -> Result<Vec<u8>, Error> {
         let size = self.size();
-        let room = usize::try_from(size).ok().filter(|_| size <= limit).ok_or(Error::TooLarge { size, limit })?;
-        let mut bytes = Vec::with_capacity(room);
+        let capacity = usize::try_from(size).ok().filter(|_| size <= limit).ok_or(Error::TooLarge { size, limit })?;
+        let mut bytes = Vec::with_capacity(capacity);
         while let Some(chunk) = self.chunk().await? {
             bytes.extend_from_slice(&chunk);
         }
         Ok(bytes)
     }
 
-    /// Writes everything to a file that appears, or is replaced, only when it is whole, verified and on disk.
+    /// Writes all bytes to a file. The file appears, or is replaced, only after its bytes are complete, verified and
+    /// synced to disk.
     ///
     /// # Errors
-    /// As [`Download::chunk`], or when the file cannot be written; then `path` is what it was before.
-    pub async fn to_file(mut self, path: impl AsRef<Path>) -> Result<Saved, Error> {
-        let known = self.digest.as_ref().and_then(Digest::sha256);
-        let mut draft = Draft::beside(path.as_ref(), known).await?;
+    /// As [`Download::chunk`], or when the file cannot be written. Then `path` is unchanged.
+    pub async fn to_file(mut self, path: impl AsRef<Path>) -> Result<SavedFile, Error> {
+        let sha256 = self.digest.as_ref().and_then(Digest::sha256);
+        let mut partial = PartialFile::create_for(path.as_ref(), sha256).await?;
         while let Some(chunk) = self.chunk().await? {
-            draft.write(chunk).await?;
+            partial.write(chunk).await?;
         }
-        draft.keep().await
+        partial.commit().await
     }
 }
 
@@ -148,7 +150,7 @@ impl Stream for Download {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         match self.failed {
-            // Whoever passes over errors would go round for ever.
+            // A caller that ignores errors must not loop for ever.
             Some(_) => Poll::Ready(None),
             None => self.poll_chunk(cx).map(Result::transpose),
         }
@@ -170,45 +172,45 @@ impl AsyncRead for Download {
     }
 }
 
-/// The error of a download that is asked again.
-fn again(error: &Error) -> Error {
+/// The error for further reads of a failed download.
+fn repeat_error(error: &Error) -> Error {
     match error {
         Error::Corrupt { expected, found } => Error::Corrupt { expected: expected.clone(), found: found.clone() },
-        // Not what it was, which may have been worth another try: of this download nothing comes any more.
+        // Not a retryable error: this download returns no more bytes.
         error => Error::Io(io::Error::other(error.to_string())),
     }
 }
 
-/// Holds the bytes against the digest, and the last of them back until it fits.
-fn verified(
+/// Compares the bytes with the digest, and returns the last chunk only if they match.
+fn verify(
     bytes: BoxStream<'static, Result<Bytes, Error>>,
     size: u64,
     digest: Option<Digest>,
 ) -> BoxStream<'static, Result<Bytes, Error>> {
     let hasher = digest.as_ref().map(|digest| digest.algorithm.hasher());
-    let check = Check { bytes, left: size, hasher, digest };
-    stream::try_unfold(check, |mut check| async { Ok(check.next().await?.map(|chunk| (chunk, check))) }).boxed()
+    let verifier = Verifier { bytes, left: size, hasher, digest };
+    stream::try_unfold(verifier, |mut verifier| async { Ok(verifier.next().await?.map(|chunk| (chunk, verifier))) }).boxed()
 }
 
-struct Check {
+struct Verifier {
     bytes: BoxStream<'static, Result<Bytes, Error>>,
     left: u64,
     hasher: Option<Hasher>,
     digest: Option<Digest>,
 }
 
-impl Check {
+impl Verifier {
     async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         let Some(chunk) = self.bytes.next().await.transpose()? else {
             if self.left > 0 {
                 let (expected, found) = (format!("{} more bytes", self.left), "the end".to_owned());
                 return Err(Error::Corrupt { expected, found });
             }
-            // An object without bytes has no last one to hold back.
+            // An object without bytes has no last chunk, so it is checked here.
             return self.finish().map(|()| None);
         };
         if let Some(hasher) = self.hasher.take() {
-            self.hasher = Some(hashed(hasher, chunk.clone()).await?);
+            self.hasher = Some(update_hasher(hasher, chunk.clone()).await?);
         }
         self.left = self.left.saturating_sub(chunk.len() as u64);
         if self.left == 0 {
@@ -227,15 +229,15 @@ impl Check {
     }
 }
 
-/// Hashes a chunk, aside where it is a long one.
-async fn hashed(mut hasher: Hasher, chunk: Bytes) -> io::Result<Hasher> {
-    if chunk.len() <= HASH_ASIDE_BYTES {
+/// Hashes a chunk, on the blocking pool if it is large.
+async fn update_hasher(mut hasher: Hasher, chunk: Bytes) -> io::Result<Hasher> {
+    if chunk.len() <= MAX_INLINE_HASH_BYTES {
         hasher.update(&chunk);
         return Ok(hasher);
     }
-    let aside = tokio::task::spawn_blocking(move || {
+    let updated = tokio::task::spawn_blocking(move || {
         hasher.update(&chunk);
         hasher
     });
-    Ok(aside.await?)
+    Ok(updated.await?)
 }

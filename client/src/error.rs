@@ -1,6 +1,6 @@
-//! What can go wrong between a client, the broker and storage, told apart by what the caller can do about it.
+//! The errors of uploads, downloads and calls, grouped by what the caller can do about them.
 //!
-//! No message ever holds a token or a presigned URL: whoever reads a log must not be able to use one.
+//! No message contains a token or a presigned URL, because a reader of logs must not be able to use them.
 
 use std::io;
 
@@ -9,108 +9,109 @@ use uuid::Uuid;
 use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
 
-/// Longest piece of a foreign answer that a message repeats, in characters.
-const QUOTED_CHARACTERS: usize = 200;
+/// The most characters of a foreign response that an error message quotes.
+const MAX_QUOTED_CHARACTERS: usize = 200;
 
-/// Why an upload, a download or a call did not succeed.
+/// An error of an upload, a download or a call.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The broker refused, and says why. Decide by the problem's `code`.
+    /// The broker answered with a problem. Handle it by the problem's `code`.
     #[error("the broker refused: {0}")]
     Refused(Box<Problem>),
-    /// The pointer is sound, its object is not there any more (410 `object-gone`).
+    /// The pointer is valid, but its object no longer exists (410 `object-gone`).
     #[error("the pointer's object is gone: {0}")]
     Gone(Box<Problem>),
-    /// The pointer leads to where this token, or this access to S3, may not go.
-    #[error("the pointer is not for this reader: {reason}")]
+    /// This token, or this access to S3, may not read the pointer's object.
+    #[error("access to the pointer's object is forbidden: {reason}")]
     Forbidden {
-        /// Who says so, and why.
+        /// Who forbids it, and why.
         reason: String,
-        /// The broker's problem (403 `pointer-forbidden`), where it is the broker that says so.
+        /// The broker's problem (403 `pointer-forbidden`), if the broker forbids it.
         problem: Option<Box<Problem>>,
     },
-    /// Storage has no object there: it went away after the broker looked, or nobody looked.
-    #[error("storage has no object where the pointer says")]
+    /// S3 has no object at this location. It was deleted after the broker checked it, or no broker checked it.
+    #[error("storage has no object at the pointer's bucket and key")]
     Missing,
-    /// No connection, or one that broke or stood still, and every retry met the same.
+    /// The connection failed, broke or stalled, and every retry failed too.
     #[error("{peer} cannot be reached: {reason}")]
     Unreachable {
         /// `the broker` or `storage`.
         peer: &'static str,
-        /// What the connection died of, without the URL.
+        /// Why the connection failed, without the URL.
         reason: String,
     },
-    /// Storage answered a PUT or a GET with an error.
+    /// S3 answered a PUT or a GET with an error.
     #[error("storage answered {status} {code}: {message}")]
     Storage {
         /// The HTTP status.
         status: u16,
-        /// S3's error code; empty where the answer had none.
+        /// S3's error code, or empty if the response has none.
         code: String,
         /// S3's message.
         message: String,
     },
-    /// The bytes are not the promised ones.
+    /// The bytes do not match the declared size or digest.
     #[error("the bytes are corrupt: expected {expected}, found {found}")]
     Corrupt {
-        /// What was promised.
+        /// The declared value.
         expected: String,
-        /// What was there.
+        /// The value found.
         found: String,
     },
-    /// More bytes than the caller allowed.
-    #[error("the object has {size} bytes, more than the {limit} allowed")]
+    /// The object is larger than the caller allows.
+    #[error("the object has {size} bytes, but the limit is {limit} bytes")]
     TooLarge {
         /// The size in bytes.
         size: u64,
         /// The caller's limit in bytes.
         limit: u64,
     },
-    /// The record's value is not a pointer that this client can read.
+    /// The record's value is not a pointer of a known version.
     #[error(transparent)]
     NotAPointer(#[from] NotAPointer),
-    /// Something answered that does not speak the contract, such as a proxy in between.
-    #[error("unexpected answer, status {status}: {detail}")]
+    /// The response does not follow the API, for example because a proxy sent it.
+    #[error("unexpected response, status {status}: {detail}")]
     Unexpected {
         /// The HTTP status.
         status: u16,
-        /// What does not fit.
+        /// What is wrong with the response.
         detail: String,
     },
-    /// The caller asked for something that cannot be sent.
+    /// The caller's request is invalid and was not sent.
     #[error("{0}")]
     Invalid(String),
-    /// The record refers to this object by name alone, and no bucket is set for such references.
-    #[error("the record refers to {0:?}, and no bucket is set for references")]
+    /// The record refers to this object only by its name, and no bucket is configured for references.
+    #[error("the record refers to the object {0:?}, but no bucket is configured for references")]
     NoReferenceBucket(String),
-    /// Own access to S3 gave no signature.
+    /// The caller's access to S3 could not sign the request.
     #[error("the request cannot be signed: {0}")]
     Signing(String),
-    /// The caller's signal ended the upload.
+    /// The caller's signal cancelled the upload.
     #[error("the upload was cancelled")]
     Cancelled {
-        /// The upload, if it was open by then.
+        /// The upload, if it was already open.
         id: Option<Uuid>,
-        /// Whether the broker confirmed the abort. Where not, the upload expires by itself, unless complete was asked for
-        /// already: then its pointer may still be published.
+        /// Whether the broker confirmed the abort. If not, the upload expires by itself. If complete was already
+        /// requested, its pointer may still be published.
         aborted: bool,
     },
-    /// The broker is still at work on the upload after the longest wait; nothing is promised yet, and completing again goes on.
-    #[error("upload {id} is still being verified after {seconds} seconds")]
-    Unfinished {
+    /// The broker still verifies the upload after the longest wait. Its pointer is not queued yet. Completing the upload
+    /// again continues it.
+    #[error("upload {id} is still being verified after {seconds} s")]
+    WaitTimedOut {
         /// The upload.
         id: Uuid,
-        /// How long it was waited for.
+        /// How long the client waited.
         seconds: u64,
     },
-    /// The local source or target failed.
+    /// Reading the local source or writing the local target failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
 impl Error {
-    /// The broker's problem, where it is the reason.
+    /// The broker's problem, if it caused this error.
     pub fn problem(&self) -> Option<&Problem> {
         match self {
             Self::Refused(problem) | Self::Gone(problem) => Some(problem),
@@ -119,33 +120,36 @@ impl Error {
         }
     }
 
-    /// What a signer of the caller's failed with, its causes included.
+    /// An error of the caller's signing function, with its causes.
     pub fn signing(error: impl std::error::Error) -> Self {
-        Self::Signing(chain(&error))
+        Self::Signing(with_causes(&error))
     }
 
-    /// Whether this is the broker's problem with that code.
+    /// Whether this is a problem of the broker with this code.
     pub fn is_problem(&self, code: &str) -> bool {
         self.problem().is_some_and(|problem| problem.code == code)
     }
 
-    /// Whether the same request may succeed a moment later.
+    /// Whether a retry of the same request may succeed.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } => true,
-            // `retryable` alone would also repeat what first needs another step, such as a missing part.
+            // `retryable` alone is not enough: it is also set when another step must come first, such as a missing part.
             Self::Refused(problem) => {
-                problem.retryable && (passing(problem.status) || problem.known_code() == Some(ErrorCode::IdempotencyInFlight))
+                problem.retryable
+                    && (is_temporary_status(problem.status) || problem.known_code() == Some(ErrorCode::IdempotencyInFlight))
             }
-            Self::Unexpected { status, .. } => passing(*status),
-            // 409 is S3's answer to two conditional writes that meet, and VersityGW's to a PUT that meets a DELETE beside it.
-            Self::Storage { status, code, .. } => passing(*status) || matches!(status, 409 | 500) || code == "RequestTimeout",
+            Self::Unexpected { status, .. } => is_temporary_status(*status),
+            // 409: S3 sends it for two concurrent conditional writes, VersityGW for a PUT beside a DELETE.
+            Self::Storage { status, code, .. } => {
+                is_temporary_status(*status) || matches!(status, 409 | 500) || code == "RequestTimeout"
+            }
             _ => false,
         }
     }
 
-    /// Whether a fresh signature may help: the URL expired, or the credentials behind it did.
-    pub(crate) fn wants_signature(&self) -> bool {
+    /// Whether a new signature may help, because the URL or the credentials that signed it expired.
+    pub(crate) fn needs_new_signature(&self) -> bool {
         match self {
             Self::Storage { status: 403, .. } => true,
             Self::Storage { status: 400, code, message } => code == "ExpiredToken" || message.contains("expired"),
@@ -153,7 +157,7 @@ impl Error {
         }
     }
 
-    /// Whether bytes are not those that were promised, whoever found it: this client, the broker or storage.
+    /// Whether the bytes do not match their declaration. The client, the broker or S3 may have found it.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, Self::Corrupt { .. })
             || self.is_problem(ErrorCode::SizeMismatch.as_str())
@@ -161,13 +165,13 @@ impl Error {
             || self.is_bad_digest()
     }
 
-    /// Whether storage says that the bytes do not have the signed checksum.
+    /// Whether S3 reports that the bytes do not match the signed checksum.
     pub(crate) fn is_bad_digest(&self) -> bool {
         matches!(self, Self::Storage { status: 400, code, .. }
             if matches!(code.as_str(), "BadDigest" | "XAmzContentChecksumMismatch" | "XAmzContentSHA256Mismatch"))
     }
 
-    pub(crate) fn of_problem(problem: Problem) -> Self {
+    pub(crate) fn from_problem(problem: Problem) -> Self {
         match problem.known_code() {
             Some(ErrorCode::ObjectGone) => Self::Gone(Box::new(problem)),
             Some(ErrorCode::PointerForbidden) => {
@@ -177,28 +181,28 @@ impl Error {
         }
     }
 
-    /// A broken connection, with its whole chain of causes but without the URL.
-    pub(crate) fn of_transport(peer: &'static str, error: reqwest::Error) -> Self {
-        Self::Unreachable { peer, reason: chain(&error.without_url()) }
+    /// A failed connection, with all its causes but without the URL.
+    pub(crate) fn from_transport(peer: &'static str, error: reqwest::Error) -> Self {
+        Self::Unreachable { peer, reason: with_causes(&error.without_url()) }
     }
 
     pub(crate) fn stalled(peer: &'static str, seconds: u64) -> Self {
-        Self::Unreachable { peer, reason: format!("no byte moved for {seconds} seconds") }
+        Self::Unreachable { peer, reason: format!("no byte was transferred for {seconds} s") }
     }
 
-    /// S3's error document, of which only the code and the message are kept.
-    pub(crate) fn of_storage(status: u16, body: &[u8]) -> Self {
+    /// Parses S3's error document. Only the code and the message are kept.
+    pub(crate) fn from_storage(status: u16, body: &[u8]) -> Self {
         let text = String::from_utf8_lossy(body);
-        let message = element(&text, "Message").unwrap_or_default();
-        // A message that quotes a URL could quote the signature.
+        let message = xml_text(&text, "Message").unwrap_or_default();
+        // A message that quotes a URL could contain a signature.
         let secret = message.contains("://") || message.to_ascii_lowercase().contains("x-amz-");
         let message = if secret { String::new() } else { quote(message) };
-        Self::Storage { status, code: quote(element(&text, "Code").unwrap_or_default()), message }
+        Self::Storage { status, code: quote(xml_text(&text, "Code").unwrap_or_default()), message }
     }
 }
 
 impl From<Error> for io::Error {
-    /// Keeps the error inside, so that [`io::Error::downcast`] finds it behind an `AsyncRead`.
+    /// Keeps the error as the source, so that [`io::Error::downcast`] finds it behind an `AsyncRead`.
     fn from(error: Error) -> Self {
         match error {
             Error::Io(error) => error,
@@ -210,8 +214,8 @@ impl From<Error> for io::Error {
     }
 }
 
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error and its causes as one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
     let mut reason = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {
@@ -221,21 +225,21 @@ fn chain(error: &dyn std::error::Error) -> String {
     reason
 }
 
-/// The statuses that a proxy, a rate limit or a restart gives, and that pass.
-fn passing(status: u16) -> bool {
+/// Whether the status is temporary: a proxy, a rate limit or a restart sends it.
+fn is_temporary_status(status: u16) -> bool {
     matches!(status, 408 | 429 | 502 | 503 | 504)
 }
 
-/// The text of the first `<name>` in an XML document as flat as S3's errors.
-fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
+/// The text of the first `<name>` element. It is enough for S3's errors, which have no nesting.
+fn xml_text<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
     let (_, after) = xml.split_once(&format!("<{name}>"))?;
     let (text, _) = after.split_once(&format!("</{name}>"))?;
     Some(text)
 }
 
-/// A foreign text cut to one bounded line.
+/// A foreign text as one line of bounded length.
 pub(crate) fn quote(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(QUOTED_CHARACTERS).collect()
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_QUOTED_CHARACTERS).collect()
 }
 
 #[cfg(test)]
@@ -243,19 +247,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn storage_errors_keep_code_and_message_but_never_a_url() {
+    fn storage_errors_keep_code_and_message_but_no_url() {
         let xml = br#"<?xml version="1.0"?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message><Resource>/b/k</Resource></Error>"#;
-        let error = Error::of_storage(400, xml);
+        let error = Error::from_storage(400, xml);
         assert_eq!(error.to_string(), "storage answered 400 ExpiredToken: The provided token has expired.");
-        assert!(error.wants_signature());
+        assert!(error.needs_new_signature());
 
         let leaky = b"<Error><Code>X</Code><Message>bad http://s3/b/k?X-Amz-Signature=secret</Message></Error>";
-        assert!(!Error::of_storage(400, leaky).to_string().contains("secret"));
-        assert_eq!(Error::of_storage(502, b"<html>").to_string(), "storage answered 502 : ");
+        assert!(!Error::from_storage(400, leaky).to_string().contains("secret"));
+        assert_eq!(Error::from_storage(502, b"<html>").to_string(), "storage answered 502 : ");
     }
 
     #[test]
-    fn only_what_may_pass_is_tried_again() {
+    fn only_temporary_errors_are_retried() {
         let storage = |status, code: &str| Error::Storage { status, code: code.to_owned(), message: String::new() };
         for (error, transient) in [
             (storage(503, "SlowDown"), true),
@@ -271,7 +275,7 @@ mod tests {
             assert_eq!(error.is_transient(), transient, "{error}");
         }
         let problem = |status, code: &str, retryable| {
-            Error::of_problem(Problem {
+            Error::from_problem(Problem {
                 kind: format!("/problems/{code}"),
                 title: String::new(),
                 status,

@@ -1,9 +1,9 @@
-//! The broker's routes as typed verbs, tried again where that is safe.
+//! A method for each of the broker's routes, with retries where a retry is safe.
 //!
-//! Safe are reads, what the contract makes repeatable (complete, parts, abort, resolve, policies), and
-//! open when it carries an `Idempotency-Key`. Anything may be tried again when not even a connection came about.
+//! A retry is safe for reads, for the requests that the API defines as idempotent (complete, parts, abort, resolve,
+//! policies), and for open with an `Idempotency-Key`. Any request is safe to retry if no connection was established.
 
-mod operate;
+mod admin;
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,36 +24,37 @@ use crate::api::{
 };
 use crate::error::{Error, quote};
 use crate::retry::{Backoff, Retry, retry_after};
-use crate::storage::Wire;
+use crate::storage::StorageClient;
 
-/// Who it was, in [`Error::Unreachable`].
+/// The `peer` of [`Error::Unreachable`].
 const BROKER: &str = "the broker";
 
-/// How long a connection may take to come about: a dead address must not eat the time for retries.
+/// The connect timeout. It is short, so that an address that does not answer leaves time for retries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Largest answer that is read: 10,000 parts or 200 uploads take less than 1 MiB.
-const ANSWER_BYTES: usize = 16 << 20;
+/// The largest response body that is read: 10,000 parts or 200 uploads take less than 1 MiB.
+const MAX_RESPONSE_BYTES: usize = 16 << 20;
 
-/// How patient a client is.
+/// Timeouts and retries of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The longest that the broker may take for an answer; a long-poll gets its wait on top.
+    /// The longest wait for a response of the broker. A long poll adds its `wait`.
     pub request_timeout: Duration,
-    /// The longest that bytes to or from storage may stand still. There is no limit on a whole transfer: it has its size.
+    /// The longest time without a byte to or from storage. A whole transfer has no time limit, because its duration
+    /// depends on its size.
     pub stall_timeout: Duration,
-    /// How failed steps are tried again: each call to the broker, each part, each break of a download.
+    /// The retries of each call to the broker, each part, and each break of a download.
     pub retry: Retry,
 }
 
 impl Default for Settings {
-    /// A minute each: the broker answers within seconds or says 503, and S3 may think that long about a slow disk.
+    /// A minute each. The broker answers within seconds or sends 503, and S3 can need a minute on a slow disk.
     fn default() -> Self {
         Self { request_timeout: Duration::from_secs(60), stall_timeout: Duration::from_secs(60), retry: Retry::default() }
     }
 }
 
-/// A broker, as seen by one token. Cloning is cheap and shares the connections.
+/// A client of one broker with one token. Cloning is cheap and shares the connections.
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
@@ -69,36 +70,36 @@ impl fmt::Debug for Client {
     }
 }
 
-/// A call as it can be sent any number of times.
+/// An API call that can be sent several times.
 struct Call {
     method: Method,
     url: Url,
     body: Option<Bytes>,
     idempotency_key: Option<String>,
     timeout: Duration,
-    repeatable: bool,
+    is_retry_safe: bool,
 }
 
-struct Answer {
+struct Response {
     status: StatusCode,
     body: Bytes,
 }
 
-/// A failed attempt: why, when to come back, and whether the request can have reached the broker.
+/// A failed attempt: its error, its `Retry-After`, and whether the request may have reached the broker.
 struct Failure {
     error: Error,
     retry_after: Option<Duration>,
-    sent: bool,
+    may_have_arrived: bool,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { error, retry_after: None, sent: true }
+        Self { error, retry_after: None, may_have_arrived: true }
     }
 }
 
 impl Client {
-    /// A client of the broker at `base_url`, without a token.
+    /// Creates a client of the broker at `base_url`, without a token.
     ///
     /// # Errors
     /// When `base_url` is not an http or https URL.
@@ -110,50 +111,50 @@ impl Client {
         }
         base.set_query(None);
         base.set_fragment(None);
-        Ok(Self { http: http()?, base: Arc::new(base), token: None, settings: Settings::default() })
+        Ok(Self { http: http_client()?, base: Arc::new(base), token: None, settings: Settings::default() })
     }
 
-    /// The same with a bearer token for the broker. Storage never sees it.
+    /// Returns the client with a bearer token for the broker. S3 never receives the token.
     #[must_use]
     pub fn with_token(self, token: impl Into<String>) -> Self {
         let token = token.into();
         self.with_token_from(move || token.clone())
     }
 
-    /// The same with a token that is asked for at each call, for uploads that outlive one token.
+    /// Returns the client with a function that returns the token for each call, for uploads that outlive one token.
     #[must_use]
     pub fn with_token_from(mut self, source: impl Fn() -> String + Send + Sync + 'static) -> Self {
         self.token = Some(Arc::new(source));
         self
     }
 
-    /// The same with other patience.
+    /// Returns the client with other timeouts and retries.
     #[must_use]
     pub fn with_settings(mut self, settings: Settings) -> Self {
         self.settings = settings;
         self
     }
 
-    /// The same over the caller's own connections, for private certificate authorities and proxies.
+    /// Returns the client with the caller's HTTP client, for private certificate authorities and proxies.
     ///
-    /// Build it with `redirect(Policy::none())` and without a total timeout: a signed request cannot
-    /// follow a redirect, and a large upload takes its time.
+    /// Build it with `redirect(Policy::none())` and without a total timeout. A signed request cannot follow a redirect,
+    /// and a large upload takes long.
     #[must_use]
     pub fn with_http(mut self, http: reqwest::Client) -> Self {
         self.http = http;
         self
     }
 
-    /// How patient this client is.
+    /// The timeouts and retries of this client.
     pub fn settings(&self) -> Settings {
         self.settings
     }
 
-    pub(crate) fn wire(&self) -> Wire {
-        Wire { http: self.http.clone(), settings: self.settings }
+    pub(crate) fn storage_client(&self) -> StorageClient {
+        StorageClient { http: self.http.clone(), settings: self.settings }
     }
 
-    /// Opens an upload. Without an idempotency key it is tried again only where no connection came about.
+    /// Opens an upload. Without an idempotency key, it is retried only if no connection was established.
     ///
     /// # Errors
     /// See [`Error`].
@@ -161,29 +162,29 @@ impl Client {
         Ok(self.open_or_replay(request, idempotency_key).await?.0)
     }
 
-    /// Opens an upload; the second value says whether the key had opened it before.
+    /// Opens an upload. The second value is true if an earlier request with this key had opened it.
     pub(crate) async fn open_or_replay(
         &self,
         request: &OpenUpload,
         idempotency_key: Option<&str>,
     ) -> Result<(Upload, bool), Error> {
-        let mut call = self.post(&["lfs", "uploads"], json(request)?)?;
-        call.repeatable = idempotency_key.is_some();
+        let mut call = self.post(&["lfs", "uploads"], json_body(request)?)?;
+        call.is_retry_safe = idempotency_key.is_some();
         call.idempotency_key = idempotency_key.map(str::to_owned);
-        let answer = self.call(&call).await?;
-        Ok((parse(&answer)?, answer.status == StatusCode::OK))
+        let response = self.call(&call).await?;
+        Ok((parse_json(&response)?, response.status == StatusCode::OK))
     }
 
-    /// Reads an upload; with `wait`, as soon as it changes.
+    /// Reads an upload. With `wait`, the broker answers as soon as the upload changes.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn read(&self, id: Uuid, options: &ReadUpload) -> Result<Upload, Error> {
         let mut call = self.get(&["lfs", "uploads", &id.to_string()])?;
-        set_query(&mut call.url, &[("wait", text(&options.wait)), ("version", text(&options.version))]);
-        // A caller without impatience may say so with the longest time of all.
+        set_query(&mut call.url, &[("wait", optional_text(&options.wait)), ("version", optional_text(&options.version))]);
+        // The caller may set `Duration::MAX` as the timeout.
         call.timeout = call.timeout.saturating_add(Duration::from_secs(options.wait.unwrap_or(0)));
-        parse(&self.call(&call).await?)
+        parse_json(&self.call(&call).await?)
     }
 
     /// Lists uploads, newest first.
@@ -193,39 +194,40 @@ impl Client {
     pub async fn list(&self, filters: &ListUploads) -> Result<UploadPage, Error> {
         let mut call = self.get(&["lfs", "uploads"])?;
         add_filters(&mut call.url, filters)?;
-        parse(&self.call(&call).await?)
+        parse_json(&self.call(&call).await?)
     }
 
-    /// Reads an upload's transitions: all that the broker keeps.
+    /// Reads all transitions of an upload that the broker keeps.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn history(&self, id: Uuid) -> Result<History, Error> {
         let mut call = self.get(&["lfs", "uploads", &id.to_string(), "history"])?;
-        // The largest page, and as much as a broker keeps of one upload.
+        // 1,000 is the largest page, and the most transitions that a broker keeps of one upload.
         call.url.query_pairs_mut().append_pair("limit", "1000");
-        parse(&self.call(&call).await?)
+        parse_json(&self.call(&call).await?)
     }
 
-    /// Signs part URLs, at most [`PARTS_PER_CALL`](crate::api::PARTS_PER_CALL).
+    /// Signs part URLs, at most [`PARTS_PER_CALL`](crate::api::PARTS_PER_CALL) in one call.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn sign_parts(&self, id: Uuid, request: &SignParts) -> Result<SignedParts, Error> {
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "parts"], json(request)?)?).await?)
+        parse_json(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "parts"], json_body(request)?)?).await?)
     }
 
-    /// Completes an upload: the broker verifies, records and publishes. Asking again gives the same answer.
+    /// Completes an upload: the broker verifies the object and publishes its pointer. A repeated call gets the same
+    /// response.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn complete(&self, id: Uuid, request: &CompleteUpload) -> Result<Completed, Error> {
         let empty = request.sha256.is_none() && request.parts.is_none();
-        let body = if empty { None } else { json(request)? };
-        parse(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "complete"], body)?).await?)
+        let body = if empty { None } else { json_body(request)? };
+        parse_json(&self.call(&self.post(&["lfs", "uploads", &id.to_string(), "complete"], body)?).await?)
     }
 
-    /// Takes an upload back.
+    /// Aborts an upload.
     ///
     /// # Errors
     /// See [`Error`].
@@ -233,7 +235,7 @@ impl Client {
         self.call(&self.request(Method::DELETE, &["lfs", "uploads", &id.to_string()], None)?).await.map(drop)
     }
 
-    /// Resolves a record's value to a signed GET. [`Client::fetch`] goes on to the verified bytes.
+    /// Resolves a record's value to a signed GET. [`Client::fetch`] also downloads and verifies the bytes.
     ///
     /// # Errors
     /// See [`Error`].
@@ -242,7 +244,7 @@ impl Client {
         let validate = options.validate.then(|| "true".to_owned());
         let (version_id, topic) = (options.version_id.clone(), options.topic.clone());
         set_query(&mut call.url, &[("version_id", version_id), ("topic", topic), ("validate", validate)]);
-        parse(&self.call(&call).await?)
+        parse_json(&self.call(&call).await?)
     }
 
     /// Lists the topics that have a policy.
@@ -251,28 +253,28 @@ impl Client {
     /// See [`Error`].
     pub async fn topics(&self, options: &ListTopics) -> Result<TopicPage, Error> {
         let mut call = self.get(&["lfs", "topics"])?;
-        set_query(&mut call.url, &[("limit", text(&options.limit)), ("cursor", options.cursor.clone())]);
-        let page: LooseTopicPage = parse(&self.call(&call).await?)?;
-        let items = page.items.into_iter().map(|item| Ok(TopicPolicy { topic: item.topic, policy: known(item.policy)? }));
+        set_query(&mut call.url, &[("limit", optional_text(&options.limit)), ("cursor", options.cursor.clone())]);
+        let page: LenientTopicPage = parse_json(&self.call(&call).await?)?;
+        let items = page.items.into_iter().map(|item| Ok(TopicPolicy { topic: item.topic, policy: parse_policy(item.policy)? }));
         Ok(TopicPage { items: items.collect::<Result<_, Error>>()?, next_cursor: page.next_cursor })
     }
 
-    /// Reads a topic's policy; `topic-not-found` where none is stored.
+    /// Reads a topic's policy. Without a stored policy, the error is `topic-not-found`.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn topic(&self, topic: &str) -> Result<Policy, Error> {
-        known(parse(&self.call(&self.get(&["lfs", "topics", topic])?).await?)?)
+        parse_policy(parse_json(&self.call(&self.get(&["lfs", "topics", topic])?).await?)?)
     }
 
-    /// Replaces a topic's policy and gives back the one in force. A [`Policy`], or JSON with some of its members:
-    /// the broker gives the others their defaults.
+    /// Replaces a topic's policy and returns the policy in force. `policy` is a [`Policy`], or JSON with some of its
+    /// members: the broker sets the others to their defaults.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn put_topic(&self, topic: &str, policy: &impl serde::Serialize) -> Result<Policy, Error> {
-        let call = self.request(Method::PUT, &["lfs", "topics", topic], json(policy)?)?;
-        known(parse(&self.call(&call).await?)?)
+        let call = self.request(Method::PUT, &["lfs", "topics", topic], json_body(policy)?)?;
+        parse_policy(parse_json(&self.call(&call).await?)?)
     }
 
     /// Deletes a topic's policy.
@@ -292,37 +294,38 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &[&str], body: Option<Bytes>) -> Result<Call, Error> {
-        // A URL has no place for these: they would be left out, and another route asked.
-        let lost = |segment: &&&str| matches!(**segment, "" | "." | "..") || segment.contains(['\t', '\n', '\r']);
-        if let Some(segment) = path.iter().find(lost) {
-            return Err(Error::Invalid(format!("{segment:?} is not a name that can be asked for")));
+        // The URL parser drops these segments, so the request would go to another route.
+        let is_dropped = |segment: &&&str| matches!(**segment, "" | "." | "..") || segment.contains(['\t', '\n', '\r']);
+        if let Some(segment) = path.iter().find(is_dropped) {
+            return Err(Error::Invalid(format!("{segment:?} cannot be a segment of a URL path")));
         }
         let mut url = Url::clone(&self.base);
         url.path_segments_mut().expect("http URLs have a path").pop_if_empty().extend(path);
         let timeout = self.settings.request_timeout;
-        Ok(Call { method, url, body, idempotency_key: None, timeout, repeatable: true })
+        Ok(Call { method, url, body, idempotency_key: None, timeout, is_retry_safe: true })
     }
 
-    async fn call(&self, call: &Call) -> Result<Answer, Error> {
+    async fn call(&self, call: &Call) -> Result<Response, Error> {
         let mut backoff = Backoff::new(self.settings.retry);
         loop {
             let failure = match self.attempt(call).await {
-                Ok(answer) => return Ok(answer),
+                Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
-            let again = failure.error.is_transient() && (call.repeatable || !failure.sent);
-            match if again { backoff.next(failure.retry_after) } else { None } {
+            let retryable = failure.error.is_transient() && (call.is_retry_safe || !failure.may_have_arrived);
+            match if retryable { backoff.next(failure.retry_after) } else { None } {
                 Some(wait) => tokio::time::sleep(wait).await,
                 None => return Err(failure.error),
             }
         }
     }
 
-    async fn attempt(&self, call: &Call) -> Result<Answer, Failure> {
+    async fn attempt(&self, call: &Call) -> Result<Response, Failure> {
         let mut request = self.http.request(call.method.clone(), call.url.clone()).timeout(call.timeout);
         if let Some(token) = &self.token {
             let bearer = HeaderValue::try_from(format!("Bearer {}", token()));
-            let mut bearer = bearer.map_err(|_| Error::Invalid("the token has characters that no header may have".to_owned()))?;
+            let mut bearer = bearer
+                .map_err(|_| Error::Invalid("the token has characters that are not allowed in an HTTP header".to_owned()))?;
             bearer.set_sensitive(true);
             request = request.header(AUTHORIZATION, bearer);
         }
@@ -333,48 +336,48 @@ impl Client {
             request = request.header(CONTENT_TYPE, "application/json").body(body.clone());
         }
         let response = request.send().await.map_err(|error| Failure {
-            sent: !(error.is_connect() || error.is_builder()),
-            error: unsent(error),
+            may_have_arrived: !(error.is_connect() || error.is_builder()),
+            error: send_error(error),
             retry_after: None,
         })?;
         let status = response.status();
         let retry_after = retry_after(response.headers());
-        let body = read_bounded(response, ANSWER_BYTES).await.map_err(|error| Error::of_transport(BROKER, error))?;
+        let body = read_bounded(response, MAX_RESPONSE_BYTES).await.map_err(|error| Error::from_transport(BROKER, error))?;
         let Some(body) = body else {
-            let detail = format!("the answer is longer than {ANSWER_BYTES} bytes");
+            let detail = format!("the response body is longer than {MAX_RESPONSE_BYTES} bytes");
             return Err(Error::Unexpected { status: status.as_u16(), detail }.into());
         };
         match status.is_success() {
-            true => Ok(Answer { status, body }),
-            false => Err(Failure { error: refusal(status, &body), retry_after, sent: true }),
+            true => Ok(Response { status, body }),
+            false => Err(Failure { error: error_of_response(status, &body), retry_after, may_have_arrived: true }),
         }
     }
 }
 
-/// A request that cannot even be built is the caller's, not the network's.
-fn unsent(error: reqwest::Error) -> Error {
+/// An error in building the request is the caller's, not the network's.
+fn send_error(error: reqwest::Error) -> Error {
     match error.is_builder() {
         true => Error::Invalid(format!("the request cannot be sent: {}", error.without_url())),
-        false => Error::of_transport(BROKER, error),
+        false => Error::from_transport(BROKER, error),
     }
 }
 
-/// Connections that follow no redirect: a presigned request is signed for one host, and a token is for one broker.
-pub(crate) fn http() -> Result<reqwest::Client, Error> {
+/// An HTTP client that follows no redirect: a presigned request is valid for one host, and a token is for one broker.
+pub(crate) fn http_client() -> Result<reqwest::Client, Error> {
     let builder = || {
         reqwest::Client::builder()
             .user_agent(concat!("lfs-broker-client/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
     };
-    // A machine without CA certificates (a bare container) can still speak http; there, https fails at the handshake.
+    // Without CA certificates, for example in a bare container, http still works and https fails at the handshake.
     builder()
         .build()
         .or_else(|_| builder().tls_certs_only([]).build())
         .map_err(|error| Error::Invalid(format!("no HTTP client can be built: {error}")))
 }
 
-/// Reads a body, or none when it is longer than `limit`.
+/// Reads a body, or returns `None` if it is longer than `limit`.
 pub(crate) async fn read_bounded(mut response: reqwest::Response, limit: usize) -> Result<Option<Bytes>, reqwest::Error> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -386,28 +389,29 @@ pub(crate) async fn read_bounded(mut response: reqwest::Response, limit: usize) 
     Ok(Some(body.into()))
 }
 
-fn refusal(status: StatusCode, body: &[u8]) -> Error {
+fn error_of_response(status: StatusCode, body: &[u8]) -> Error {
     match serde_json::from_slice::<Problem>(body) {
-        Ok(problem) => Error::of_problem(problem),
+        Ok(problem) => Error::from_problem(problem),
         Err(_) => Error::Unexpected { status: status.as_u16(), detail: quote(&String::from_utf8_lossy(body)) },
     }
 }
 
-fn parse<T: DeserializeOwned>(answer: &Answer) -> Result<T, Error> {
-    serde_json::from_slice(&answer.body)
-        .map_err(|error| Error::Unexpected { status: answer.status.as_u16(), detail: quote(&error.to_string()) })
+fn parse_json<T: DeserializeOwned>(response: &Response) -> Result<T, Error> {
+    serde_json::from_slice(&response.body)
+        .map_err(|error| Error::Unexpected { status: response.status.as_u16(), detail: quote(&error.to_string()) })
 }
 
-fn json<T: Serialize>(body: &T) -> Result<Option<Bytes>, Error> {
-    let body = serde_json::to_vec(body).map_err(|error| Error::Invalid(format!("the request has no JSON form: {error}")))?;
+fn json_body<T: Serialize>(body: &T) -> Result<Option<Bytes>, Error> {
+    let body =
+        serde_json::to_vec(body).map_err(|error| Error::Invalid(format!("the request cannot be written as JSON: {error}")))?;
     Ok(Some(body.into()))
 }
 
-fn text<T: ToString>(value: &Option<T>) -> Option<String> {
+fn optional_text<T: ToString>(value: &Option<T>) -> Option<String> {
     value.as_ref().map(T::to_string)
 }
 
-/// Appends the parameters that are there; a URL without any keeps no lone `?`.
+/// Appends the parameters that have a value. A URL without parameters gets no trailing `?`.
 fn set_query(url: &mut Url, parameters: &[(&str, Option<String>)]) {
     for (name, value) in parameters {
         if let Some(value) = value {
@@ -419,7 +423,7 @@ fn set_query(url: &mut Url, parameters: &[(&str, Option<String>)]) {
 fn add_filters(url: &mut Url, filters: &ListUploads) -> Result<(), Error> {
     let at = |time: Option<OffsetDateTime>| {
         let written = time.map(|time| time.to_offset(time::UtcOffset::UTC).format(&Rfc3339)).transpose();
-        written.map_err(|_| Error::Invalid("the filter's time has no RFC 3339 form".to_owned()))
+        written.map_err(|_| Error::Invalid("the filter's time cannot be written as RFC 3339".to_owned()))
     };
     set_query(url, &[("topic", filters.topic.clone())]);
     for state in &filters.state {
@@ -432,7 +436,7 @@ fn add_filters(url: &mut Url, filters: &ListUploads) -> Result<(), Error> {
             ("created_after", at(filters.created_after)?),
             ("created_before", at(filters.created_before)?),
             ("tenant", filters.tenant.clone()),
-            ("limit", text(&filters.limit)),
+            ("limit", optional_text(&filters.limit)),
             ("cursor", filters.cursor.clone()),
         ],
     );
@@ -440,27 +444,28 @@ fn add_filters(url: &mut Url, filters: &ListUploads) -> Result<(), Error> {
 }
 
 #[derive(serde::Deserialize)]
-struct LooseTopicPage {
-    items: Vec<LooseTopic>,
+struct LenientTopicPage {
+    items: Vec<LenientTopic>,
     next_cursor: Option<String>,
 }
 
 #[derive(serde::Deserialize)]
-struct LooseTopic {
+struct LenientTopic {
     topic: String,
     policy: serde_json::Value,
 }
 
-/// Reads a policy from an answer: as a request it refuses members it does not know, as an answer it may have grown some.
-fn known(mut policy: serde_json::Value) -> Result<Policy, Error> {
-    let misfit = |error: serde_json::Error| Error::Unexpected { status: 200, detail: quote(&error.to_string()) };
-    // Defaults are for what an older broker leaves out, not for an answer that is none of a policy.
+/// Parses a policy of a response. `Policy` rejects unknown members, as the broker does in requests, so members of newer
+/// brokers are removed first.
+fn parse_policy(mut policy: serde_json::Value) -> Result<Policy, Error> {
+    let unexpected = |error: serde_json::Error| Error::Unexpected { status: 200, detail: quote(&error.to_string()) };
+    // Defaults replace members that an older broker does not send. A response without `enabled` is not a policy.
     if policy.get("enabled").is_none() {
-        return Err(Error::Unexpected { status: 200, detail: "the answer is not a policy: it has no `enabled`".to_owned() });
+        return Err(Error::Unexpected { status: 200, detail: "the response is not a policy: it has no `enabled`".to_owned() });
     }
-    let ours = serde_json::to_value(Policy::default()).map_err(misfit)?;
+    let known = serde_json::to_value(Policy::default()).map_err(unexpected)?;
     if let Some(members) = policy.as_object_mut() {
-        members.retain(|name, _| ours.get(name).is_some());
+        members.retain(|name, _| known.get(name).is_some());
     }
-    serde_json::from_value(policy).map_err(misfit)
+    serde_json::from_value(policy).map_err(unexpected)
 }

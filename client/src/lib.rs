@@ -1,12 +1,12 @@
-//! The contract of lfs-broker as code: what a producer or a consumer builds against.
+//! The client of lfs-broker, for producers and consumers.
 //!
-//! [`Client::upload`] takes bytes to a pointer in Kafka, [`Client::fetch`] takes a pointer back to verified
-//! bytes, and [`Consumer`] opens whatever records a topic has. Beneath them [`Client`] has a verb for each route,
-//! [`api`] the requests, answers and problems of the HTTP interface, [`mod@pointer`] the value of the record in Kafka,
-//! [`checksum`] the digests that all speak of. Nothing here knows a server.
+//! [`Client::upload`] uploads bytes and publishes their pointer to Kafka. [`Client::fetch`] downloads and verifies the
+//! bytes of a pointer. [`Consumer`] opens any record of a topic. [`Client`] also has a method for each route. [`api`]
+//! holds the requests, responses and problems of the HTTP interface, [`mod@pointer`] the value of the record in Kafka,
+//! and [`checksum`] the digests. This crate contains no server code.
 //!
-//! Where this crate says *upload*, the broker's database says *session*, S3 says *object*
-//! and Kafka says *pointer*: one thing at four stations.
+//! This crate says *upload*. The broker's database calls the same thing *session*, S3 calls its bytes *object*, and the
+//! record in Kafka is its *pointer*.
 //!
 //! # A producer
 //! ```no_run
@@ -35,26 +35,26 @@
 //! use lfs_broker_client::{Client, Consumer};
 //!
 //! # async fn consume(value: Option<&[u8]>, headers: Vec<(&str, &[u8])>) -> Result<(), lfs_broker_client::Error> {
-//! // With any Kafka client: the value and the headers of a record in, its bytes out, verified.
+//! // Any Kafka client works: pass the value and the headers of a record, and read its verified bytes.
 //! let consumer = Consumer::new(Client::new("http://127.0.0.1:8080")?);
 //! consumer.open_record("videos", value, headers).await?.content.save("order-17.mp4").await?;
 //! # Ok(())
 //! # }
 //! ```
-//! A consumer with own rights in S3 needs no broker: see [`Resolver::with_access`].
+//! A consumer with its own S3 credentials needs no broker: see [`Resolver::with_access`].
 //!
-//! # An upload that was interrupted
+//! # Resuming an upload
 //! ```no_run
 //! # async fn resume(client: lfs_broker_client::Client, id: uuid::Uuid) -> Result<(), lfs_broker_client::Error> {
 //! tokio::select! {
 //!     completed = client.upload("videos").resume(id, "order-17.mp4") => println!("{:?}", completed?.pointer),
-//!     // What is dropped stays open at the broker, for the next attempt.
+//!     // Dropping the future leaves the upload open at the broker, for the next attempt.
 //!     _ = tokio::signal::ctrl_c() => eprintln!("upload {id} can be resumed until it expires"),
 //! }
 //! # Ok(())
 //! # }
 //! ```
-//! [`Uploader::cancelled_by`] is for the opposite: it takes the upload back.
+//! [`Uploader::cancelled_by`] does the opposite: it aborts the upload.
 #![deny(missing_docs)]
 
 pub mod api;
@@ -80,7 +80,7 @@ mod transfer;
 
 #[cfg(feature = "keys")]
 pub use access::Keys;
-pub use access::{Access, Place};
+pub use access::{Access, ObjectLocation};
 pub use consumer::Consumer;
 pub use download::Download;
 pub use error::Error;
@@ -89,5 +89,5 @@ pub use options::UploadOptions;
 pub use progress::Progress;
 pub use resolve::{Resolver, Value};
 pub use retry::Retry;
-pub use save::{Saved, clean};
+pub use save::{SavedFile, remove_partial_downloads};
 pub use upload::Uploader;

@@ -1,6 +1,7 @@
-//! Puts the bytes of one upload: signs when a URL is needed, signs again when it ran out, tries again when it failed.
+//! Sends the bytes of one upload to S3. It signs a request when a URL is needed, signs again when the URL expired, and
+//! retries failed requests.
 //!
-//! URLs are asked for in windows as the parts come up, so that none is signed hours before its turn.
+//! Part URLs are signed in windows as the upload advances, so that none is signed hours before its use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,44 +18,46 @@ use crate::api::{Mode, OpenUpload, PARTS_PER_CALL, PartRequest, SignParts, Signe
 use crate::checksum::Sha256;
 use crate::error::Error;
 use crate::http::Client;
-use crate::progress::{Meter, Tally};
+use crate::progress::{AttemptCounter, ProgressTotals};
 use crate::retry::Backoff;
 use crate::source::{self, Source};
 use crate::storage;
 
-/// How often a PUT may ask for another signature: an expired URL needs one, a refused permission is not cured by more.
-const SIGNATURES: u32 = 2;
+/// The most new signatures of one PUT. An expired URL needs one. If S3 denies permission, more signatures do not help.
+const MAX_NEW_SIGNATURES: u32 = 2;
 
-/// How often bytes that storage found damaged go again: the line may have done it once; a changed source stays changed.
-const DAMAGED: u32 = 1;
+/// The most retries after S3 found a wrong checksum. The network may damage bytes once; a source that changed stays
+/// changed.
+const MAX_DIGEST_RETRIES: u32 = 1;
 
-/// A request and how long it may be used, by the local monotonic clock.
+/// A presigned request, and until when it may be used, by the local monotonic clock.
 #[derive(Debug, Clone)]
-pub(crate) struct Signed {
+pub(crate) struct PresignedRequest {
     request: SignedRequest,
-    until: Instant,
+    usable_until: Instant,
 }
 
-impl Signed {
-    /// `asked` is a time before it was signed; a tenth of its life, at most 10 seconds, is left for the way to storage.
-    pub(crate) fn new(request: SignedRequest, asked: Instant) -> Self {
-        let life = Duration::from_secs(request.expires_in.min(7 * 86_400));
-        Self { request, until: asked + (life - (life / 10).min(Duration::from_secs(10))) }
+impl PresignedRequest {
+    /// `requested_at` is a time before the request was signed. A tenth of its lifetime, at most 10 s, is reserved for the
+    /// way to S3.
+    pub(crate) fn new(request: SignedRequest, requested_at: Instant) -> Self {
+        let lifetime = Duration::from_secs(request.expires_in.min(7 * 86_400));
+        Self { request, usable_until: requested_at + (lifetime - (lifetime / 10).min(Duration::from_secs(10))) }
     }
 
-    fn is_fresh(&self) -> bool {
-        Instant::now() < self.until
+    fn is_usable(&self) -> bool {
+        Instant::now() < self.usable_until
     }
 }
 
-/// The request that opened an upload. Sent again under its key, it gives a single PUT a fresh URL.
+/// The request that opens an upload. Sent again with the same key, it returns a new URL for a single PUT.
 #[derive(Debug, Clone)]
-pub(crate) struct Opening {
-    pub(crate) request: OpenUpload,
-    pub(crate) key: String,
+pub(crate) struct OpenRequest {
+    pub(crate) body: OpenUpload,
+    pub(crate) idempotency_key: String,
 }
 
-/// Where a part lies in the whole.
+/// The offsets and sizes of the parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
     size: u64,
@@ -63,17 +66,20 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// The parts that the broker chose, if they make up the whole.
+    /// The parts that the broker chose. Fails if they do not add up to the upload's size.
     pub(crate) fn of(upload: &Upload) -> Result<Self, Error> {
-        let misfit = || Error::Unexpected {
+        let invalid = || Error::Unexpected {
             status: 200,
-            detail: format!("{:?} parts of {:?} bytes do not make up {} bytes", upload.part_count, upload.part_size, upload.size),
+            detail: format!(
+                "{:?} parts of {:?} bytes do not add up to {} bytes",
+                upload.part_count, upload.part_size, upload.size
+            ),
         };
-        let part_size = upload.part_size.filter(|size| *size > 0).ok_or_else(misfit)?;
-        let count = upload.part_count.filter(|count| *count <= 10_000).ok_or_else(misfit)?;
+        let part_size = upload.part_size.filter(|size| *size > 0).ok_or_else(invalid)?;
+        let count = upload.part_count.filter(|count| *count <= 10_000).ok_or_else(invalid)?;
         match source::part_count(upload.size, part_size) == u64::from(count) {
             true => Ok(Self { size: upload.size, part_size, count }),
-            false => Err(misfit()),
+            false => Err(invalid()),
         }
     }
 
@@ -87,7 +93,7 @@ impl Layout {
         (offset, self.part_size.min(self.size.saturating_sub(offset)))
     }
 
-    /// The numbers that `upload` lacks: all of them where it does not say.
+    /// The numbers of the parts that `upload` lacks; all numbers if it does not list them.
     pub(crate) fn missing(&self, upload: &Upload) -> BTreeSet<u32> {
         match &upload.missing_parts {
             Some(ranges) => ranges.iter().flat_map(|[from, to]| (*from).max(1)..=(*to).min(self.count)).collect(),
@@ -96,147 +102,148 @@ impl Layout {
     }
 }
 
-/// One PUT and what signs it.
-enum Slot<'a> {
-    Whole { id: Uuid, opening: Option<&'a Opening>, client: &'a Client },
-    Part { parts: &'a Parts<'a>, number: u32, hash: Option<Sha256> },
+/// The target of one PUT: the whole object or one part.
+enum PutTarget<'a> {
+    Whole { id: Uuid, open_request: Option<&'a OpenRequest>, client: &'a Client },
+    Part { uploader: &'a PartUploader<'a>, number: u32, hash: Option<Sha256> },
 }
 
-impl Slot<'_> {
-    /// A fresh request, or none where nothing can be put any more: complete will say why.
-    async fn sign(&self) -> Result<Option<Signed>, Error> {
+impl PutTarget<'_> {
+    /// A new presigned request, or `None` if the upload accepts no more PUTs. Then complete returns the reason.
+    async fn sign(&self) -> Result<Option<PresignedRequest>, Error> {
         match self {
-            Self::Part { parts, number, hash } => Ok(parts.sign(&[*number], *hash).await?.remove(number)),
-            Self::Whole { opening: None, .. } => Ok(None),
-            Self::Whole { id, opening: Some(opening), client } => {
-                let asked = Instant::now();
-                let (upload, _) = client.open_or_replay(&opening.request, Some(&opening.key)).await?;
+            Self::Part { uploader, number, hash } => Ok(uploader.sign(&[*number], *hash).await?.remove(number)),
+            Self::Whole { open_request: None, .. } => Ok(None),
+            Self::Whole { id, open_request: Some(open_request), client } => {
+                let requested_at = Instant::now();
+                let (upload, _) = client.open_or_replay(&open_request.body, Some(&open_request.idempotency_key)).await?;
                 if upload.id != *id {
                     return Err(Error::Invalid(format!("the idempotency key opened upload {}, not {id}", upload.id)));
                 }
                 let open = upload.state == UploadState::Open && upload.mode == Mode::Single;
-                Ok(upload.upload.filter(|_| open).map(|request| Signed::new(request, asked)))
+                Ok(upload.upload.filter(|_| open).map(|request| PresignedRequest::new(request, requested_at)))
             }
         }
     }
 }
 
-/// Puts the whole in one request.
-pub(crate) async fn put_whole(
+/// Sends all bytes in a single PUT.
+pub(crate) async fn put_single(
     client: &Client,
     upload: &Upload,
-    opened: Instant,
-    opening: Option<&Opening>,
+    requested_at: Instant,
+    open_request: Option<&OpenRequest>,
     source: &Source,
-    tally: &Arc<Tally>,
+    totals: &Arc<ProgressTotals>,
 ) -> Result<(), Error> {
-    let signed = upload.upload.clone().map(|request| Signed::new(request, opened));
-    put(client, &Slot::Whole { id: upload.id, opening, client }, signed, source, (0, upload.size), tally).await
+    let signed = upload.upload.clone().map(|request| PresignedRequest::new(request, requested_at));
+    put(client, &PutTarget::Whole { id: upload.id, open_request, client }, signed, source, (0, upload.size), totals).await
 }
 
 async fn put(
     client: &Client,
-    slot: &Slot<'_>,
-    mut signed: Option<Signed>,
+    target: &PutTarget<'_>,
+    mut signed: Option<PresignedRequest>,
     source: &Source,
     (offset, size): (u64, u64),
-    tally: &Arc<Tally>,
+    totals: &Arc<ProgressTotals>,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(client.settings().retry);
-    let (mut signatures, mut damaged) = (0, 0);
+    let (mut signatures, mut digest_failures) = (0, 0);
     loop {
-        let usable = match signed.filter(Signed::is_fresh) {
+        let presigned = match signed.filter(PresignedRequest::is_usable) {
             Some(fresh) => fresh,
-            None => match slot.sign().await? {
+            None => match target.sign().await? {
                 Some(fresh) => fresh,
                 None => return Ok(()),
             },
         };
-        let meter = Meter::new(tally);
-        let body = source.body(offset, size, &meter);
-        let Err(failure) = storage::put(&client.wire(), &usable.request, size, body, &meter).await else {
-            tally.part_done();
+        let counter = AttemptCounter::new(totals);
+        let body = source.body(offset, size, &counter);
+        let Err(failure) = storage::put(&client.storage_client(), &presigned.request, size, body, &counter).await else {
+            totals.part_done();
             return Ok(());
         };
-        meter.take_back();
+        counter.roll_back();
         let error = failure.error;
-        // The object exists: an earlier attempt arrived and its answer was lost. Complete looks at what is there.
-        if matches!(slot, Slot::Whole { .. }) && matches!(error, Error::Storage { status: 412, .. }) {
-            Meter::new(tally).add(size);
-            tally.part_done();
+        // The object exists: an earlier attempt succeeded and its response was lost. Complete verifies what is stored.
+        if matches!(target, PutTarget::Whole { .. }) && matches!(error, Error::Storage { status: 412, .. }) {
+            AttemptCounter::new(totals).add(size);
+            totals.part_done();
             return Ok(());
         }
-        signed = Some(usable);
-        let again = if error.wants_signature() {
+        signed = Some(presigned);
+        let retryable = if error.needs_new_signature() {
             signed = None;
             signatures += 1;
-            signatures <= SIGNATURES
+            signatures <= MAX_NEW_SIGNATURES
         } else if error.is_bad_digest() {
-            damaged += 1;
-            damaged <= DAMAGED
+            digest_failures += 1;
+            digest_failures <= MAX_DIGEST_RETRIES
         } else {
             error.is_transient()
         };
-        match if again { backoff.next(failure.retry_after) } else { None } {
+        match if retryable { backoff.next(failure.retry_after) } else { None } {
             Some(wait) => tokio::time::sleep(wait).await,
             None => return Err(error),
         }
     }
 }
 
-/// The parts of one upload.
-pub(crate) struct Parts<'a> {
+/// Uploads the parts of one multipart upload.
+pub(crate) struct PartUploader<'a> {
     client: &'a Client,
     id: Uuid,
     layout: Layout,
-    tally: &'a Arc<Tally>,
-    /// The parts' hashes, where they are known before signing.
+    totals: &'a Arc<ProgressTotals>,
+    /// The hashes of the parts, if they are known before signing.
     hashes: &'a [Sha256],
-    /// Whether `/parts` wants the hashes.
+    /// Whether the broker expects the hashes with each `/parts` call.
     deferred: AtomicBool,
-    window: Mutex<Window>,
+    window: Mutex<SigningWindow>,
 }
 
-/// What is signed and what is still to come.
+/// The parts that have a presigned request, and those that are not signed yet.
 #[derive(Default)]
-struct Window {
-    ready: BTreeMap<u32, Signed>,
-    waiting: BTreeSet<u32>,
+struct SigningWindow {
+    signed: BTreeMap<u32, PresignedRequest>,
+    unsigned: BTreeSet<u32>,
 }
 
-impl<'a> Parts<'a> {
-    /// `hashes` may be empty where each part's comes with its bytes, as in a stream.
+impl<'a> PartUploader<'a> {
+    /// `hashes` is empty if each part's hash is computed with its bytes, as in a stream.
     pub(crate) fn new(
         client: &'a Client,
         upload: &Upload,
         layout: Layout,
         hashes: &'a [Sha256],
         deferred: bool,
-        tally: &'a Arc<Tally>,
+        totals: &'a Arc<ProgressTotals>,
     ) -> Self {
         let deferred = AtomicBool::new(deferred);
-        Self { client, id: upload.id, layout, tally, hashes, deferred, window: Mutex::default() }
+        Self { client, id: upload.id, layout, totals, hashes, deferred, window: Mutex::default() }
     }
 
-    /// Puts the parts of `missing`, `concurrency` at a time; `first` are those that open signed.
+    /// Uploads the parts of `missing`, `concurrency` at a time. `signed_parts` are those that the response to open
+    /// signed.
     pub(crate) async fn put_missing(
         &self,
         source: &Source,
         missing: BTreeSet<u32>,
-        first: &[SignedPart],
-        opened: Instant,
+        signed_parts: &[SignedPart],
+        requested_at: Instant,
         concurrency: usize,
     ) -> Result<(), Error> {
         let numbers: Vec<u32> = missing.iter().copied().collect();
         {
             let mut window = self.window.lock().await;
-            for part in first {
-                self.check(part)?;
-                window.ready.insert(part.part_number, Signed::new(part.request.clone(), opened));
+            for part in signed_parts {
+                self.check_layout(part)?;
+                window.signed.insert(part.part_number, PresignedRequest::new(part.request.clone(), requested_at));
             }
-            window.waiting = missing;
+            window.unsigned = missing;
         }
-        let puts = numbers.into_iter().map(|number| self.put_one(source, number));
+        let puts = numbers.into_iter().map(|number| self.put_part(source, number));
         let mut puts = stream::iter(puts).buffer_unordered(concurrency.clamp(1, PARTS_PER_CALL));
         while let Some(done) = puts.next().await {
             done?;
@@ -244,13 +251,13 @@ impl<'a> Parts<'a> {
         Ok(())
     }
 
-    /// Puts all parts of a stream in order, one going up while the next one is read; gives back the hash of the whole.
+    /// Uploads all parts of a stream in order. One part is sent while the next is read. Returns the hash of the whole.
     pub(crate) async fn put_stream(&self, reader: &mut (dyn AsyncRead + Send + Unpin)) -> Result<Sha256, Error> {
         let mut reader = reader;
         let (bytes, hash, mut whole) = source::read_part(&mut reader, self.layout.part(1).1, sha2::Sha256::new()).await?;
         let mut current = (Source::Memory(bytes), hash);
         for number in 1..=self.layout.count {
-            let put = self.put_buffered(number, &current.0, current.1);
+            let put = self.put_buffered_part(number, &current.0, current.1);
             if number == self.layout.count {
                 put.await?;
                 break;
@@ -264,59 +271,62 @@ impl<'a> Parts<'a> {
         Ok(Sha256(whole.finalize().into()))
     }
 
-    async fn put_one(&self, source: &Source, number: u32) -> Result<(), Error> {
-        let signed = self.next_window(number).await?;
-        let slot = Slot::Part { parts: self, number, hash: None };
-        put(self.client, &slot, signed, source, self.layout.part(number), self.tally).await
+    async fn put_part(&self, source: &Source, number: u32) -> Result<(), Error> {
+        let signed = self.presigned_request(number).await?;
+        let target = PutTarget::Part { uploader: self, number, hash: None };
+        put(self.client, &target, signed, source, self.layout.part(number), self.totals).await
     }
 
-    async fn put_buffered(&self, number: u32, part: &Source, hash: Sha256) -> Result<(), Error> {
-        let slot = Slot::Part { parts: self, number, hash: Some(hash) };
-        put(self.client, &slot, None, part, (0, self.layout.part(number).1), self.tally).await
+    async fn put_buffered_part(&self, number: u32, part: &Source, hash: Sha256) -> Result<(), Error> {
+        let target = PutTarget::Part { uploader: self, number, hash: Some(hash) };
+        put(self.client, &target, None, part, (0, self.layout.part(number).1), self.totals).await
     }
 
-    /// The request for a part; where it is not there, this part and those after it are signed in one call.
-    async fn next_window(&self, number: u32) -> Result<Option<Signed>, Error> {
+    /// Returns the presigned request for a part. If there is none, this call signs this part and those after it.
+    async fn presigned_request(&self, number: u32) -> Result<Option<PresignedRequest>, Error> {
         let mut window = self.window.lock().await;
-        window.waiting.remove(&number);
-        if let Some(signed) = window.ready.remove(&number).filter(Signed::is_fresh) {
+        window.unsigned.remove(&number);
+        if let Some(signed) = window.signed.remove(&number).filter(PresignedRequest::is_usable) {
             return Ok(Some(signed));
         }
-        window.ready.retain(|_, signed| signed.is_fresh());
-        let unsigned = window.waiting.range(number..).filter(|other| !window.ready.contains_key(other));
+        window.signed.retain(|_, signed| signed.is_usable());
+        let unsigned = window.unsigned.range(number..).filter(|other| !window.signed.contains_key(other));
         let numbers: Vec<u32> = std::iter::once(number).chain(unsigned.copied()).take(PARTS_PER_CALL).collect();
-        // The lock is held on purpose: whoever comes next finds its part in this answer.
+        // The lock is held while signing, so that concurrent callers find their parts in this response.
         let mut signed = self.sign(&numbers, None).await?;
         let own = signed.remove(&number);
-        window.ready.append(&mut signed);
+        window.signed.append(&mut signed);
         Ok(own)
     }
 
-    /// Signs parts; `hash` is the hash of a single one whose bytes have just become known.
-    async fn sign(&self, numbers: &[u32], hash: Option<Sha256>) -> Result<BTreeMap<u32, Signed>, Error> {
-        let asked = Instant::now();
+    /// Signs parts. `hash` is the hash of a single part whose bytes have just been read.
+    async fn sign(&self, numbers: &[u32], hash: Option<Sha256>) -> Result<BTreeMap<u32, PresignedRequest>, Error> {
+        let requested_at = Instant::now();
         let deferred = self.deferred.load(Ordering::Relaxed);
-        let answer = match self.client.sign_parts(self.id, &self.request(numbers, hash, deferred)).await {
-            // Reading an upload does not tell how its hashes come: who resumes finds out here.
+        let response = match self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, deferred)).await {
+            // The state of an upload does not say whether its hashes are deferred. A resumed upload learns it from this
+            // error.
             Err(error) if !deferred && !self.hashes.is_empty() && error.is_problem("validation-failed") => {
-                let answer = self.client.sign_parts(self.id, &self.request(numbers, hash, true)).await?;
+                let response = self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, true)).await?;
                 self.deferred.store(true, Ordering::Relaxed);
-                answer
+                response
             }
             other => other?,
         };
         let mut signed = BTreeMap::new();
-        for part in answer.parts {
-            self.check(&part)?;
-            signed.insert(part.part_number, Signed::new(part.request, asked));
+        for part in response.parts {
+            self.check_layout(&part)?;
+            signed.insert(part.part_number, PresignedRequest::new(part.request, requested_at));
         }
         match numbers.iter().find(|number| !signed.contains_key(number)) {
             None => Ok(signed),
-            Some(number) => Err(Error::Unexpected { status: 200, detail: format!("part {number} was asked for and not signed") }),
+            Some(number) => {
+                Err(Error::Unexpected { status: 200, detail: format!("part {number} was requested, but not signed") })
+            }
         }
     }
 
-    fn request(&self, numbers: &[u32], hash: Option<Sha256>, deferred: bool) -> SignParts {
+    fn sign_parts_request(&self, numbers: &[u32], hash: Option<Sha256>, deferred: bool) -> SignParts {
         if !deferred {
             return SignParts { part_numbers: Some(numbers.to_vec()), parts: None };
         }
@@ -325,14 +335,14 @@ impl<'a> Parts<'a> {
         SignParts { part_numbers: None, parts: Some(numbers.iter().map(part).collect()) }
     }
 
-    /// A part that lies elsewhere than it was hashed would be refused by storage at best.
-    fn check(&self, part: &SignedPart) -> Result<(), Error> {
+    /// Checks the offset and size that the broker signed. A part at another offset would not match its hash.
+    fn check_layout(&self, part: &SignedPart) -> Result<(), Error> {
         let number = part.part_number;
         match (1..=self.layout.count).contains(&number) && self.layout.part(number) == (part.offset, part.size) {
             true => Ok(()),
             false => Err(Error::Unexpected {
                 status: 200,
-                detail: format!("part {number} of {} bytes at {} is not where it should be", part.size, part.offset),
+                detail: format!("part {number} has {} bytes at offset {}, which is not in the layout", part.size, part.offset),
             }),
         }
     }
@@ -374,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_equal_but_the_last() {
+    fn all_parts_but_the_last_have_the_same_size() {
         let layout = Layout::of(&upload(23, 10, 3, None)).unwrap();
         assert_eq!([1, 2, 3].map(|number| layout.part(number)), [(0, 10), (10, 10), (20, 3)]);
         for (size, part_size, count) in [(23, 10, 2), (23, 0, 3), (20_000, 1, 20_000), (23, 10, 4)] {
@@ -383,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_ranges_are_inclusive_and_stay_within_the_parts() {
+    fn missing_ranges_are_inclusive_and_limited_to_the_parts() {
         let of = |missing| {
             let upload = upload(50, 10, 5, missing);
             Layout::of(&upload).unwrap().missing(&upload).into_iter().collect::<Vec<_>>()
@@ -395,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_is_used_for_nine_tenths_of_its_life() {
+    fn a_signature_is_used_for_nine_tenths_of_its_lifetime() {
         let request = |expires_in| SignedRequest {
             method: "PUT".to_owned(),
             url: String::new(),
@@ -404,10 +414,10 @@ mod tests {
             expires_in,
         };
         let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
-        assert!(Signed::new(request(100), ago(80)).is_fresh());
-        assert!(!Signed::new(request(100), ago(91)).is_fresh());
-        assert!(Signed::new(request(900), ago(880)).is_fresh());
-        assert!(!Signed::new(request(900), ago(891)).is_fresh());
-        assert!(!Signed::new(request(0), ago(0)).is_fresh());
+        assert!(PresignedRequest::new(request(100), ago(80)).is_usable());
+        assert!(!PresignedRequest::new(request(100), ago(91)).is_usable());
+        assert!(PresignedRequest::new(request(900), ago(880)).is_usable());
+        assert!(!PresignedRequest::new(request(900), ago(891)).is_usable());
+        assert!(!PresignedRequest::new(request(0), ago(0)).is_usable());
     }
 }

@@ -1,55 +1,55 @@
-//! How far an upload has come, counted where the bytes leave.
+//! Upload progress, counted as the bytes are sent.
 
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// How far an upload has come.
+/// The progress of an upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes handed to storage; falls back when an attempt failed.
+    /// Bytes sent to storage. The count decreases when an attempt fails.
     pub bytes_done: u64,
-    /// Bytes in all.
+    /// All bytes of the upload.
     pub bytes_total: u64,
     /// Parts that storage has confirmed.
     pub parts_done: u32,
-    /// Parts in all; 1 for a single PUT.
+    /// All parts of the upload; 1 for a single PUT.
     pub parts_total: u32,
 }
 
-/// Who is told.
-pub(crate) type Report = Arc<dyn Fn(Progress) + Send + Sync>;
+/// The caller's progress callback.
+pub(crate) type ProgressCallback = Arc<dyn Fn(Progress) + Send + Sync>;
 
-/// The sums over all parts of an upload.
-pub(crate) struct Tally {
+/// The progress of an upload, summed over all its parts.
+pub(crate) struct ProgressTotals {
     bytes_done: AtomicU64,
     bytes_total: u64,
     parts_done: AtomicU32,
     parts_total: u32,
-    report: Option<Report>,
+    callback: Option<ProgressCallback>,
 }
 
-impl Tally {
-    pub(crate) fn new(bytes_total: u64, parts_total: u32, report: Option<Report>) -> Self {
-        Self { bytes_done: AtomicU64::new(0), bytes_total, parts_done: AtomicU32::new(0), parts_total, report }
+impl ProgressTotals {
+    pub(crate) fn new(bytes_total: u64, parts_total: u32, callback: Option<ProgressCallback>) -> Self {
+        Self { bytes_done: AtomicU64::new(0), bytes_total, parts_done: AtomicU32::new(0), parts_total, callback }
     }
 
-    /// Counts what storage held before this run.
-    pub(crate) fn begin_with(&self, bytes: u64, parts: u32) {
+    /// Counts the bytes and parts that storage already held before this run.
+    pub(crate) fn set_initial(&self, bytes: u64, parts: u32) {
         self.bytes_done.store(bytes, Ordering::Relaxed);
         self.parts_done.store(parts, Ordering::Relaxed);
-        self.tell();
+        self.notify();
     }
 
     pub(crate) fn part_done(&self) {
         self.parts_done.fetch_add(1, Ordering::Relaxed);
-        self.tell();
+        self.notify();
     }
 
-    fn tell(&self) {
-        if let Some(report) = &self.report {
-            report(Progress {
+    fn notify(&self) {
+        if let Some(callback) = &self.callback {
+            callback(Progress {
                 bytes_done: self.bytes_done.load(Ordering::Relaxed),
                 bytes_total: self.bytes_total,
                 parts_done: self.parts_done.load(Ordering::Relaxed),
@@ -59,73 +59,73 @@ impl Tally {
     }
 }
 
-impl fmt::Debug for Tally {
+impl fmt::Debug for ProgressTotals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tally").field("bytes_done", &self.bytes_done).finish_non_exhaustive()
+        f.debug_struct("ProgressTotals").field("bytes_done", &self.bytes_done).finish_non_exhaustive()
     }
 }
 
-/// The bytes of one attempt, and why its source failed if it did.
+/// The bytes of one attempt, and the error of its source.
 #[derive(Debug)]
-pub(crate) struct Meter {
-    tally: Arc<Tally>,
+pub(crate) struct AttemptCounter {
+    totals: Arc<ProgressTotals>,
     attempt: Mutex<Attempt>,
 }
 
 #[derive(Debug, Default)]
 struct Attempt {
-    sent: u64,
-    over: bool,
-    failure: Option<io::Error>,
+    sent_bytes: u64,
+    ended: bool,
+    source_error: Option<io::Error>,
 }
 
-impl Meter {
-    pub(crate) fn new(tally: &Arc<Tally>) -> Arc<Self> {
-        Arc::new(Self { tally: Arc::clone(tally), attempt: Mutex::default() })
+impl AttemptCounter {
+    pub(crate) fn new(totals: &Arc<ProgressTotals>) -> Arc<Self> {
+        Arc::new(Self { totals: Arc::clone(totals), attempt: Mutex::default() })
     }
 
     fn attempt(&self) -> MutexGuard<'_, Attempt> {
         self.attempt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn sent(&self) -> u64 {
-        self.attempt().sent
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.attempt().sent_bytes
     }
 
     pub(crate) fn add(&self, bytes: u64) {
         {
             let mut attempt = self.attempt();
-            // The connection may still ask for bytes for a moment after the attempt was given up.
-            if attempt.over {
+            // The connection may still poll the body for a moment after the attempt ended.
+            if attempt.ended {
                 return;
             }
-            attempt.sent += bytes;
-            self.tally.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+            attempt.sent_bytes += bytes;
+            self.totals.bytes_done.fetch_add(bytes, Ordering::Relaxed);
         }
-        self.tally.tell();
+        self.totals.notify();
     }
 
-    /// Takes the attempt's bytes out of the sums: they go again, or nowhere.
-    pub(crate) fn take_back(&self) {
+    /// Subtracts the attempt's bytes from the totals: a retry sends them again.
+    pub(crate) fn roll_back(&self) {
         {
             let mut attempt = self.attempt();
-            attempt.over = true;
-            self.tally.bytes_done.fetch_sub(attempt.sent, Ordering::Relaxed);
-            attempt.sent = 0;
+            attempt.ended = true;
+            self.totals.bytes_done.fetch_sub(attempt.sent_bytes, Ordering::Relaxed);
+            attempt.sent_bytes = 0;
         }
-        self.tally.tell();
+        self.totals.notify();
     }
 
-    /// Notes the source's failure and gives back one that ends the body.
-    pub(crate) fn fail(&self, error: io::Error) -> io::Error {
-        let ending = io::Error::new(error.kind(), error.to_string());
-        self.attempt().failure = Some(error);
-        ending
+    /// Records the source's error and returns a copy of it that ends the request body.
+    pub(crate) fn record_source_error(&self, error: io::Error) -> io::Error {
+        let copy = io::Error::new(error.kind(), error.to_string());
+        self.attempt().source_error = Some(error);
+        copy
     }
 
-    /// The source's failure, once.
-    pub(crate) fn failure(&self) -> Option<io::Error> {
-        self.attempt().failure.take()
+    /// Takes the source's error.
+    pub(crate) fn take_source_error(&self) -> Option<io::Error> {
+        self.attempt().source_error.take()
     }
 }
 
@@ -134,20 +134,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failed_attempts_are_taken_back() {
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&told);
-        let report: Report =
+    fn bytes_of_failed_attempts_are_subtracted() {
+        let reports = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&reports);
+        let callback: ProgressCallback =
             Arc::new(move |progress: Progress| sink.lock().unwrap().push((progress.bytes_done, progress.parts_done)));
-        let tally = Arc::new(Tally::new(30, 3, Some(report)));
-        tally.begin_with(10, 1);
-        let attempt = Meter::new(&tally);
+        let totals = Arc::new(ProgressTotals::new(30, 3, Some(callback)));
+        totals.set_initial(10, 1);
+        let attempt = AttemptCounter::new(&totals);
         attempt.add(7);
-        attempt.take_back();
+        attempt.roll_back();
         attempt.add(2);
-        let attempt = Meter::new(&tally);
+        let attempt = AttemptCounter::new(&totals);
         attempt.add(10);
-        tally.part_done();
-        assert_eq!(*told.lock().unwrap(), [(10, 1), (17, 1), (10, 1), (20, 1), (20, 2)]);
+        totals.part_done();
+        assert_eq!(*reports.lock().unwrap(), [(10, 1), (17, 1), (10, 1), (20, 1), (20, 2)]);
     }
 }

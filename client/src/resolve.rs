@@ -1,23 +1,23 @@
-//! From a record's value to a download: by the broker's signed URLs, or with own access to S3.
+//! Turns a record's value into a download: with the broker's signed URLs, or with direct access to S3.
 
 use bytes::Bytes;
 
-use crate::access::{Access, Place};
+use crate::access::{Access, ObjectLocation};
 use crate::api::ResolveOptions;
 use crate::download::Download;
 use crate::error::Error;
-use crate::http::{Client, Settings, http};
+use crate::http::{Client, Settings, http_client};
 use crate::pointer::{NotAPointer, Pointer, looks_like_pointer};
-use crate::storage::Wire;
-use crate::transfer::{Promise, Target};
+use crate::storage::StorageClient;
+use crate::transfer::{Expected, UrlSigner};
 
-/// What the serializer of our Java client uploads goes to a topic of its own, which is named so after the record's.
-const STAGING: &str = ".lfs-staging";
+/// The Java client's serializer uploads to a staging topic of this suffix.
+const STAGING_SUFFIX: &str = ".lfs-staging";
 
-/// Pieces of a large object that come at the same time.
-const LANES: usize = 4;
+/// How many ranges of a large object are read concurrently.
+const DEFAULT_CONCURRENCY: usize = 4;
 
-/// What a record carries.
+/// The content of a record's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value<'a> {
     /// The data itself.
@@ -27,10 +27,10 @@ pub enum Value<'a> {
 }
 
 impl<'a> Value<'a> {
-    /// Tells data from pointers by the envelope's published rule.
+    /// Distinguishes data from pointers by the envelope's published rule.
     ///
     /// # Errors
-    /// When the value begins like a pointer but cannot be read as one: handing it on as data would hide the loss.
+    /// When the value begins like a pointer but is invalid. Returning it as data would hide that the data is missing.
     pub fn of(record_value: &'a [u8]) -> Result<Self, NotAPointer> {
         match looks_like_pointer(record_value) {
             true => Pointer::parse(record_value).map(Self::Pointer),
@@ -40,15 +40,15 @@ impl<'a> Value<'a> {
 }
 
 impl Client {
-    /// Fetches the bytes that a record's value points to. They are verified while they are read.
+    /// Fetches the bytes of a record's pointer. They are verified while they are read.
     ///
     /// # Errors
-    /// [`Error::NotAPointer`], [`Error::Forbidden`], [`Error::Gone`], [`Error::Missing`], and what any call may meet.
+    /// [`Error::NotAPointer`], [`Error::Forbidden`], [`Error::Gone`], [`Error::Missing`], and the errors of any call.
     pub async fn fetch(&self, value: &[u8]) -> Result<Download, Error> {
         self.fetch_version(value, None).await
     }
 
-    /// Fetches a certain version: the record's `lfs-version-id` header.
+    /// Fetches one version of the object: the record's `lfs-version-id` header.
     ///
     /// # Errors
     /// As [`Client::fetch`].
@@ -56,7 +56,7 @@ impl Client {
         Resolver::from(self.clone()).fetch_version(value, version_id).await
     }
 
-    /// Fetches what a record of this topic points to; see [`Resolver::fetch_record`].
+    /// Fetches the bytes of the pointer in a record of this topic; see [`Resolver::fetch_record`].
     ///
     /// # Errors
     /// As [`Resolver::fetch_record`].
@@ -65,131 +65,136 @@ impl Client {
     }
 }
 
-/// Fetches what pointers point to: through a broker, or straight from S3. Cloning is cheap and shares the connections.
+/// Fetches the bytes of pointers: with URLs from a broker, or directly from S3. Cloning is cheap and shares the
+/// connections.
 ///
 /// ```no_run
 /// use lfs_broker_client::{Access, Client, Keys, Resolver};
 ///
 /// # async fn fetch(record_value: &[u8]) -> Result<(), lfs_broker_client::Error> {
-/// // Whoever asks the broker needs a token, and no right in S3.
-/// let asking = Resolver::from(Client::new("http://127.0.0.1:8080")?.with_token("…"));
-/// // Whoever has keys needs no broker. Pointers are followed into these buckets and prefixes only.
-/// let own = Resolver::with_access(Access::with_keys(Keys::from_environment()?).allow("lfs", "acme/"))?;
-/// own.fetch(record_value).await?.to_file("order-17.mp4").await?;
+/// // With a broker, the reader needs a token and no S3 credentials.
+/// let with_broker = Resolver::from(Client::new("http://127.0.0.1:8080")?.with_token("…"));
+/// // With S3 credentials, the reader needs no broker. Only pointers into these buckets and prefixes are followed.
+/// let with_keys = Resolver::with_access(Access::with_keys(Keys::from_environment()?).allow("lfs", "acme/"))?;
+/// with_keys.fetch(record_value).await?.to_file("order-17.mp4").await?;
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug, Clone)]
 pub struct Resolver {
-    wire: Wire,
-    way: Way,
-    lanes: usize,
+    storage_client: StorageClient,
+    signing_method: SigningMethod,
+    concurrency: usize,
 }
 
 #[derive(Debug, Clone)]
-enum Way {
+enum SigningMethod {
     Broker(Client),
-    Own(Access),
+    Access(Access),
 }
 
 impl From<Client> for Resolver {
-    /// Asks the broker for a signed URL each time.
+    /// Requests a signed URL from the broker for each pointer.
     fn from(client: Client) -> Self {
-        Self { wire: client.wire(), way: Way::Broker(client), lanes: LANES }
+        Self {
+            storage_client: client.storage_client(),
+            signing_method: SigningMethod::Broker(client),
+            concurrency: DEFAULT_CONCURRENCY,
+        }
     }
 }
 
 impl Resolver {
-    /// Fetches with own access to S3, without a broker.
+    /// Fetches directly from S3, without a broker.
     ///
     /// # Errors
     /// When no HTTP client can be built.
     pub fn with_access(access: Access) -> Result<Self, Error> {
-        let wire = Wire { http: http()?, settings: Settings::default() };
-        Ok(Self { wire, way: Way::Own(access), lanes: LANES })
+        let storage_client = StorageClient { http: http_client()?, settings: Settings::default() };
+        Ok(Self { storage_client, signing_method: SigningMethod::Access(access), concurrency: DEFAULT_CONCURRENCY })
     }
 
-    /// The same with other patience.
+    /// Returns the resolver with other timeouts and retries.
     #[must_use]
     pub fn with_settings(mut self, settings: Settings) -> Self {
-        self.wire.settings = settings;
+        self.storage_client.settings = settings;
         self
     }
 
     pub(crate) fn settings(&self) -> Settings {
-        self.wire.settings
+        self.storage_client.settings
     }
 
-    /// The same with so many pieces of a large object under way at a time (4 otherwise), 8 MiB of memory each. With 1
-    /// it comes in one stream.
+    /// Returns the resolver with this number of concurrent ranges for a large object (default 4), 8 MiB of memory each.
+    /// With 1, the object comes in one stream.
     #[must_use]
-    pub fn with_concurrency(mut self, lanes: usize) -> Self {
-        self.lanes = lanes.max(1);
+    pub fn with_concurrency(mut self, concurrency: usize) -> Self {
+        self.concurrency = concurrency.max(1);
         self
     }
 
-    /// Fetches the bytes that a record's value points to. They are verified while they are read.
+    /// Fetches the bytes of a record's pointer. They are verified while they are read.
     ///
     /// # Errors
-    /// [`Error::NotAPointer`], [`Error::Forbidden`], [`Error::Gone`], [`Error::Missing`], and what any call may meet.
+    /// [`Error::NotAPointer`], [`Error::Forbidden`], [`Error::Gone`], [`Error::Missing`], and the errors of any call.
     pub async fn fetch(&self, value: &[u8]) -> Result<Download, Error> {
         self.fetch_version(value, None).await
     }
 
-    /// Fetches a certain version: the record's `lfs-version-id` header.
+    /// Fetches one version of the object: the record's `lfs-version-id` header.
     ///
     /// # Errors
     /// As [`Resolver::fetch`].
     pub async fn fetch_version(&self, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
-        self.fetch_bound(None, value, version_id).await
+        self.fetch_for_topic(None, value, version_id).await
     }
 
-    /// Fetches what a record of this topic points to. The broker refuses a pointer that was copied from another topic: only
-    /// the topic's own uploads are followed, and those of `<topic>.lfs-staging`, where our Java serializer puts them. With
-    /// own access to S3 the buckets and prefixes that it allows decide, as ever.
+    /// Fetches the bytes of the pointer in a record of this topic. The broker refuses a pointer that was copied from
+    /// another topic: the upload must belong to this topic, or to `<topic>.lfs-staging`, where the Java serializer
+    /// uploads. With direct access to S3, only the allowed buckets and prefixes are checked.
     ///
     /// # Errors
     /// As [`Resolver::fetch`], and the problem `pointer-forbidden`.
     pub async fn fetch_record(&self, topic: &str, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
-        self.fetch_bound(Some(topic), value, version_id).await
+        self.fetch_for_topic(Some(topic), value, version_id).await
     }
 
-    async fn fetch_bound(&self, topic: Option<&str>, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
+    async fn fetch_for_topic(&self, topic: Option<&str>, value: &[u8], version_id: Option<&str>) -> Result<Download, Error> {
         let pointer = Pointer::parse_any_order(value)?;
-        let topic = topic.map(|topic| owner(topic, &pointer));
+        let topic = topic.map(|topic| owning_topic(topic, &pointer));
         let version_id = version_id.map(str::to_owned);
-        let target = match &self.way {
-            Way::Broker(client) => Target::Broker {
+        let signer = match &self.signing_method {
+            SigningMethod::Broker(client) => UrlSigner::Broker {
                 client: client.clone(),
                 value: Bytes::copy_from_slice(value),
                 options: ResolveOptions { version_id, topic, validate: false },
             },
-            Way::Own(access) => {
-                let place = Place { bucket: pointer.bucket.clone(), key: pointer.key.clone(), version_id };
-                Target::Own { access: access.clone(), place }
+            SigningMethod::Access(access) => {
+                let location = ObjectLocation { bucket: pointer.bucket.clone(), key: pointer.key.clone(), version_id };
+                UrlSigner::Access { access: access.clone(), location }
             }
         };
-        let promise = Promise { size: Some(pointer.size), limit: pointer.size, digest: pointer.digest() };
-        Download::begin(self.wire.clone(), target, promise, self.lanes, Some(pointer)).await
+        let expected = Expected { size: Some(pointer.size), limit: pointer.size, digest: pointer.digest() };
+        Download::start(self.storage_client.clone(), signer, expected, self.concurrency, Some(pointer)).await
     }
 
-    /// Fetches an object by its name alone, with own access. Nothing vouches for its bytes: they cannot be verified, only
-    /// kept to at most `limit` of them, and to those of one object.
+    /// Fetches an object by its name, directly from S3. Nothing declares its size or digest, so the bytes are not
+    /// verified. They are limited to `limit` bytes, and all come from the same object.
     ///
     /// # Errors
-    /// [`Error::Forbidden`], [`Error::Missing`], [`Error::TooLarge`], and [`Error::Invalid`] without own access.
-    pub async fn fetch_object(&self, place: Place, limit: u64) -> Result<Download, Error> {
-        let Way::Own(access) = &self.way else {
-            return Err(Error::Invalid("an object without a pointer needs own access to S3".to_owned()));
+    /// [`Error::Forbidden`], [`Error::Missing`], [`Error::TooLarge`], and [`Error::Invalid`] without direct access to S3.
+    pub async fn fetch_object(&self, location: ObjectLocation, limit: u64) -> Result<Download, Error> {
+        let SigningMethod::Access(access) = &self.signing_method else {
+            return Err(Error::Invalid("an object without a pointer needs direct access to S3".to_owned()));
         };
-        let target = Target::Own { access: access.clone(), place };
-        Download::begin(self.wire.clone(), target, Promise { size: None, limit, digest: None }, 1, None).await
+        let signer = UrlSigner::Access { access: access.clone(), location };
+        Download::start(self.storage_client.clone(), signer, Expected { size: None, limit, digest: None }, 1, None).await
     }
 }
 
-/// The topic that a pointer's object must belong to where it was read from `topic`.
-fn owner(topic: &str, pointer: &Pointer) -> String {
-    let staging = format!("{topic}{STAGING}");
+/// The topic that the object must belong to: `topic` or its staging topic.
+fn owning_topic(topic: &str, pointer: &Pointer) -> String {
+    let staging = format!("{topic}{STAGING_SUFFIX}");
     if pointer.key.contains(&format!("/{staging}/lfs/")) { staging } else { topic.to_owned() }
 }
 
@@ -198,18 +203,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_bound_to_its_own_topic_or_to_the_staging_topic_of_that_one() {
-        let owner = |key: &str| {
-            owner("t", &Pointer::parse(format!(r#"{{"kfs_lfs":1,"bucket":"b","key":"{key}","size":1}}"#).as_bytes()).unwrap())
+    fn a_pointer_belongs_to_the_records_topic_or_to_its_staging_topic() {
+        let owning_topic = |key: &str| {
+            owning_topic(
+                "t",
+                &Pointer::parse(format!(r#"{{"kfs_lfs":1,"bucket":"b","key":"{key}","size":1}}"#).as_bytes()).unwrap(),
+            )
         };
-        assert_eq!(owner("acme/t/lfs/2026/x"), "t");
-        assert_eq!(owner("acme/other/lfs/2026/x"), "t");
-        assert_eq!(owner("acme/t.lfs-staging/lfs/2026/x"), "t.lfs-staging");
-        assert_eq!(owner("acme/other.lfs-staging/lfs/2026/x"), "t");
+        assert_eq!(owning_topic("acme/t/lfs/2026/x"), "t");
+        assert_eq!(owning_topic("acme/other/lfs/2026/x"), "t");
+        assert_eq!(owning_topic("acme/t.lfs-staging/lfs/2026/x"), "t.lfs-staging");
+        assert_eq!(owning_topic("acme/other.lfs-staging/lfs/2026/x"), "t");
     }
 
     #[test]
-    fn a_value_is_data_or_a_pointer_and_never_a_broken_pointer_as_data() {
+    fn an_invalid_pointer_is_an_error_and_not_data() {
         assert_eq!(Value::of(b"plain"), Ok(Value::Inline(b"plain")));
         assert_eq!(Value::of(b"{\"a\":1}"), Ok(Value::Inline(b"{\"a\":1}")));
         let json = br#"{"kfs_lfs":1,"bucket":"b","key":"k","size":1}"#;

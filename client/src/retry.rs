@@ -1,33 +1,34 @@
-//! How often and how patiently a failed step is tried again.
+//! How often a failed step is retried, and how long the client waits in between.
 
 use std::time::Duration;
 
-/// Bounds of trying again: by number, and by the time spent waiting in between.
+/// Limits of the retries: by number of attempts, and by total waiting time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
-    /// Most attempts, the first one included.
+    /// The most attempts, including the first.
     pub attempts: u32,
-    /// The wait after the first failure; it doubles with each further one.
+    /// The wait after the first failure. It doubles with each further failure.
     pub first_wait: Duration,
-    /// The longest wait that doubling leads to. A `Retry-After` may ask for more.
+    /// The longest wait between two attempts. A `Retry-After` header may ask for more.
     pub longest_wait: Duration,
-    /// The longest time spent waiting over all attempts. A `Retry-After` that exceeds what is left ends the attempts at once.
-    pub all_waits: Duration,
+    /// The longest total waiting time of all attempts. A `Retry-After` beyond the rest of it ends the attempts at once.
+    pub total_wait: Duration,
 }
 
 impl Default for Retry {
-    /// Seven attempts over 6 to 13 seconds: longer than a broker needs to restart, shorter than a person waits for a typing error.
+    /// Seven attempts over 6 to 13 seconds. A broker restarts in less time, and a user with a wrong address does not wait
+    /// long for the error.
     fn default() -> Self {
         Self {
             attempts: 7,
             first_wait: Duration::from_millis(200),
             longest_wait: Duration::from_secs(10),
-            all_waits: Duration::from_secs(60),
+            total_wait: Duration::from_secs(60),
         }
     }
 }
 
-/// The attempts of one step as they are used up.
+/// The attempts of one step that are left.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     retry: Retry,
@@ -40,26 +41,26 @@ impl Backoff {
         Self { retry, failures: 0, waited: Duration::ZERO }
     }
 
-    /// How long to wait before the next attempt, or none when there is none.
+    /// The wait before the next attempt, or `None` when no attempt is left.
     pub(crate) fn next(&mut self, retry_after: Option<Duration>) -> Option<Duration> {
-        self.next_with(retry_after, fastrand::f64())
+        self.next_with_random(retry_after, fastrand::f64())
     }
 
-    /// The same with `chance` from 0 to 1 in place of randomness.
+    /// The same with `random` from 0 to 1 in place of a random number.
     ///
-    /// Waits are spread over their upper half, so that clients that failed together do not come back together.
-    fn next_with(&mut self, retry_after: Option<Duration>, chance: f64) -> Option<Duration> {
+    /// The wait is random between half and all of its length, so that clients that failed together do not retry together.
+    fn next_with_random(&mut self, retry_after: Option<Duration>, random: f64) -> Option<Duration> {
         self.failures += 1;
         if self.failures >= self.retry.attempts {
             return None;
         }
         let doubled = self.retry.first_wait.saturating_mul(1 << (self.failures - 1).min(30));
-        let spread = doubled.min(self.retry.longest_wait).mul_f64(0.5 + chance / 2.0);
-        let left = self.retry.all_waits.saturating_sub(self.waited);
-        // What the server asked for is a floor, and it asked all of them for the same: a quarter of it sets them apart.
-        let wait = retry_after.map_or(spread, |asked| {
-            let late = asked.max(spread).saturating_add(asked.mul_f64(chance / 4.0));
-            late.min(left.max(asked))
+        let spread = doubled.min(self.retry.longest_wait).mul_f64(0.5 + random / 2.0);
+        let left = self.retry.total_wait.saturating_sub(self.waited);
+        // The server's `Retry-After` is the minimum. All clients got the same value, so up to a quarter of it is added.
+        let wait = retry_after.map_or(spread, |retry_after_wait| {
+            let delayed = retry_after_wait.max(spread).saturating_add(retry_after_wait.mul_f64(random / 4.0));
+            delayed.min(left.max(retry_after_wait))
         });
         if wait > left {
             return None;
@@ -68,14 +69,14 @@ impl Backoff {
         Some(wait)
     }
 
-    /// Starts anew after progress. What counts as progress must be bounded by the caller, else nothing is.
-    pub(crate) fn progressed(&mut self) {
+    /// Resets attempts and waiting time after progress. The caller must limit how often that happens.
+    pub(crate) fn reset(&mut self) {
         self.failures = 0;
         self.waited = Duration::ZERO;
     }
 }
 
-/// Reads `Retry-After` in its form of whole seconds, the only one that the contract uses.
+/// Parses `Retry-After` as whole seconds, the only form that the broker sends.
 pub(crate) fn retry_after(headers: &reqwest::header::HeaderMap) -> Option<Duration> {
     let value = headers.get(reqwest::header::RETRY_AFTER)?.to_str().ok()?;
     value.trim().parse().ok().map(Duration::from_secs)
@@ -89,19 +90,19 @@ mod tests {
         attempts: 5,
         first_wait: Duration::from_millis(100),
         longest_wait: Duration::from_millis(300),
-        all_waits: Duration::from_secs(3),
+        total_wait: Duration::from_secs(3),
     };
 
     #[test]
-    fn waits_double_up_to_the_longest_and_end_with_the_attempts() {
+    fn waits_double_up_to_the_limit_and_end_with_the_attempts() {
         let mut backoff = Backoff::new(RETRY);
-        let waits: Vec<_> = std::iter::from_fn(|| backoff.next_with(None, 1.0)).map(|wait| wait.as_millis()).collect();
+        let waits: Vec<_> = std::iter::from_fn(|| backoff.next_with_random(None, 1.0)).map(|wait| wait.as_millis()).collect();
         assert_eq!(waits, [100, 200, 300, 300]);
     }
 
     #[test]
     fn jitter_takes_up_to_half() {
-        assert_eq!(Backoff::new(RETRY).next_with(None, 0.0), Some(Duration::from_millis(50)));
+        assert_eq!(Backoff::new(RETRY).next_with_random(None, 0.0), Some(Duration::from_millis(50)));
         for _ in 0..100 {
             let wait = Backoff::new(RETRY).next(None).unwrap();
             assert!((Duration::from_millis(50)..=Duration::from_millis(100)).contains(&wait), "{wait:?}");
@@ -109,31 +110,32 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_a_floor_and_the_total_a_ceiling() {
+    fn retry_after_is_the_minimum_and_the_total_wait_the_maximum() {
         let mut backoff = Backoff::new(RETRY);
-        assert_eq!(backoff.next_with(Some(Duration::from_secs(2)), 0.0), Some(Duration::from_secs(2)));
-        assert_eq!(backoff.next_with(Some(Duration::from_secs(2)), 0.0), None);
+        assert_eq!(backoff.next_with_random(Some(Duration::from_secs(2)), 0.0), Some(Duration::from_secs(2)));
+        assert_eq!(backoff.next_with_random(Some(Duration::from_secs(2)), 0.0), None);
     }
 
     #[test]
-    fn clients_that_were_sent_away_together_do_not_come_back_together() {
-        let retry = Retry { all_waits: Duration::from_secs(60), ..RETRY };
-        let wait = |asked, chance| Backoff::new(retry).next_with(Some(Duration::from_secs(asked)), chance);
+    fn clients_with_the_same_retry_after_do_not_retry_together() {
+        let retry = Retry { total_wait: Duration::from_secs(60), ..RETRY };
+        let wait =
+            |retry_after_wait, random| Backoff::new(retry).next_with_random(Some(Duration::from_secs(retry_after_wait)), random);
         assert_eq!(wait(8, 0.0), Some(Duration::from_secs(8)));
         assert_eq!(wait(8, 1.0), Some(Duration::from_secs(10)));
-        // What can be waited for is not put off beyond all patience.
+        // The random extra does not exceed the total waiting time.
         assert_eq!(wait(60, 1.0), Some(Duration::from_secs(60)));
-        // Whatever a server makes of it.
+        // A huge value does not overflow.
         assert_eq!(wait(u64::MAX, 1.0), None);
     }
 
     #[test]
-    fn progress_gives_attempts_and_time_back() {
-        let mut backoff = Backoff::new(Retry { attempts: 2, all_waits: Duration::from_millis(150), ..RETRY });
-        assert!(backoff.next_with(None, 1.0).is_some());
-        assert!(backoff.next_with(None, 1.0).is_none());
-        backoff.progressed();
-        assert_eq!(backoff.next_with(None, 1.0), Some(Duration::from_millis(100)));
+    fn a_reset_restores_attempts_and_waiting_time() {
+        let mut backoff = Backoff::new(Retry { attempts: 2, total_wait: Duration::from_millis(150), ..RETRY });
+        assert!(backoff.next_with_random(None, 1.0).is_some());
+        assert!(backoff.next_with_random(None, 1.0).is_none());
+        backoff.reset();
+        assert_eq!(backoff.next_with_random(None, 1.0), Some(Duration::from_millis(100)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Bytes that can be read again: a file or memory, cut into parts, hashed before they go up.
+//! Bytes that can be read several times: a file or memory, split into parts and hashed before the upload.
 //!
-//! Nothing here holds more than a chunk of a file in memory.
+//! At most one chunk of a file is in memory.
 
 use std::fs;
 use std::io::{self, SeekFrom};
@@ -14,30 +14,30 @@ use sha2::Digest as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 
 use crate::checksum::Sha256;
-use crate::progress::Meter;
+use crate::progress::AttemptCounter;
 
-/// Bytes read at a time: large enough that a hop to the blocking pool costs little beside it.
+/// The bytes of one read. It is large, so that the switch to the blocking pool costs little in comparison.
 const CHUNK_BYTES: usize = 512 << 10;
 
-/// The part size where the caller names none: the broker's own default.
+/// The default part size. It is also the broker's.
 const PART_BYTES: u64 = 16 << 20;
 
-/// Most parts that S3 takes.
-const MOST_PARTS: u64 = 10_000;
+/// The most parts of an S3 multipart upload.
+const MAX_PARTS: u64 = 10_000;
 
 /// Part sizes grow in whole MiB.
 const MIB: u64 = 1 << 20;
 
-/// The size of a part for `size` bytes: what was asked for, or 16 MiB, grown until 10,000 parts suffice.
-pub(crate) fn part_size(size: u64, asked: Option<u64>) -> u64 {
-    let needed = size.div_ceil(MOST_PARTS);
-    match asked.unwrap_or(PART_BYTES).max(1) {
+/// The part size for `size` bytes: the requested size or 16 MiB, increased until 10,000 parts are enough.
+pub(crate) fn part_size(size: u64, requested: Option<u64>) -> u64 {
+    let needed = size.div_ceil(MAX_PARTS);
+    match requested.unwrap_or(PART_BYTES).max(1) {
         enough if enough >= needed => enough,
         _ => needed.div_ceil(MIB) * MIB,
     }
 }
 
-/// How many parts of `part_size` hold `size` bytes; nothing still takes one.
+/// The number of parts of `part_size` for `size` bytes. Zero bytes still need one part.
 pub(crate) fn part_count(size: u64, part_size: u64) -> u64 {
     size.div_ceil(part_size).max(1)
 }
@@ -45,15 +45,15 @@ pub(crate) fn part_count(size: u64, part_size: u64) -> u64 {
 /// The bytes of an upload.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    /// A file of the caller's.
+    /// The caller's file.
     File(PathBuf),
-    /// A temporary file that goes with its last user.
+    /// A temporary file. Dropping the last reference removes it.
     Spooled(Arc<tempfile::TempPath>),
     /// Memory.
     Memory(Bytes),
 }
 
-/// What one reading of a source found.
+/// The size and the hashes of a source, from one read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hashes {
     pub(crate) size: u64,
@@ -62,18 +62,18 @@ pub(crate) struct Hashes {
     pub(crate) parts: Vec<Sha256>,
 }
 
-/// Tells the hashing thread that nobody waits for it any more.
-struct Stop(Arc<AtomicBool>);
+/// Stops the hashing thread when the caller is dropped.
+struct StopOnDrop(Arc<AtomicBool>);
 
-impl Drop for Stop {
+impl Drop for StopOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
 impl Source {
-    /// The file, or the memory.
-    fn place(&self) -> Result<&Path, &Bytes> {
+    /// The path of the file, or the bytes in memory.
+    fn path_or_bytes(&self) -> Result<&Path, &Bytes> {
         match self {
             Self::File(path) => Ok(path),
             Self::Spooled(path) => Ok(path),
@@ -81,7 +81,7 @@ impl Source {
         }
     }
 
-    /// Keeps a reader's bytes in a temporary file: all of them, or exactly `size`.
+    /// Copies a reader's bytes to a temporary file: all of them, or exactly `size`.
     pub(crate) async fn spooled(mut reader: impl AsyncRead + Unpin, size: Option<u64>) -> io::Result<Self> {
         let (file, path) = tokio::task::spawn_blocking(tempfile::NamedTempFile::new).await??.into_parts();
         let mut file = tokio::fs::File::from_std(file);
@@ -91,61 +91,62 @@ impl Source {
         };
         tokio::io::AsyncWriteExt::flush(&mut file).await?;
         match size {
-            Some(size) if copied < size => Err(ended(copied, size)),
+            Some(size) if copied < size => Err(unexpected_end(copied, size)),
             _ => Ok(Self::Spooled(Arc::new(path))),
         }
     }
 
-    /// The size in bytes, as it is now.
+    /// The current size in bytes.
     pub(crate) async fn size(&self) -> io::Result<u64> {
-        let path = match self.place() {
+        let path = match self.path_or_bytes() {
             Ok(path) => path,
             Err(bytes) => return Ok(bytes.len() as u64),
         };
         let meta = tokio::fs::metadata(path).await?;
-        // A pipe or a directory has no size to promise.
+        // A pipe or a directory has no size that could be declared.
         match meta.is_file() {
             true => Ok(meta.len()),
             false => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a file", path.display()))),
         }
     }
 
-    /// Reads everything once: SHA-256 of the whole and of each part.
+    /// Reads all bytes once and computes the SHA-256 of the whole and of each part.
     pub(crate) async fn hash(&self, part_size: u64) -> io::Result<Hashes> {
         let source = self.clone();
         let stopped = Arc::new(AtomicBool::new(false));
-        let _stop = Stop(Arc::clone(&stopped));
-        tokio::task::spawn_blocking(move || match source.place() {
-            Ok(path) => hash(fs::File::open(path)?, part_size, &stopped),
-            Err(bytes) => hash(&bytes[..], part_size, &stopped),
+        let _stop = StopOnDrop(Arc::clone(&stopped));
+        tokio::task::spawn_blocking(move || match source.path_or_bytes() {
+            Ok(path) => hash_reader(fs::File::open(path)?, part_size, &stopped),
+            Err(bytes) => hash_reader(&bytes[..], part_size, &stopped),
         })
         .await?
     }
 
-    /// A request body of `size` bytes from `offset`, read as they go out and counted by `meter`.
-    pub(crate) fn body(&self, offset: u64, size: u64, meter: &Arc<Meter>) -> reqwest::Body {
+    /// A request body of `size` bytes from `offset`, read while it is sent, and counted by `counter`.
+    pub(crate) fn body(&self, offset: u64, size: u64, counter: &Arc<AttemptCounter>) -> reqwest::Body {
         if size == 0 {
             return reqwest::Body::from(Bytes::new());
         }
-        match self.place() {
-            Ok(path) => reqwest::Body::wrap_stream(file(path.to_owned(), offset, size, Arc::clone(meter))),
+        match self.path_or_bytes() {
+            Ok(path) => reqwest::Body::wrap_stream(file_stream(path.to_owned(), offset, size, Arc::clone(counter))),
             Err(bytes) => {
                 let range = usize::try_from(offset).ok().zip(usize::try_from(offset + size).ok());
                 let piece = range.filter(|(_, end)| *end <= bytes.len()).map(|(start, end)| bytes.slice(start..end));
-                // Out of range would be an empty body under a larger content-length, which no server takes.
-                reqwest::Body::wrap_stream(memory(piece.unwrap_or_default(), Arc::clone(meter)))
+                // A range outside the memory gives an empty body under a larger content-length, which every server
+                // refuses.
+                reqwest::Body::wrap_stream(memory_stream(piece.unwrap_or_default(), Arc::clone(counter)))
             }
         }
     }
 }
 
-fn hash(mut reader: impl io::Read, part_size: u64, stopped: &AtomicBool) -> io::Result<Hashes> {
+fn hash_reader(mut reader: impl io::Read, part_size: u64, stopped: &AtomicBool) -> io::Result<Hashes> {
     let mut chunk = vec![0; CHUNK_BYTES];
     let (mut whole, mut part) = (sha2::Sha256::new(), sha2::Sha256::new());
     let (mut size, mut left, mut parts) = (0, part_size, Vec::new());
     loop {
-        let most = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-        let read = match reader.read(&mut chunk[..most]) {
+        let max_bytes = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
+        let read = match reader.read(&mut chunk[..max_bytes]) {
             Ok(0) => break,
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -169,34 +170,35 @@ fn hash(mut reader: impl io::Read, part_size: u64, stopped: &AtomicBool) -> io::
     Ok(Hashes { size, part_size, whole: Sha256(whole.finalize().into()), parts })
 }
 
-fn ended(found: u64, expected: u64) -> io::Error {
+fn unexpected_end(found: u64, expected: u64) -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, format!("the source ended after {found} of {expected} bytes"))
 }
 
-fn memory(piece: Bytes, meter: Arc<Meter>) -> impl Stream<Item = io::Result<Bytes>> {
+fn memory_stream(piece: Bytes, counter: Arc<AttemptCounter>) -> impl Stream<Item = io::Result<Bytes>> {
     stream::unfold(piece, move |mut piece| {
         let chunk = piece.split_to(piece.len().min(CHUNK_BYTES));
-        meter.add(chunk.len() as u64);
+        counter.add(chunk.len() as u64);
         std::future::ready((!chunk.is_empty()).then_some((Ok(chunk), piece)))
     })
 }
 
-/// Reads a range of a file chunk by chunk. A source that fails is noted in the meter: to the sender it looks like a broken connection.
-fn file(path: PathBuf, offset: u64, size: u64, meter: Arc<Meter>) -> impl Stream<Item = io::Result<Bytes>> {
+/// Reads a range of a file in chunks. A read error is recorded in the counter, because the HTTP client reports it as a
+/// broken connection.
+fn file_stream(path: PathBuf, offset: u64, size: u64, counter: Arc<AttemptCounter>) -> impl Stream<Item = io::Result<Bytes>> {
     stream::try_unfold((None, size), move |(file, left)| {
-        let (path, meter) = (path.clone(), Arc::clone(&meter));
+        let (path, counter) = (path.clone(), Arc::clone(&counter));
         async move {
             if left == 0 {
                 return Ok(None);
             }
             match next_chunk(file, &path, offset, left).await {
-                Ok((_, chunk)) if chunk.is_empty() => Err(meter.fail(ended(size - left, size))),
+                Ok((_, chunk)) if chunk.is_empty() => Err(counter.record_source_error(unexpected_end(size - left, size))),
                 Ok((file, chunk)) => {
                     let taken = chunk.len() as u64;
-                    meter.add(taken);
+                    counter.add(taken);
                     Ok(Some((chunk, (Some(file), left - taken))))
                 }
-                Err(error) => Err(meter.fail(error)),
+                Err(error) => Err(counter.record_source_error(error)),
             }
         }
     })
@@ -211,26 +213,26 @@ async fn next_chunk(file: Option<tokio::fs::File>, path: &Path, offset: u64, lef
             file
         }
     };
-    let most = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-    let mut chunk = BytesMut::with_capacity(most);
-    // The buffer may have more room than was asked for, and the next part's bytes are not ours to send.
-    (&mut file).take(most as u64).read_buf(&mut chunk).await?;
+    let max_bytes = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
+    let mut chunk = BytesMut::with_capacity(max_bytes);
+    // The buffer's capacity may be larger than requested, and the following bytes belong to the next part.
+    (&mut file).take(max_bytes as u64).read_buf(&mut chunk).await?;
     Ok((file, chunk.freeze()))
 }
 
-/// Reads the next part of a stream into memory: `size` bytes, and both hashers fed.
+/// Reads the next part of a stream, `size` bytes, into memory, and updates both hashers.
 pub(crate) async fn read_part(
     reader: &mut (impl AsyncRead + Unpin),
     size: u64,
     mut whole: sha2::Sha256,
 ) -> io::Result<(Bytes, Sha256, sha2::Sha256)> {
-    let room = usize::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-    let mut part = Vec::with_capacity(room);
+    let capacity = usize::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let mut part = Vec::with_capacity(capacity);
     let read = reader.take(size).read_to_end(&mut part).await? as u64;
     if read < size {
-        return Err(ended(read, size));
+        return Err(unexpected_end(read, size));
     }
-    // Hashing takes tens of milliseconds a part: too long for a thread that other tasks share.
+    // Hashing a part takes tens of milliseconds, which is too long on a thread of the async runtime.
     let (part, hash, whole) = tokio::task::spawn_blocking(move || {
         whole.update(&part);
         let hash = Sha256::of(&part);
@@ -243,11 +245,11 @@ pub(crate) async fn read_part(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::progress::Tally;
+    use crate::progress::ProgressTotals;
     use futures_util::TryStreamExt as _;
 
     #[test]
-    fn parts_are_as_asked_and_grow_where_ten_thousand_do_not_suffice() {
+    fn part_sizes_are_as_requested_and_grow_when_ten_thousand_parts_are_not_enough() {
         assert_eq!(part_size(0, None), 16 << 20);
         assert_eq!(part_size(1 << 30, None), 16 << 20);
         assert_eq!(part_size(1 << 30, Some(5 << 20)), 5 << 20);
@@ -263,10 +265,10 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn one_reading_gives_the_hash_of_the_whole_and_of_each_part(
+        fn one_read_gives_the_hash_of_the_whole_and_of_each_part(
             bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200), size in 1_u64..64,
         ) {
-            let hashes = hash(&bytes[..], size, &AtomicBool::new(false)).unwrap();
+            let hashes = hash_reader(&bytes[..], size, &AtomicBool::new(false)).unwrap();
             let mut parts: Vec<_> = bytes.chunks(size as usize).map(Sha256::of).collect();
             if parts.is_empty() {
                 parts.push(Sha256::of(b""));
@@ -276,8 +278,8 @@ mod tests {
     }
 
     #[test]
-    fn hashing_ends_when_nobody_waits() {
-        let error = hash(&b"abc"[..], 2, &AtomicBool::new(true)).unwrap_err();
+    fn hashing_stops_when_its_caller_is_dropped() {
+        let error = hash_reader(&b"abc"[..], 2, &AtomicBool::new(true)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Interrupted);
     }
 
@@ -294,38 +296,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_part_is_its_range_and_nothing_of_the_next() {
+    async fn a_part_has_exactly_the_bytes_of_its_range() {
         let bytes: Vec<u8> = (0..3 * CHUNK_BYTES).map(|i| (i % 251) as u8).collect();
-        let (_keep, path) = a_file(&bytes);
+        let (_file, path) = a_file(&bytes);
         for (offset, size) in [(0, 7), (5, CHUNK_BYTES + 3), (CHUNK_BYTES, 2 * CHUNK_BYTES)] {
-            let meter = Meter::new(&Arc::new(Tally::new(bytes.len() as u64, 1, None)));
-            let sent = collect(file(path.clone(), offset as u64, size as u64, Arc::clone(&meter))).await.unwrap();
+            let counter = AttemptCounter::new(&Arc::new(ProgressTotals::new(bytes.len() as u64, 1, None)));
+            let sent = collect(file_stream(path.clone(), offset as u64, size as u64, Arc::clone(&counter))).await.unwrap();
             assert!(sent == bytes[offset..offset + size], "{offset} {size}");
-            assert_eq!(meter.sent(), size as u64);
+            assert_eq!(counter.sent_bytes(), size as u64);
 
-            let meter = Meter::new(&Arc::new(Tally::new(bytes.len() as u64, 1, None)));
+            let counter = AttemptCounter::new(&Arc::new(ProgressTotals::new(bytes.len() as u64, 1, None)));
             let piece = Bytes::copy_from_slice(&bytes[offset..offset + size]);
-            let sent = collect(memory(piece, Arc::clone(&meter))).await.unwrap();
+            let sent = collect(memory_stream(piece, Arc::clone(&counter))).await.unwrap();
             assert!(sent == bytes[offset..offset + size], "{offset} {size}");
-            assert_eq!(meter.sent(), size as u64);
+            assert_eq!(counter.sent_bytes(), size as u64);
         }
     }
 
     #[tokio::test]
-    async fn a_source_that_shrank_fails_as_such() {
-        let (_keep, path) = a_file(b"12345");
-        let meter = Meter::new(&Arc::new(Tally::new(9, 1, None)));
-        let error = collect(file(path, 0, 9, Arc::clone(&meter))).await.unwrap_err();
+    async fn a_source_that_became_shorter_is_an_unexpected_end() {
+        let (_file, path) = a_file(b"12345");
+        let counter = AttemptCounter::new(&Arc::new(ProgressTotals::new(9, 1, None)));
+        let error = collect(file_stream(path, 0, 9, Arc::clone(&counter))).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        assert_eq!(meter.failure().unwrap().to_string(), "the source ended after 5 of 9 bytes");
+        assert_eq!(counter.take_source_error().unwrap().to_string(), "the source ended after 5 of 9 bytes");
     }
 
     #[tokio::test]
-    async fn a_spooled_reader_is_a_file_of_exactly_its_bytes() {
+    async fn a_spooled_reader_becomes_a_file_with_exactly_its_bytes() {
         let source = Source::spooled(&b"123456789"[..], Some(4)).await.unwrap();
         assert_eq!(source.size().await.unwrap(), 4);
         assert_eq!(source.hash(16).await.unwrap().whole, Sha256::of(b"1234"));
-        let path = source.place().unwrap().to_owned();
+        let path = source.path_or_bytes().unwrap().to_owned();
         drop(source);
         assert!(!path.exists());
         let all = Source::spooled(&b"123456789"[..], None).await.unwrap();
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_is_read_a_part_at_a_time() {
+    async fn a_stream_is_read_one_part_at_a_time() {
         let mut reader = &b"123456789"[..];
         let (part, hash, whole) = read_part(&mut reader, 5, sha2::Sha256::new()).await.unwrap();
         assert_eq!((&part[..], hash), (&b"12345"[..], Sha256::of(b"12345")));

@@ -1,6 +1,6 @@
-//! Bytes on their way from storage: over as many connections as it takes, in one stream or in pieces side by side.
+//! Downloads from S3: in one stream, or in ranges that are read concurrently. Broken connections are retried.
 //!
-//! What was promised is the cap: no byte beyond it is taken, and every answer is held against it.
+//! The declared size is the limit: no byte beyond it is accepted, and every response is checked against it.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -14,102 +14,104 @@ use reqwest::{Response, StatusCode};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
-use crate::access::{Access, Place};
+use crate::access::{Access, ObjectLocation};
 use crate::api::{ErrorCode, ResolveAnswer, ResolveOptions, Resolved, SignedRequest};
 use crate::checksum::Digest;
 use crate::error::{Error, quote};
 use crate::http::Client;
 use crate::retry::Backoff;
-use crate::storage::{self, Wire};
+use crate::storage::{self, StorageClient};
 
-/// From this size on an object comes in pieces: below, more connections cost more than they bring.
-const PIECES_FROM: u64 = 32 << 20;
+/// An object of at least this size is read in concurrent ranges. For smaller objects, more connections cost more than
+/// they save.
+const MIN_SIZE_FOR_RANGES_BYTES: u64 = 32 << 20;
 
-/// A piece: as many as come side by side are held in memory.
-const PIECE_BYTES: u64 = 8 << 20;
+/// The size of one range. All ranges that are read concurrently are in memory.
+const RANGE_BYTES: u64 = 8 << 20;
 
-/// Bytes that make a broken download worth new attempts: fewer would let a peer string it along for ever.
-const PROGRESS_BYTES: u64 = 1 << 20;
+/// Progress of this many bytes resets the retries. A lower limit would let a server that sends a few bytes per connection
+/// keep the download alive for ever.
+const MIN_PROGRESS_BYTES: u64 = 1 << 20;
 
-/// How often a request may be signed again because it ran out without progress in between.
-const SIGNATURES: u32 = 2;
+/// The most new signatures of one range without progress in between.
+const MAX_NEW_SIGNATURES: u32 = 2;
 
-/// What the bytes are held against.
+/// What the bytes must match.
 #[derive(Debug, Clone)]
-pub(crate) struct Promise {
-    /// The exact size, where there is a pointer to name it.
+pub(crate) struct Expected {
+    /// The exact size, if a pointer declares it.
     pub(crate) size: Option<u64>,
-    /// No more than this is taken.
+    /// The most bytes that are accepted.
     pub(crate) limit: u64,
     pub(crate) digest: Option<Digest>,
 }
 
-/// Who says where the bytes are.
+/// Who signs the GETs.
 #[derive(Debug)]
-pub(crate) enum Target {
-    /// The broker, asked with the record's value.
+pub(crate) enum UrlSigner {
+    /// The broker, which resolves the record's value.
     Broker { client: Client, value: Bytes, options: ResolveOptions },
-    /// Own access.
-    Own { access: Access, place: Place },
+    /// The caller's access to S3.
+    Access { access: Access, location: ObjectLocation },
 }
 
-/// The way to one object, shared by all its pieces.
-pub(crate) struct Link {
-    wire: Wire,
-    target: Target,
-    promise: Promise,
-    held: Mutex<Held>,
-    /// The object's tag in the first answer: bytes of another object are not joined to it.
+/// The object to download, shared by all its ranges.
+pub(crate) struct DownloadSource {
+    storage_client: StorageClient,
+    signer: UrlSigner,
+    expected: Expected,
+    cached: Mutex<CachedUrl>,
+    /// The ETag in the first response. Bytes of an object with another ETag are not accepted.
     etag: OnceLock<String>,
 }
 
-/// The last signature, and how many there were before.
+/// The last signed request, and how many were signed so far.
 #[derive(Default)]
-struct Held {
+struct CachedUrl {
     request: Option<SignedRequest>,
     generation: u32,
     resolved: Option<Resolved>,
 }
 
-impl Link {
-    pub(crate) fn new(wire: Wire, target: Target, promise: Promise) -> Arc<Self> {
-        Arc::new(Self { wire, target, promise, held: Mutex::default(), etag: OnceLock::new() })
+impl DownloadSource {
+    pub(crate) fn new(storage_client: StorageClient, signer: UrlSigner, expected: Expected) -> Arc<Self> {
+        Arc::new(Self { storage_client, signer, expected, cached: Mutex::default(), etag: OnceLock::new() })
     }
 
-    /// What the broker said last.
+    /// The broker's last response to resolve.
     pub(crate) async fn resolved(&self) -> Option<Resolved> {
-        self.held.lock().await.resolved.clone()
+        self.cached.lock().await.resolved.clone()
     }
 
-    /// A signed GET, and which one it is.
+    /// A signed GET, and its generation.
     async fn request(&self) -> Result<(SignedRequest, u32), Error> {
-        let mut held = self.held.lock().await;
-        if let Some(request) = &held.request {
-            return Ok((request.clone(), held.generation));
+        let mut cached = self.cached.lock().await;
+        if let Some(request) = &cached.request {
+            return Ok((request.clone(), cached.generation));
         }
-        // The lock is held on purpose: other pieces find the answer.
-        let request = match &self.target {
-            Target::Own { access, place } => access.sign(place).await?,
-            Target::Broker { client, value, options } => {
-                let resolved = self.ask(client, value, options).await?;
-                held.resolved.insert(resolved).request.clone()
+        // The lock is held while signing, so that the other ranges use this request.
+        let request = match &self.signer {
+            UrlSigner::Access { access, location } => access.sign(location).await?,
+            UrlSigner::Broker { client, value, options } => {
+                let resolved = self.resolve(client, value, options).await?;
+                cached.resolved.insert(resolved).request.clone()
             }
         };
-        held.generation += 1;
-        Ok((held.request.insert(request).clone(), held.generation))
+        cached.generation += 1;
+        Ok((cached.request.insert(request).clone(), cached.generation))
     }
 
-    async fn ask(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
+    async fn resolve(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
         let answer = client.resolve(value, options).await.map_err(|error| match error {
-            // The broker looked, and the object is not the one of the pointer.
+            // The broker compared the object with the pointer, and their sizes differ.
             Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => {
-                let expected = self.promise.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
+                let expected = self.expected.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
                 Error::Corrupt { expected, found: problem.detail }
             }
             error => error,
         });
         match answer? {
-            ResolveAnswer::Resolved(resolved) => match self.promise.size {
+            ResolveAnswer::Resolved(resolved) => match self.expected.size {
                 Some(size) if size != resolved.size => Err(Error::Corrupt {
                     expected: format!("{size} bytes"),
                     found: format!("an object of {} bytes", resolved.size),
@@ -117,28 +119,28 @@ impl Link {
                 _ => Ok(resolved),
             },
             ResolveAnswer::Validated(_) => {
-                let detail = "a pointer was to be resolved and was only validated".to_owned();
+                let detail = "the broker validated the pointer instead of resolving it".to_owned();
                 Err(Error::Unexpected { status: 200, detail })
             }
         }
     }
 
-    /// Forgets a signature that was refused, unless another piece did already.
-    async fn refused(&self, generation: u32) {
-        let mut held = self.held.lock().await;
-        if held.generation == generation {
-            held.request = None;
+    /// Discards a refused signature, unless another range has already replaced it.
+    async fn discard_signature(&self, generation: u32) {
+        let mut cached = self.cached.lock().await;
+        if cached.generation == generation {
+            cached.request = None;
         }
     }
 
-    /// What a failure means here.
-    fn sorted(&self, error: Error) -> Error {
+    /// Converts an error of S3 to its meaning for a download.
+    fn classify(&self, error: Error) -> Error {
         match error {
             Error::Storage { status: 404, .. } => Error::Missing,
             Error::Storage { status: 412, .. } if self.etag.get().is_some() => {
-                Error::Corrupt { expected: "the object that the bytes before came from".to_owned(), found: "another".to_owned() }
+                Error::Corrupt { expected: "the object of the earlier bytes".to_owned(), found: "another object".to_owned() }
             }
-            Error::Storage { status: 403, .. } if matches!(self.target, Target::Own { .. }) => {
+            Error::Storage { status: 403, .. } if matches!(self.signer, UrlSigner::Access { .. }) => {
                 Error::Forbidden { reason: error.to_string(), problem: None }
             }
             error => error,
@@ -146,40 +148,45 @@ impl Link {
     }
 }
 
-/// Begins to fetch: the size, and the bytes in their order, not yet held against the digest.
-pub(crate) async fn begin(link: &Arc<Link>, lanes: usize) -> Result<(u64, BoxStream<'static, Result<Bytes, Error>>), Error> {
-    let (size, limit) = (link.promise.size, link.promise.limit);
-    let in_pieces = size.is_some_and(|size| size >= PIECES_FROM) && lanes > 1;
-    let end = if in_pieces { Some(PIECE_BYTES) } else { size };
-    let mut first = Stretch::new(link, 0, end);
+/// Starts the download. Returns the size and the bytes in order, not yet compared with the digest.
+pub(crate) async fn start(
+    source: &Arc<DownloadSource>,
+    concurrency: usize,
+) -> Result<(u64, BoxStream<'static, Result<Bytes, Error>>), Error> {
+    let (size, limit) = (source.expected.size, source.expected.limit);
+    let in_ranges = size.is_some_and(|size| size >= MIN_SIZE_FOR_RANGES_BYTES) && concurrency > 1;
+    let end = if in_ranges { Some(RANGE_BYTES) } else { size };
+    let mut first = RangeReader::new(source, 0, end);
     first.connect().await?;
-    // One that has no promised size has learnt it, or has no end at all.
+    // Without a declared size, the first response has set `end`, or the size is unknown.
     let (size, end) = match (size.or(first.end), first.end) {
         (Some(size), Some(end)) if size <= limit => (size, end),
         (Some(size), _) => return Err(Error::TooLarge { size, limit }),
-        (None, _) => return Err(Error::Unexpected { status: 200, detail: "storage does not say how large it is".to_owned() }),
+        (None, _) => {
+            return Err(Error::Unexpected { status: 200, detail: "storage did not send the size of the object".to_owned() });
+        }
     };
     if end == size {
         return Ok((size, first.stream()));
     }
-    let link = Arc::clone(link);
-    let starts = (1..size.div_ceil(PIECE_BYTES)).map(|number| number * PIECE_BYTES);
-    let rest = starts.map(move |at| Stretch::new(&link, at, Some((at + PIECE_BYTES).min(size))));
-    // Each in a task of its own, so that bytes arrive while others are hashed and written.
-    let pieces = stream::iter(std::iter::once(first).chain(rest)).map(|stretch| Task(tokio::spawn(stretch.collect())));
-    Ok((size, pieces.buffered(lanes).boxed()))
+    let source = Arc::clone(source);
+    let starts = (1..size.div_ceil(RANGE_BYTES)).map(|number| number * RANGE_BYTES);
+    let rest = starts.map(move |position| RangeReader::new(&source, position, Some((position + RANGE_BYTES).min(size))));
+    // Each range has its own task, so that bytes arrive while others are hashed and written.
+    let ranges = stream::iter(std::iter::once(first).chain(rest)).map(|reader| AbortOnDrop(tokio::spawn(reader.collect())));
+    Ok((size, ranges.buffered(concurrency).boxed()))
 }
 
-/// A task that ends with whoever waits for it.
-struct Task<T>(JoinHandle<Result<T, Error>>);
+/// A task that is aborted when its handle is dropped.
+struct AbortOnDrop<T>(JoinHandle<Result<T, Error>>);
 
-impl<T> Drop for Task<T> {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-impl<T> Future for Task<T> {
+impl<T> Future for AbortOnDrop<T> {
     type Output = Result<T, Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -187,88 +194,97 @@ impl<T> Future for Task<T> {
     }
 }
 
-/// A stretch of the object, read over as many connections as it takes.
-struct Stretch {
-    link: Arc<Link>,
-    /// Where it goes on.
-    at: u64,
-    /// Where it ends, once that is known.
+/// Reads a range of the object. A broken connection is replaced by a new one.
+struct RangeReader {
+    source: Arc<DownloadSource>,
+    /// The offset of the next byte.
+    position: u64,
+    /// The end of the range, once it is known.
     end: Option<u64>,
     response: Option<Response>,
-    /// Bytes of the current answer that lie before `at`, where storage ignores ranges.
+    /// Bytes of the current response before `position`, if S3 ignored the range.
     skip: u64,
     backoff: Backoff,
-    /// `at` when the attempts were last counted from the start.
-    counted_from: u64,
+    /// The `position` at which the retries were last reset.
+    last_reset_position: u64,
     signatures: u32,
 }
 
-impl Stretch {
-    fn new(link: &Arc<Link>, at: u64, end: Option<u64>) -> Self {
-        let backoff = Backoff::new(link.wire.settings.retry);
-        Self { link: Arc::clone(link), at, end, response: None, skip: 0, backoff, counted_from: at, signatures: 0 }
+impl RangeReader {
+    fn new(source: &Arc<DownloadSource>, position: u64, end: Option<u64>) -> Self {
+        let backoff = Backoff::new(source.storage_client.settings.retry);
+        Self {
+            source: Arc::clone(source),
+            position,
+            end,
+            response: None,
+            skip: 0,
+            backoff,
+            last_reset_position: position,
+            signatures: 0,
+        }
     }
 
-    /// The whole object's size, as promised or as learnt.
+    /// The size of the whole object, declared or learned from a response.
     fn size(&self) -> Option<u64> {
-        self.link.promise.size.or(self.end)
+        self.source.expected.size.or(self.end)
     }
 
     fn stream(self) -> BoxStream<'static, Result<Bytes, Error>> {
-        stream::try_unfold(self, |mut stretch| async { Ok(stretch.next().await?.map(|chunk| (chunk, stretch))) }).boxed()
+        stream::try_unfold(self, |mut reader| async { Ok(reader.next().await?.map(|chunk| (chunk, reader))) }).boxed()
     }
 
     async fn collect(mut self) -> Result<Bytes, Error> {
-        let room = self.end.unwrap_or_default().saturating_sub(self.at).min(PIECE_BYTES);
-        let mut bytes = Vec::with_capacity(usize::try_from(room).unwrap_or_default());
+        let capacity = self.end.unwrap_or_default().saturating_sub(self.position).min(RANGE_BYTES);
+        let mut bytes = Vec::with_capacity(usize::try_from(capacity).unwrap_or_default());
         while let Some(chunk) = self.next().await? {
             bytes.extend_from_slice(&chunk);
         }
         Ok(bytes.into())
     }
 
-    /// The next piece, connecting again where the connection breaks.
+    /// Reads the next chunk. Reconnects if the connection breaks.
     async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         loop {
-            if self.end == Some(self.at) {
+            if self.end == Some(self.position) {
                 return Ok(None);
             }
             let Some(response) = &mut self.response else {
                 self.connect().await?;
                 continue;
             };
-            match storage::chunk(&self.link.wire, response).await {
+            match storage::chunk(&self.source.storage_client, response).await {
                 Ok(Some(chunk)) => {
-                    if let Some(chunk) = self.take(chunk).await? {
+                    if let Some(chunk) = self.accept_chunk(chunk).await? {
                         return Ok(Some(chunk));
                     }
                 }
-                Ok(None) => return Err(self.corrupt(format!("{} bytes", self.at))),
-                Err(error) => self.pause(error, None).await?,
+                Ok(None) => return Err(self.size_mismatch(format!("{} bytes", self.position))),
+                Err(error) => self.wait_or_fail(error, None).await?,
             }
         }
     }
 
-    /// Takes what belongs to the stretch; at its end nothing may follow but the rest of what was not asked for.
-    async fn take(&mut self, mut chunk: Bytes) -> Result<Option<Bytes>, Error> {
+    /// Keeps the bytes of the range. After the range, only the rest of an object that was not requested may follow.
+    async fn accept_chunk(&mut self, mut chunk: Bytes) -> Result<Option<Bytes>, Error> {
         let skipped = self.skip.min(chunk.len() as u64);
         self.skip -= skipped;
         chunk.advance(usize::try_from(skipped).expect("no longer than the chunk"));
-        let left = self.end.unwrap_or(u64::MAX) - self.at;
+        let left = self.end.unwrap_or(u64::MAX) - self.position;
         if chunk.len() as u64 > left {
             if self.end == self.size() {
-                return Err(self.corrupt("more".to_owned()));
+                return Err(self.size_mismatch("more".to_owned()));
             }
             chunk.truncate(usize::try_from(left).expect("shorter than the chunk"));
         }
-        self.at += chunk.len() as u64;
-        if self.end == Some(self.at) {
+        self.position += chunk.len() as u64;
+        if self.end == Some(self.position) {
             let response = self.response.take();
             if let (Some(mut response), true) = (response, self.end == self.size()) {
-                // A connection that breaks behind the last byte harms nothing: the digest decides.
-                while let Ok(Some(more)) = storage::chunk(&self.link.wire, &mut response).await {
+                // A connection that breaks after the last byte does no harm, because the digest is checked.
+                while let Ok(Some(more)) = storage::chunk(&self.source.storage_client, &mut response).await {
                     if !more.is_empty() {
-                        return Err(self.corrupt("more".to_owned()));
+                        return Err(self.size_mismatch("more".to_owned()));
                     }
                 }
             }
@@ -276,78 +292,78 @@ impl Stretch {
         Ok(Some(chunk).filter(|chunk| !chunk.is_empty()))
     }
 
-    fn corrupt(&self, found: String) -> Error {
+    fn size_mismatch(&self, found: String) -> Error {
         Error::Corrupt { expected: format!("{} bytes", self.size().unwrap_or_default()), found }
     }
 
-    /// Asks storage for what is left, signing first where there is no signature.
+    /// Requests the rest of the range from S3, and signs the request if needed.
     async fn connect(&mut self) -> Result<(), Error> {
         loop {
-            let (request, generation) = self.link.request().await?;
+            let (request, generation) = self.source.request().await?;
             let last = self.end.filter(|end| Some(*end) != self.size()).map(|end| end - 1);
-            let range = (self.at > 0 || last.is_some()).then_some((self.at, last));
-            match storage::get(&self.link.wire, &request, range, self.link.etag.get().map(String::as_str)).await {
-                Ok(response) => return self.begin(response),
-                Err(failure) if failure.error.wants_signature() && self.signatures < SIGNATURES => {
+            let range = (self.position > 0 || last.is_some()).then_some((self.position, last));
+            match storage::get(&self.source.storage_client, &request, range, self.source.etag.get().map(String::as_str)).await {
+                Ok(response) => return self.accept_response(response),
+                Err(failure) if failure.error.needs_new_signature() && self.signatures < MAX_NEW_SIGNATURES => {
                     self.signatures += 1;
-                    self.link.refused(generation).await;
+                    self.source.discard_signature(generation).await;
                 }
-                Err(failure) => self.pause(failure.error, failure.retry_after).await?,
+                Err(failure) => self.wait_or_fail(failure.error, failure.retry_after).await?,
             }
         }
     }
 
-    /// Takes up an answer: the range that was asked for, or the whole, of which the known beginning is passed over.
-    fn begin(&mut self, response: Response) -> Result<(), Error> {
+    /// Accepts a response: the requested range, or the whole object, whose bytes before `position` are skipped.
+    fn accept_response(&mut self, response: Response) -> Result<(), Error> {
         let partial = response.status() == StatusCode::PARTIAL_CONTENT;
         if partial {
             let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok()).unwrap_or_default();
-            if !range.starts_with(&format!("bytes {}-", self.at)) {
-                let detail = format!("asked for the bytes from {}, got {}", self.at, quote(range));
+            if !range.starts_with(&format!("bytes {}-", self.position)) {
+                let detail = format!("requested the bytes from {}, got the range {:?}", self.position, quote(range));
                 return Err(Error::Unexpected { status: 206, detail });
             }
             let total = range.rsplit_once('/').and_then(|(_, total)| total.parse::<u64>().ok());
             if let (Some(total), Some(size)) = (total, self.size())
                 && total != size
             {
-                return Err(self.corrupt(format!("{total} bytes")));
+                return Err(self.size_mismatch(format!("{total} bytes")));
             }
-        } else if self.at == 0 && self.end != self.size() {
-            // Storage that ignores ranges sends the whole each time: once is enough.
+        } else if self.position == 0 && self.end != self.size() {
+            // S3 servers that ignore ranges send the whole object each time, so it is read only once.
             self.end = self.size();
         }
-        self.skip = if partial { 0 } else { self.at };
+        self.skip = if partial { 0 } else { self.position };
         let length = response.content_length();
         self.end = self.end.or(length);
-        let expected = if partial { self.end.map(|end| end - self.at) } else { self.size() };
+        let expected = if partial { self.end.map(|end| end - self.position) } else { self.size() };
         if let (Some(length), Some(expected)) = (length, expected)
             && length != expected
         {
             return Err(Error::Corrupt { expected: format!("{expected} bytes"), found: format!("{length} bytes") });
         }
-        // A weak tag does not stand for the same bytes.
+        // Objects with the same weak ETag may have different bytes.
         let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).filter(|tag| tag.starts_with('"'));
         if let Some(tag) = tag {
-            self.link.etag.get_or_init(|| tag.to_owned());
+            self.source.etag.get_or_init(|| tag.to_owned());
         }
         self.response = Some(response);
         Ok(())
     }
 
-    /// Waits before the next attempt, or gives the error back where there is none.
-    async fn pause(&mut self, error: Error, retry_after: Option<Duration>) -> Result<(), Error> {
+    /// Waits before the next attempt, or returns the error if there is none.
+    async fn wait_or_fail(&mut self, error: Error, retry_after: Option<Duration>) -> Result<(), Error> {
         self.response = None;
-        if self.at - self.counted_from >= PROGRESS_BYTES {
-            self.counted_from = self.at;
+        if self.position - self.last_reset_position >= MIN_PROGRESS_BYTES {
+            self.last_reset_position = self.position;
             self.signatures = 0;
-            self.backoff.progressed();
+            self.backoff.reset();
         }
         match if error.is_transient() { self.backoff.next(retry_after) } else { None } {
             Some(wait) => {
                 tokio::time::sleep(wait).await;
                 Ok(())
             }
-            None => Err(self.link.sorted(error)),
+            None => Err(self.source.classify(error)),
         }
     }
 }

@@ -1,167 +1,170 @@
-//! What was found: how often, how many bytes, whether it is repaired, and the first few by name.
+//! The audit report: for each kind of finding the count, the bytes, the repairs and the first examples.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
 
-/// Examples a kind; the counts go on.
-const EXAMPLES: usize = 20;
+/// Examples per kind; further findings are only counted.
+const MAX_EXAMPLES: usize = 20;
 
-/// The ways in which the three can disagree.
+/// The ways in which PostgreSQL, S3 and Kafka can disagree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// A row breaks the rules of its state. Not repaired: nobody knows what it should be.
+pub enum FindingKind {
+    /// A row breaks the rules of its state. Not repaired, because the correct content is unknown.
     Corrupt,
-    /// A promised object is not in S3. Not repaired: the bytes are gone.
+    /// S3 does not hold the object of a verified upload. Not repaired, because the bytes are lost.
     ObjectMissing,
-    /// A promised object has another size, write token or SHA-256. Not repaired.
+    /// The object of a verified upload has another size, write token or checksum. Not repaired.
     ObjectMismatch,
-    /// A failed session's object is there, and nobody will remove it. Repaired: the sweeper is told.
+    /// The object of a failed upload exists, and no cleanup is due. Repaired: a cleanup is scheduled for the sweeper.
     ObjectOrphan,
-    /// An object with our write token whose session does not exist. Never removed: it may be the only copy.
+    /// An object with a write token whose session does not exist. Never removed, because it may be the only copy.
     ObjectUnknown,
-    /// An open multipart upload of a session that is over. Repaired: aborted.
+    /// An open multipart upload of a finished session. Repaired: aborted.
     UploadOrphan,
-    /// An open multipart upload under a key of ours whose session does not exist. Aborted once it is older than any
-    /// session can be.
+    /// An open multipart upload under a key of the broker whose session does not exist. Repaired: aborted, if it is older
+    /// than any session can be.
     UploadUnknown,
-    /// Verified for more than a minute and not published. Not repaired: see why, then `redrive`.
+    /// Verified for more than a minute and not published. Not repaired: remove the cause, then use `redrive`.
     Unpublished,
-    /// Verified, and no pointer waits in the outbox. Repaired, where Kafka does not have it: promised again.
+    /// Verified, but the outbox has no pointer. Repaired, if Kafka does not hold the record: queued in the outbox again.
     OutboxMissing,
-    /// A pointer waits in the outbox, and its session is not verified. Repaired, where it is published: taken out.
+    /// The outbox has a pointer of a session that is not verified. Repaired, if the session is published: row deleted.
     OutboxStray,
-    /// No record of a published session at its place, which the log still covers. Not repaired.
+    /// The record of a published session is missing at its offset, although the log still covers it. Not repaired.
     RecordMissing,
-    /// The record at a published session's place is another session's, or a record has another value than was promised.
-    /// Not repaired.
+    /// The record at the offset of a published session belongs to another session, or has another value than the stored
+    /// pointer. Not repaired.
     RecordMismatch,
-    /// More than one record of one upload. Not repaired: records cannot be taken back. With `at_least_once` it may happen.
+    /// An upload has more than one record. Not repaired, because records cannot be removed. `at_least_once` allows this.
     RecordDuplicate,
-    /// A record of an upload of ours whose session does not exist. Not repaired.
+    /// A record of an upload of this deployment whose session does not exist. Not repaired.
     RecordUnknown,
-    /// A record of an upload that was never verified, or failed, and that is not proved. Not repaired.
+    /// A record of an upload that was never verified, or that failed, and the record cannot be verified. Not repaired.
     RecordUnpromised,
     /// Kafka holds the pointer of a session that is not published: the database is older than Kafka. Repaired: published.
     KafkaAhead,
-    /// Kafka holds a later batch of a shard than the database knows. Repaired, once no record is left in doubt.
+    /// Kafka holds a later batch of a shard than the database knows. Repaired, if no record is in doubt.
     MarkerAhead,
-    /// A tenant's row is not what its sessions add up to. Repaired: counted again.
+    /// The row of a tenant is not the sum of its sessions. Repaired: counted again.
     Quota,
 }
 
-impl Kind {
-    /// The kind in one sentence.
+impl FindingKind {
+    /// The meaning of the kind in one sentence.
     pub fn meaning(self) -> &'static str {
         match self {
             Self::Corrupt => "rows that break the rules of their state",
-            Self::ObjectMissing => "promised objects that S3 does not hold",
-            Self::ObjectMismatch => "promised objects that S3 holds with another size, write token or checksum",
-            Self::ObjectOrphan => "objects of failed uploads that nobody will remove; --fix has the sweeper remove them",
-            Self::ObjectUnknown => "objects written through our URLs whose upload is not known; never removed by --fix",
-            Self::UploadOrphan => "open multipart uploads of uploads that are over; --fix aborts them",
-            Self::UploadUnknown => "open multipart uploads whose upload is not known; --fix aborts those older than 7 days",
-            Self::Unpublished => "uploads verified for more than a minute that are not published",
-            Self::OutboxMissing => "verified uploads that nothing would publish; --fix promises their pointers again",
-            Self::OutboxStray => "pointers waiting to be sent whose upload is not verified; --fix drops those published",
-            Self::RecordMissing => "published uploads without a record at their place in Kafka",
-            Self::RecordMismatch => "records that are not what was promised",
+            Self::ObjectMissing => "verified uploads whose object S3 does not hold",
+            Self::ObjectMismatch => "verified uploads whose object in S3 has another size, write token or checksum",
+            Self::ObjectOrphan => "objects of failed uploads without a planned cleanup; --fix schedules a cleanup",
+            Self::ObjectUnknown => "objects written through URLs of the broker whose upload is unknown; --fix never removes them",
+            Self::UploadOrphan => "open multipart uploads of finished uploads; --fix aborts them",
+            Self::UploadUnknown => "open multipart uploads whose upload is unknown; --fix aborts those older than 7 days",
+            Self::Unpublished => "uploads verified more than a minute ago that are not published",
+            Self::OutboxMissing => "verified uploads without a pointer in the outbox; --fix queues their pointers again",
+            Self::OutboxStray => "pointers in the outbox whose upload is not verified; --fix deletes those already published",
+            Self::RecordMissing => "published uploads without a record at their offset in Kafka",
+            Self::RecordMismatch => "records whose value is not the pointer of their upload",
             Self::RecordDuplicate => "second records of one upload",
-            Self::RecordUnknown => "records of uploads that are not known",
-            Self::RecordUnpromised => "records of uploads that are not verified, and that could not be proved",
-            Self::KafkaAhead => "uploads that Kafka holds and that are not published here; --fix writes it down",
-            Self::MarkerAhead => "shards of which Kafka knows more than the database; --fix lets them go on once all is settled",
-            Self::Quota => "tenants whose quota is not what their uploads add up to; --fix counts again",
+            Self::RecordUnknown => "records whose upload is unknown",
+            Self::RecordUnpromised => "records of uploads that are not verified; the records could not be verified either",
+            Self::KafkaAhead => "uploads that Kafka holds but that are not published here; --fix saves them as published",
+            Self::MarkerAhead => {
+                "shards whose last batch in Kafka is unknown here; --fix lets them continue if no record is in doubt"
+            }
+            Self::Quota => "tenants whose counters differ from the sum of their uploads; --fix counts again",
         }
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FindingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The name in JSON, so that whoever reads both finds the same word.
+        // The same name as in JSON.
         self.serialize(f)
     }
 }
 
-/// One kind of disagreement.
+/// All findings of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// Which.
-    pub kind: Kind,
-    /// The kind in one sentence.
+    /// The kind of the findings.
+    pub kind: FindingKind,
+    /// The meaning of the kind in one sentence.
     pub meaning: &'static str,
-    /// How often.
+    /// The number of findings.
     pub count: u64,
-    /// How many bytes of uploads it is about.
+    /// The bytes of the affected uploads.
     pub bytes: u64,
-    /// How many of them were repaired.
+    /// The number of repaired findings.
     pub fixed: u64,
-    /// The first of them.
+    /// The first findings, at most 20.
     pub examples: Vec<String>,
 }
 
 /// The outcome of an audit.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
-    /// Whether nothing was found.
+    /// Whether there are no findings.
     pub clean: bool,
-    /// Sessions looked at.
+    /// Sessions checked.
     pub sessions: u64,
     /// Objects listed.
     pub objects: u64,
     /// Records read.
     pub records: u64,
-    /// What was found, by kind.
+    /// The findings by kind.
     pub findings: Vec<Finding>,
 }
 
 impl Report {
-    /// The finding of a kind.
-    pub fn finding(&self, kind: Kind) -> Option<&Finding> {
+    /// The findings of one kind, if there are any.
+    pub fn finding(&self, kind: FindingKind) -> Option<&Finding> {
         self.findings.iter().find(|finding| finding.kind == kind)
     }
 }
 
-/// One disagreement.
-pub(super) struct Told {
-    pub(super) kind: Kind,
+/// One finding, before it is added to the report.
+pub(super) struct NewFinding {
+    pub(super) kind: FindingKind,
     pub(super) bytes: u64,
     pub(super) fixed: bool,
     pub(super) example: String,
 }
 
-/// The report while it is being made.
+/// Collects the findings of a run.
 #[derive(Default)]
-pub(super) struct Tally {
+pub(super) struct ReportBuilder {
     pub(super) sessions: u64,
     pub(super) objects: u64,
     pub(super) records: u64,
-    /// Records of sessions that still wait and could not be written down: sending those would be a second time.
+    /// Records that could not be verified and whose sessions are still to be published. Sending those pointers could
+    /// create a second record.
     pub(super) doubts: u64,
-    findings: BTreeMap<Kind, Finding>,
+    findings: BTreeMap<FindingKind, Finding>,
 }
 
-impl Tally {
-    pub(super) fn tell(&mut self, told: Told) {
-        let kind = told.kind;
+impl ReportBuilder {
+    pub(super) fn add(&mut self, new: NewFinding) {
+        let kind = new.kind;
         let empty = || Finding { kind, meaning: kind.meaning(), count: 0, bytes: 0, fixed: 0, examples: Vec::new() };
         let finding = self.findings.entry(kind).or_insert_with(empty);
         finding.count += 1;
-        finding.bytes = finding.bytes.saturating_add(told.bytes);
-        finding.fixed += u64::from(told.fixed);
-        if finding.examples.len() < EXAMPLES {
-            finding.examples.push(told.example);
+        finding.bytes = finding.bytes.saturating_add(new.bytes);
+        finding.fixed += u64::from(new.fixed);
+        if finding.examples.len() < MAX_EXAMPLES {
+            finding.examples.push(new.example);
         }
     }
 
-    /// Whether Kafka may hold what the database would send.
-    pub(super) fn in_doubt(&self) -> bool {
+    /// Whether Kafka may already hold a pointer that the relay would send.
+    pub(super) fn has_doubts(&self) -> bool {
         self.doubts > 0
     }
 
-    pub(super) fn report(self) -> Report {
+    pub(super) fn build(self) -> Report {
         Report {
             clean: self.findings.is_empty(),
             sessions: self.sessions,

@@ -1,47 +1,47 @@
-//! Making tokens, as a gateway's administrator would.
+//! Issues tokens, for the `token` command.
 
 use jsonwebtoken::{EncodingKey, Header};
 
-use super::{Auth, BadSettings, Mode, Scope, Settings, is_tenant};
+use super::{Auth, BadSettings, Mode, Scope, Settings, is_valid_tenant};
 
-/// What a new token says of its holder.
+/// The contents of a new token.
 #[derive(Debug, Clone)]
 pub struct Grant {
-    /// The tenant it is bound to.
+    /// The tenant that the token belongs to.
     pub tenant: String,
-    /// Who holds it: `sub`.
+    /// The `sub` claim: who uses the token.
     pub subject: String,
-    /// What it allows.
+    /// The scopes that the token grants.
     pub scopes: Vec<Scope>,
-    /// The topics it is for; a trailing `*` is a wildcard.
+    /// The topics that the token allows. A trailing `*` is a wildcard.
     pub topics: Vec<String>,
-    /// When it ends, in seconds since 1970.
+    /// When the token expires, in seconds since 1970.
     pub expires_at: u64,
 }
 
-/// Why no token is made.
+/// Why a token cannot be issued.
 #[derive(Debug, thiserror::Error)]
-pub enum NotIssued {
-    /// A token of a public key is made where the private one is.
-    #[error("tokens are made with LFS_BROKER_JWT_HS256_SECRET, which is not set")]
+pub enum IssueError {
+    /// The broker has no signing key: with a public key or a JWKS, only the owner of the private key can sign.
+    #[error("tokens are signed with LFS_BROKER_JWT_HS256_SECRET, which is not set")]
     NoSecret,
-    /// This broker would not accept it.
+    /// A broker with these settings would not accept the token.
     #[error("{0}")]
     Settings(#[from] BadSettings),
-    /// No tenant has such a name.
-    #[error("tenant {0:?} is not 1 to 63 of a-z, 0-9 and -")]
+    /// The tenant name is not valid.
+    #[error("tenant {0:?} is not valid: a tenant has 1 to 63 characters of a-z, 0-9 and -")]
     Tenant(String),
-    /// Somebody must hold it.
+    /// A token needs a subject.
     #[error("the subject is empty")]
     Subject,
-    /// It could not be signed.
+    /// Signing failed.
     #[error("the token cannot be signed: {0}")]
     Sign(#[from] jsonwebtoken::errors::Error),
 }
 
-/// What a token says, in the names of RFC 7519.
+/// The claims, with the names of RFC 7519.
 #[derive(serde::Serialize)]
-struct Issued {
+struct IssuedClaims {
     sub: String,
     tenant: String,
     scope: String,
@@ -51,24 +51,24 @@ struct Issued {
     exp: u64,
 }
 
-/// Makes a token that a broker with the same settings accepts.
+/// Issues a token that a broker with the same settings accepts.
 ///
 /// # Errors
-/// When there is no secret to sign with, or no broker would accept the outcome.
-pub fn issue(settings: &Settings, grant: Grant) -> Result<String, NotIssued> {
-    let secret = settings.hs256_secret.as_deref().ok_or(NotIssued::NoSecret)?;
+/// If there is no secret to sign with, or if such a broker would not accept the token.
+pub fn issue(settings: &Settings, grant: Grant) -> Result<String, IssueError> {
+    let secret = settings.hs256_secret.as_deref().ok_or(IssueError::NoSecret)?;
     Auth::new(&Settings { mode: Mode::Jwt, ..settings.clone() })?;
     let (Some(iss), Some(aud)) = (settings.issuer.clone(), settings.audience.clone()) else {
-        return Err(BadSettings::NoIssuer.into());
+        return Err(BadSettings::MissingIssuerOrAudience.into());
     };
-    if !is_tenant(&grant.tenant) {
-        return Err(NotIssued::Tenant(grant.tenant));
+    if !is_valid_tenant(&grant.tenant) {
+        return Err(IssueError::Tenant(grant.tenant));
     }
     if grant.subject.is_empty() {
-        return Err(NotIssued::Subject);
+        return Err(IssueError::Subject);
     }
     let scopes: Vec<&str> = grant.scopes.iter().map(|scope| scope.name()).collect();
     let Grant { tenant, subject: sub, topics, expires_at: exp, .. } = grant;
-    let claims = Issued { sub, tenant, scope: scopes.join(" "), topics, iss, aud, exp };
+    let claims = IssuedClaims { sub, tenant, scope: scopes.join(" "), topics, iss, aud, exp };
     Ok(jsonwebtoken::encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes()))?)
 }

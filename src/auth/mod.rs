@@ -1,7 +1,7 @@
-//! Who is asking: a bearer token turned into a caller, or nobody asked for one.
+//! Authentication: turns a bearer token into a caller. With auth mode `none`, every caller is anonymous.
 //!
-//! Tokens are JWTs, checked as RFC 8725 says: the algorithms are pinned by the key and never taken from the token, `kid`
-//! only picks a key, what else a header offers (`jku`, `jwk`, `x5u`) is not looked at, and `crit` is refused.
+//! Tokens are JWTs, checked as RFC 8725 recommends. The key decides the algorithms, never the token, and `kid` only selects a
+//! key. The headers `jku`, `jwk` and `x5u` are ignored, and `crit` is refused.
 
 mod issue;
 mod jwks;
@@ -11,31 +11,31 @@ use std::sync::Arc;
 
 use jsonwebtoken::decode_header;
 
-pub use issue::{Grant, NotIssued, issue};
+pub use issue::{Grant, IssueError, issue};
 use jwks::Jwks;
-use keys::{Key, Rules};
+use keys::{RequiredClaims, VerificationKey};
 
-/// The longest `sub`, in bytes: OpenID Connect allows 255 characters, and a row of an index has room for 2,700 bytes.
-const SUBJECT_BYTES: usize = 1024;
+/// The longest `sub`, in bytes. OpenID Connect allows 255 characters; a PostgreSQL index row has room for 2,700 bytes.
+const MAX_SUBJECT_BYTES: usize = 1024;
 
-/// How callers are told apart.
+/// How callers are authenticated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
-    /// By JWT bearer tokens.
+    /// With JWT bearer tokens.
     #[default]
     Jwt,
-    /// Not at all: one tenant, everything allowed; only on loopback.
+    /// Without tokens: one tenant that may do everything. Allowed on loopback only.
     None,
 }
 
 /// What a caller may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Scope {
-    /// `lfs:write`: open, sign, complete, abort.
+    /// `lfs:write`: open, sign parts, complete, abort.
     Write,
     /// `lfs:read`: read, list, resolve.
     Read,
-    /// `lfs:admin`: broker-wide.
+    /// `lfs:admin`: administer the whole broker.
     Admin,
 }
 
@@ -43,7 +43,7 @@ impl Scope {
     /// Every scope.
     pub const ALL: [Self; 3] = [Self::Write, Self::Read, Self::Admin];
 
-    /// The name in tokens.
+    /// The scope's name in tokens.
     pub fn name(self) -> &'static str {
         match self {
             Self::Write => "lfs:write",
@@ -52,28 +52,28 @@ impl Scope {
         }
     }
 
-    /// The scope of this name.
+    /// The scope with this name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|scope| scope.name() == name)
     }
 }
 
-/// Somebody who was let in.
+/// An authenticated caller.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// The tenant that everything they open belongs to.
+    /// The tenant that owns the caller's uploads.
     pub tenant: String,
     /// The token's `sub`.
     pub subject: String,
-    /// What they may do.
+    /// The caller's scopes.
     pub scopes: Vec<Scope>,
-    /// Topics they may use; a trailing `*` is a wildcard.
+    /// The topics that the caller may use. A trailing `*` is a wildcard.
     pub topics: Vec<String>,
 }
 
 impl Caller {
-    /// The caller of a broker without tokens.
-    pub fn anyone() -> Self {
+    /// The caller that a broker without tokens sees.
+    pub fn anonymous() -> Self {
         Self {
             tenant: "default".to_owned(),
             subject: "anonymous".to_owned(),
@@ -82,17 +82,17 @@ impl Caller {
         }
     }
 
-    /// Whether they have a scope.
+    /// Whether the caller has this scope.
     pub fn has(&self, scope: Scope) -> bool {
         self.scopes.contains(&scope)
     }
 
-    /// Whether they may act broker-wide.
+    /// Whether the caller may administer the whole broker.
     pub fn is_admin(&self) -> bool {
         self.has(Scope::Admin)
     }
 
-    /// Whether they may use a topic.
+    /// Whether the caller may use this topic.
     pub fn may_use(&self, topic: &str) -> bool {
         self.topics.iter().any(|allowed| match allowed.strip_suffix('*') {
             Some(prefix) => topic.starts_with(prefix),
@@ -100,7 +100,7 @@ impl Caller {
         })
     }
 
-    /// Their topics as exact names and prefixes.
+    /// The caller's topics, as exact names and as prefixes.
     pub fn topic_filter(&self) -> (Vec<String>, Vec<String>) {
         let (mut names, mut prefixes) = (Vec::new(), Vec::new());
         for topic in &self.topics {
@@ -113,21 +113,21 @@ impl Caller {
     }
 }
 
-/// Why nobody was let in.
+/// Why a request is not authenticated.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("no bearer token")]
     Unauthenticated,
     #[error("{0}")]
     Invalid(&'static str),
-    /// The cause may quote the token: it is for the log alone.
+    /// The cause may quote the token, so it is for the log only.
     #[error("the token is not valid here: {0}")]
-    Refused(String),
-    #[error("the keys of tokens cannot be fetched")]
+    VerificationFailed(String),
+    #[error("the token keys cannot be fetched")]
     Unavailable,
 }
 
-/// How tokens are checked.
+/// How tokens are verified.
 #[derive(Clone, Default)]
 pub struct Settings {
     /// `LFS_BROKER_AUTH_MODE`.
@@ -144,40 +144,40 @@ pub struct Settings {
     pub audience: Option<String>,
 }
 
-/// Settings that let nobody in.
+/// Why the authentication settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BadSettings {
-    /// `jwt` without a key, or with more than one: which would count?
+    /// Mode `jwt` needs exactly one key source; with several, it would be unclear which one applies.
     #[error(
         "auth mode jwt needs one of LFS_BROKER_JWT_HS256_SECRET, LFS_BROKER_JWT_PUBLIC_KEY_FILE and LFS_BROKER_JWT_JWKS_URL, \
          found {0}"
     )]
-    OneKey(usize),
-    /// `jwt` with an issuer or audience missing.
+    KeyCount(usize),
+    /// Mode `jwt` needs an issuer and an audience.
     #[error("auth mode jwt needs LFS_BROKER_JWT_ISSUER and LFS_BROKER_JWT_AUDIENCE")]
-    NoIssuer,
-    /// A secret that can be guessed.
+    MissingIssuerOrAudience,
+    /// A short secret can be guessed.
     #[error("LFS_BROKER_JWT_HS256_SECRET has {0} bytes, at least 32 are needed (RFC 7518, section 3.2)")]
     ShortSecret(usize),
-    /// A PEM that is not a public key of a kind that is used here.
+    /// The PEM file does not hold a public key of a supported type.
     #[error("the public key is not an RSA, P-256 or Ed25519 key in PEM: {0}")]
     Pem(jsonwebtoken::errors::Error),
-    /// Whoever sits between here and there could make tokens.
+    /// Over plain HTTP, an attacker on the network could replace the keys.
     #[error("LFS_BROKER_JWT_JWKS_URL must begin with https://, or name a loopback address")]
-    PlainUrl,
-    /// No client for the keys.
+    InsecureUrl,
+    /// The HTTP client that fetches the keys cannot be built.
     #[error("LFS_BROKER_JWT_JWKS_URL cannot be used: {0}")]
     Client(reqwest::Error),
 }
 
-/// Turns a request's `Authorization` into a caller.
+/// Turns a request's `Authorization` header into a caller.
 pub(crate) enum Auth {
     None,
-    Fixed(Box<Key>),
-    Remote(Arc<Jwks>),
+    StaticKey(Box<VerificationKey>),
+    Jwks(Arc<Jwks>),
 }
 
-/// What is read of a token; `iss`, `aud`, `exp` and `nbf` are checked beside it.
+/// The claims that the broker reads. The JWT library checks `iss`, `aud`, `exp` and `nbf`.
 #[derive(Debug, Clone, serde::Deserialize)]
 struct Claims {
     sub: String,
@@ -188,7 +188,7 @@ struct Claims {
 }
 
 impl Auth {
-    /// Checks the settings.
+    /// Builds the authentication from checked settings.
     pub(crate) fn new(settings: &Settings) -> Result<Self, BadSettings> {
         if settings.mode == Mode::None {
             return Ok(Self::None);
@@ -196,33 +196,35 @@ impl Auth {
         let (secret, pem, url) = (&settings.hs256_secret, &settings.public_key_pem, &settings.jwks_url);
         let given = usize::from(secret.is_some()) + usize::from(pem.is_some()) + usize::from(url.is_some());
         if given != 1 {
-            return Err(BadSettings::OneKey(given));
+            return Err(BadSettings::KeyCount(given));
         }
-        let (Some(issuer), Some(audience)) = (&settings.issuer, &settings.audience) else { return Err(BadSettings::NoIssuer) };
-        let rules = Rules { issuer: issuer.clone(), audience: audience.clone() };
+        let (Some(issuer), Some(audience)) = (&settings.issuer, &settings.audience) else {
+            return Err(BadSettings::MissingIssuerOrAudience);
+        };
+        let required = RequiredClaims { issuer: issuer.clone(), audience: audience.clone() };
         match (secret, pem, url) {
-            (Some(secret), ..) => Ok(Self::Fixed(Box::new(Key::of_secret(secret, &rules)?))),
-            (_, Some(pem), _) => Ok(Self::Fixed(Box::new(Key::of_pem(pem, &rules)?))),
-            (_, _, url) => Ok(Self::Remote(Arc::new(Jwks::new(url.as_deref().unwrap_or_default(), rules)?))),
+            (Some(secret), ..) => Ok(Self::StaticKey(Box::new(VerificationKey::from_secret(secret, &required)?))),
+            (_, Some(pem), _) => Ok(Self::StaticKey(Box::new(VerificationKey::from_pem(pem, &required)?))),
+            (_, _, url) => Ok(Self::Jwks(Arc::new(Jwks::new(url.as_deref().unwrap_or_default(), required)?))),
         }
     }
 
-    /// Fetches what will be needed, so that the first caller need not wait for it.
-    pub(crate) fn warm(&self) {
-        if let Self::Remote(jwks) = self {
-            jwks.warm();
+    /// Fetches the key set now, so that the first caller does not wait for it.
+    pub(crate) fn prefetch_keys(&self) {
+        if let Self::Jwks(jwks) = self {
+            jwks.refresh_in_background();
         }
     }
 
-    /// Whether callers have tenants of their own.
-    pub(crate) fn tells_tenants_apart(&self) -> bool {
+    /// Whether callers belong to different tenants.
+    pub(crate) fn has_tenants(&self) -> bool {
         !matches!(self, Self::None)
     }
 
-    /// Who sends this `Authorization`.
+    /// The caller that this `Authorization` header identifies.
     pub(crate) async fn caller(&self, authorization: Option<&str>) -> Result<Caller, Error> {
         if let Self::None = self {
-            return Ok(Caller::anyone());
+            return Ok(Caller::anonymous());
         }
         let authorization = authorization.ok_or(Error::Unauthenticated)?;
         let (scheme, token) = authorization.split_once(' ').ok_or(Error::Unauthenticated)?;
@@ -230,38 +232,38 @@ impl Auth {
             return Err(Error::Unauthenticated);
         }
         let claims = self.claims(token.trim()).await?;
-        if !is_tenant(&claims.tenant) || !is_subject(&claims.sub) {
-            return Err(Error::Invalid("the token's tenant or sub has the wrong shape"));
+        if !is_valid_tenant(&claims.tenant) || !is_valid_subject(&claims.sub) {
+            return Err(Error::Invalid("the token's tenant or sub is not valid"));
         }
-        // No topic has such a name, and PostgreSQL has no text with a NUL.
+        // No Kafka topic has such a name, and PostgreSQL cannot store a NUL in a text.
         if claims.topics.iter().any(|topic| topic.chars().any(char::is_control)) {
-            return Err(Error::Invalid("the token's topics have control characters"));
+            return Err(Error::Invalid("the token's topics contain control characters"));
         }
         let scopes = claims.scope.split(' ').filter_map(Scope::named);
         Ok(Caller { scopes: scopes.collect(), tenant: claims.tenant, subject: claims.sub, topics: claims.topics })
     }
 
     async fn claims(&self, token: &str) -> Result<Claims, Error> {
-        let refused = |error: jsonwebtoken::errors::Error| Error::Refused(error.to_string());
-        let header = decode_header(token).map_err(refused)?;
+        let failed = |error: jsonwebtoken::errors::Error| Error::VerificationFailed(error.to_string());
+        let header = decode_header(token).map_err(failed)?;
         if header.crit.is_some() {
-            return Err(Error::Invalid("the token's header has crit, and no extension is known here"));
+            return Err(Error::Invalid("the token's header has crit, but the broker supports no extension"));
         }
-        let read = match self {
+        let claims = match self {
             Self::None => return Err(Error::Unauthenticated),
-            Self::Fixed(key) => key.read(token),
-            Self::Remote(jwks) => jwks.key(header.kid.as_deref(), header.alg).await?.read(token),
+            Self::StaticKey(key) => key.verify(token),
+            Self::Jwks(jwks) => jwks.key(header.kid.as_deref(), header.alg).await?.verify(token),
         };
-        read.map_err(refused)
+        claims.map_err(failed)
     }
 }
 
-/// Whether a token may name its bearer so: it is part of an index's key, of histories and of logs.
-fn is_subject(name: &str) -> bool {
-    (1..=SUBJECT_BYTES).contains(&name.len()) && !name.chars().any(char::is_control)
+/// Whether this `sub` is valid: it becomes part of an index key, of upload histories and of logs.
+fn is_valid_subject(name: &str) -> bool {
+    (1..=MAX_SUBJECT_BYTES).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
-/// Whether a tenant may have this name: it becomes part of object keys.
-fn is_tenant(name: &str) -> bool {
+/// Whether this tenant name is valid: it becomes part of object keys.
+fn is_valid_tenant(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }

@@ -1,4 +1,4 @@
-//! Complete an upload, or take it back.
+//! Complete or abort an upload.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,24 +11,24 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::read::record;
-use super::{Broker, Error, refused};
+use super::{Broker, Error, session_error};
 use crate::auth::Caller;
-use crate::session::{Proof, Refusal, Session, State, Trouble};
-use crate::store::{self, Move};
+use crate::session::{Failure, Session, SessionError, State, Verification};
+use crate::store::{self, Transition};
 
-/// Past the wait for Kafka, S3's verdict is waited for so much longer: with a wait of 0 most uploads are answered `verified`.
-const VERDICT_GRACE: Duration = Duration::from_millis(600);
-/// A complete is answered within its wait and one second, whatever does not answer the broker. The rest of the second
-/// is for a busy machine and the way back.
+/// How much longer complete waits for the verification than for Kafka: with a wait of 0 most answers are `verified`.
+const VERIFICATION_GRACE: Duration = Duration::from_millis(600);
+/// Complete answers within its wait and one second, also if a dependency does not respond. The remaining 150 ms are for a
+/// busy machine and the network.
 const ANSWER_GRACE: Duration = Duration::from_millis(850);
-/// Where as many uploads are being completed as may be, who asks waits this long for one to end.
-const SEAT_WAIT: Duration = Duration::from_secs(1);
+/// How long a request waits for a free completion permit.
+const PERMIT_WAIT: Duration = Duration::from_secs(1);
 
 impl Broker {
-    /// Completes an upload: the object is held against the promise, the pointer promised, and Kafka waited for.
+    /// Completes an upload: verifies the object, queues the pointer in the outbox, and waits for Kafka.
     ///
-    /// The work is a task of its own, under a lease: who asks only waits for it, and may go away. Asking again
-    /// joins what is under way, or gives the same answer.
+    /// The work runs in its own task, under a lease, so a client that disconnects does not stop it. A repeated request
+    /// joins the running completion, or gets the same answer.
     pub(crate) async fn complete(
         &self,
         caller: &Caller,
@@ -37,157 +37,163 @@ impl Broker {
         traceparent: Option<String>,
     ) -> Result<Completed, Error> {
         let deadline = Instant::now() + self.settings.complete_wait;
-        let is_under_way = AtomicBool::new(false);
-        let answer = self.completed(caller, id, &request, traceparent, deadline, &is_under_way);
+        let is_in_progress = AtomicBool::new(false);
+        let answer = self.wait_for_completion(caller, id, &request, traceparent, deadline, &is_in_progress);
         match tokio::time::timeout_at((deadline + ANSWER_GRACE).into(), answer).await {
             Ok(answer) => answer,
-            // Only the answer is given up; the work goes on.
-            Err(_) if is_under_way.load(Ordering::Relaxed) => Ok(completing(id)),
-            Err(_) => Err(Error::Unknown),
+            // Only this request ends; the completion task continues.
+            Err(_) if is_in_progress.load(Ordering::Relaxed) => Ok(still_completing(id)),
+            Err(_) => Err(Error::OutcomeUnknown),
         }
     }
 
-    /// The answer to complete; `is_under_way` is set once a completion is known to be.
-    async fn completed(
+    /// Waits for the answer to complete. Sets `is_in_progress` once a completion is known to run.
+    async fn wait_for_completion(
         &self,
         caller: &Caller,
         id: Uuid,
         request: &CompleteUpload,
         traceparent: Option<String>,
         deadline: Instant,
-        is_under_way: &AtomicBool,
+        is_in_progress: &AtomicBool,
     ) -> Result<Completed, Error> {
-        let verdict_by = deadline + VERDICT_GRACE;
-        let mut changes = self.wakes.listen(id);
+        let verification_deadline = deadline + VERIFICATION_GRACE;
+        let mut changes = self.notifier.subscribe(id);
         let mut joined = false;
         loop {
-            let (session, now) = self.current(caller, id).await?;
+            let (session, now) = self.current_session(caller, id).await?;
             check_sha256(&session, request)?;
-            let over = Instant::now() >= deadline;
+            let is_past_deadline = Instant::now() >= deadline;
             match &session.state {
-                State::Open if joined && session.trouble.is_some() => return Err(stored(&session, session.trouble.clone())),
+                State::Open if joined && session.last_failure.is_some() => {
+                    return Err(stored_failure(&session, session.last_failure.clone()));
+                }
                 State::Completing { must_read: false, .. } if joined && session.is_released() => {
-                    return Err(stored(&session, session.trouble.clone()));
+                    return Err(stored_failure(&session, session.last_failure.clone()));
                 }
                 State::Open | State::Completing { must_read: false, .. } => {
-                    joined |= self.begin(session.clone(), now, request, traceparent.clone(), verdict_by).await?;
-                    is_under_way.store(joined, Ordering::Relaxed);
-                    if Instant::now() >= verdict_by {
-                        return if joined { Ok(completing(id)) } else { Err(Error::Unknown) };
+                    joined |=
+                        self.join_or_start(session.clone(), now, request, traceparent.clone(), verification_deadline).await?;
+                    is_in_progress.store(joined, Ordering::Relaxed);
+                    if Instant::now() >= verification_deadline {
+                        return if joined { Ok(still_completing(id)) } else { Err(Error::OutcomeUnknown) };
                     }
                 }
-                State::Completing { must_read: true, .. } if over => return Ok(completing(id)),
+                State::Completing { must_read: true, .. } if is_past_deadline => return Ok(still_completing(id)),
                 State::Completing { must_read: true, .. } => {
                     joined = true;
-                    is_under_way.store(true, Ordering::Relaxed);
+                    is_in_progress.store(true, Ordering::Relaxed);
                 }
-                State::Verified(_) if !over => {}
-                State::Verified(proof) => return proved(&session, proof),
-                State::Published(proof, place) => {
-                    let record = Some(record(&session, place));
-                    return Ok(Completed { record, ..proved(&session, proof)? });
+                State::Verified(_) if !is_past_deadline => {}
+                State::Verified(verification) => return verified(&session, verification),
+                State::Published(verification, metadata) => {
+                    let record = Some(record(&session, metadata));
+                    return Ok(Completed { record, ..verified(&session, verification)? });
                 }
-                State::Aborted => return Err(refused(Refusal::Aborted, &session)),
-                State::Expired => return Err(refused(Refusal::Expired(session.expires_at), &session)),
-                State::Rejected(trouble) => return Err(stored(&session, Some(trouble.clone()))),
+                State::Aborted => return Err(session_error(SessionError::Aborted, &session)),
+                State::Expired => return Err(session_error(SessionError::Expired(session.expires_at), &session)),
+                State::Rejected(failure) => return Err(stored_failure(&session, Some(failure.clone()))),
             }
-            changes.wait(session.version, if over { verdict_by } else { deadline }).await;
+            changes.wait_for_change(session.version, if is_past_deadline { verification_deadline } else { deadline }).await;
         }
     }
 
-    /// Takes the session if it is free, and sets the work off. `true`: a completion is under way, ours or another's.
-    async fn begin(
+    /// Joins the running completion, or claims the session and starts one. `true`: a completion is in progress.
+    async fn join_or_start(
         &self,
         session: Session,
         now: OffsetDateTime,
         request: &CompleteUpload,
         traceparent: Option<String>,
-        verdict_by: Instant,
+        verification_deadline: Instant,
     ) -> Result<bool, Error> {
-        let copy = session.clone();
+        let before = session.clone();
         let mut session = match session.state {
-            State::Open => session.promise_sha256(request.sha256).map_err(|refusal| refused(refusal, &copy))?,
+            State::Open => session.declare_sha256(request.sha256).map_err(|error| session_error(error, &before))?,
             _ => session,
         };
-        session.promise.traceparent = session.promise.traceparent.or(traceparent);
-        // Whoever only joins what is under way takes no seat.
-        if let Err(Refusal::InProgress) = session.clone().claim(self.finisher.owner, now, now) {
+        session.spec.traceparent = session.spec.traceparent.or(traceparent);
+        // A request that only joins a running completion needs no permit.
+        if let Err(SessionError::CompletionInProgress) = session.clone().claim(self.completion_worker.owner, now, now) {
             return Ok(true);
         }
-        let seat_by = verdict_by.min(Instant::now() + SEAT_WAIT);
-        let seats = async {
-            // The tenant's own share first: whoever waits for it holds no seat of all.
-            let share = self.completing.wait(&session.tenant).await;
-            (share, Arc::clone(&self.seats).acquire_owned().await.expect("nobody closes the seats"))
+        let permit_by = verification_deadline.min(Instant::now() + PERMIT_WAIT);
+        let permits = async {
+            // The tenant's permit first: a request that waits for it must not hold a permit of the replica.
+            let tenant_permit = self.tenant_permits.acquire(&session.tenant).await;
+            let permit = Arc::clone(&self.completion_permits).acquire_owned().await.expect("the semaphore is never closed");
+            (tenant_permit, permit)
         };
-        let seats = tokio::time::timeout_at(seat_by.into(), seats).await.map_err(|_| Error::Full)?;
+        let too_many = || Error::TooManyCompletions(self.settings.max_concurrent_completes);
+        let permits = tokio::time::timeout_at(permit_by.into(), permits).await.map_err(|_| too_many())?;
         let by = format!("client:{}", session.subject);
-        match self.finisher.begin(session, &by, seats).await {
+        match self.completion_worker.start(session, &by, permits).await {
             Ok(Ok(())) => Ok(true),
-            Ok(Err(Refusal::InProgress)) => Ok(true),
-            Ok(Err(refusal)) => Err(refused(refusal, &copy)),
-            // Somebody moved it: look again before saying anything.
-            Err(store::Error::Moved(_)) => Ok(false),
+            Ok(Err(SessionError::CompletionInProgress)) => Ok(true),
+            Ok(Err(error)) => Err(session_error(error, &before)),
+            // Another writer changed the session: the caller reads it again.
+            Err(store::Error::VersionConflict(_)) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Takes an upload back; what S3 holds of it is removed after.
+    /// Aborts an upload. The sweeper removes its data from S3 afterwards.
     pub(crate) async fn abort(&self, caller: &Caller, id: Uuid) -> Result<(), Error> {
         loop {
-            let (session, now) = self.current(caller, id).await?;
+            let (session, now) = self.current_session(caller, id).await?;
             let from = session.state.name();
-            let copy = session.clone();
-            let Some(aborted) = session.abort().map_err(|refusal| refused(refusal, &copy))? else { return Ok(()) };
+            let before = session.clone();
+            let Some(aborted) = session.abort().map_err(|error| session_error(error, &before))? else { return Ok(()) };
             let by = format!("client:{}", caller.subject);
-            let step = Move { from, to: &aborted, reason: "abort was asked for", by: &by, now };
-            match self.store.save(&step, self.deployment.shards).await {
+            let transition = Transition { from, to: &aborted, reason: "the client requested the abort", by: &by, now };
+            match self.store.save(&transition, self.deployment.shards).await {
                 Ok(_) => {
-                    self.wakes.changed(id);
-                    self.wakes.sweeper.notify_one();
+                    self.notifier.notify(id);
+                    self.notifier.sweeper.notify_one();
                     return Ok(());
                 }
-                Err(store::Error::Moved(_)) => {}
+                Err(store::Error::VersionConflict(_)) => {}
                 Err(error) => return Err(error.into()),
             }
         }
     }
 }
 
-/// A sha256 that is brought must be the one that stands. An upload that failed gives its own answer, whatever is brought.
+/// Checks that a sha256 in the request equals the declared one. A failed upload answers with its failure instead, so its
+/// sha256 is not checked.
 fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error> {
     let has_failed = matches!(session.state, State::Aborted | State::Expired | State::Rejected(_));
-    let standing = session.promise.digest.as_ref().and_then(Digest::sha256).filter(|_| !has_failed);
-    match (standing, request.sha256) {
-        (Some(standing), Some(brought)) if standing != brought => {
-            Err(refused(Refusal::Sha256("sha256 is not the one that was promised"), session))
+    let declared = session.spec.digest.as_ref().and_then(Digest::sha256).filter(|_| !has_failed);
+    match (declared, request.sha256) {
+        (Some(declared), Some(requested)) if declared != requested => {
+            Err(session_error(SessionError::InvalidSha256("sha256 differs from the declared one"), session))
         }
         _ => Ok(()),
     }
 }
 
-fn stored(session: &Session, trouble: Option<Trouble>) -> Error {
-    let Some(trouble) = trouble else { return Error::Unknown };
-    let items = trouble.items.clone();
-    Error::Session { refusal: Refusal::Rejected(Box::new(trouble.into())), state: session.state.name(), items }
+fn stored_failure(session: &Session, failure: Option<Failure>) -> Error {
+    let Some(failure) = failure else { return Error::OutcomeUnknown };
+    let items = failure.items.clone();
+    Error::Session { error: SessionError::Rejected(Box::new(failure)), state: session.state.name(), items }
 }
 
-fn completing(id: Uuid) -> Completed {
+fn still_completing(id: Uuid) -> Completed {
     Completed { id, state: UploadState::Completing, pointer: None, integrity: None, record: None }
 }
 
-fn proved(session: &Session, proof: &Proof) -> Result<Completed, Error> {
+fn verified(session: &Session, verification: &Verification) -> Result<Completed, Error> {
     Ok(Completed {
         id: session.id,
         state: session.state.name(),
-        pointer: Some(pointer(session, proof)?),
-        integrity: Some(proof.integrity),
+        pointer: Some(pointer(session, verification)?),
+        integrity: Some(verification.integrity),
         record: None,
     })
 }
 
 /// The pointer as it was stored.
-pub(super) fn pointer(session: &Session, proof: &Proof) -> Result<Pointer, Error> {
-    Pointer::parse(proof.pointer.as_bytes())
-        .map_err(|error| Error::Store(store::Error::Corrupt { id: session.id, what: error.to_string() }))
+pub(super) fn pointer(session: &Session, verification: &Verification) -> Result<Pointer, Error> {
+    Pointer::parse(verification.pointer.as_bytes())
+        .map_err(|error| Error::Store(store::Error::Corrupt { id: session.id, reason: error.to_string() }))
 }

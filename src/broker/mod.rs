@@ -1,6 +1,6 @@
-//! The broker: what it does when it is asked. One verb a route, each whole.
+//! The broker: the operations behind the HTTP routes, one method for each route.
 //!
-//! It meets the verifier, the relay and the sweeper in the store only, and wakes them to save time.
+//! It shares data with the verifier, the relay and the sweeper only through the store, and notifies them to save time.
 
 mod complete;
 mod open;
@@ -21,40 +21,40 @@ pub(crate) use open::OpenContext;
 pub(crate) use read::MAX_WAIT_SECONDS;
 
 use crate::auth::Caller;
-use crate::finish::{self, Finisher};
+use crate::completion::{self, CompletionWorker};
 use crate::kafka::{self, Kafka};
+use crate::notify::ChangeNotifier;
 use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
-use crate::readiness::Outcomes;
+use crate::readiness::ReadinessState;
 use crate::restore_check::RestoreCheck;
 use crate::session::{self, Session};
-use crate::store::{self, Deployment, Quota, Store, Turns};
-use crate::wakes::Wakes;
+use crate::store::{self, Deployment, Quota, Store, TenantLimiter};
 
-/// How patient the broker is, and how generous.
+/// How long the broker waits, and which quotas it applies.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `LFS_BROKER_COMPLETE_WAIT_SECONDS`: how long complete waits for Kafka before it answers 202.
     pub complete_wait: Duration,
-    /// What a tenant may hold at once.
+    /// The open sessions and reserved bytes that one tenant may have.
     pub quota: Quota,
-    /// `LFS_BROKER_CONCURRENT_COMPLETES`: how many uploads one replica completes at once; each asks S3 a few times.
-    pub completes: usize,
+    /// `LFS_BROKER_CONCURRENT_COMPLETES`: how many uploads one replica completes at once. Each needs a few S3 requests.
+    pub max_concurrent_completes: usize,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { complete_wait: Duration::from_secs(5), quota: Quota::default(), completes: 256 }
+        Self { complete_wait: Duration::from_secs(5), quota: Quota::default(), max_concurrent_completes: 256 }
     }
 }
 
-/// Why a verb was not done.
+/// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("{refusal}")]
-    Session { refusal: session::Refusal, state: UploadState, items: Vec<FieldError> },
+    #[error("{error}")]
+    Session { error: session::SessionError, state: UploadState, items: Vec<FieldError> },
     #[error("{0}")]
-    Policy(#[from] policy::Refusal),
+    Policy(#[from] policy::PolicyViolation),
     #[error("no such upload")]
     NotFound,
     #[error("Kafka has no topic {0}")]
@@ -63,34 +63,36 @@ pub(crate) enum Error {
     PolicyNotFound(String),
     #[error("the token does not allow topic {0}")]
     TopicForbidden(String),
-    #[error("topic {0} is Kafka's or the broker's own: it takes no uploads")]
+    #[error("topic {0} is internal to Kafka or the broker: it accepts no uploads")]
     TopicInternal(String),
-    #[error("the record would have {bytes} bytes or more, topic {topic} takes {max} (max.message.bytes)")]
-    RecordTooLarge { topic: String, bytes: usize, max: usize },
-    #[error("an Idempotency-Key has 1 to 255 visible ASCII characters and comes once")]
-    KeyInvalid,
-    #[error("this Idempotency-Key opened another upload")]
-    KeyReused,
-    #[error("a request with this Idempotency-Key is being stored")]
-    KeyInFlight,
-    #[error("the tenant has as many open uploads as it may")]
-    TooManySessions,
-    #[error("the tenant has as many bytes reserved as it may")]
-    TooManyBytes,
+    #[error("the record would have at least {size_bytes} bytes, topic {topic} allows {max_bytes} (max.message.bytes)")]
+    RecordTooLarge { topic: String, size_bytes: usize, max_bytes: usize },
+    #[error("send the header Idempotency-Key once, with 1 to 255 visible ASCII characters")]
+    IdempotencyKeyInvalid,
+    #[error("this Idempotency-Key was used for another request: use a new key")]
+    IdempotencyKeyReused,
+    #[error("another request with this Idempotency-Key is in progress; retry")]
+    IdempotencyKeyInFlight,
+    #[error("the tenant has reached its limit of {0} open uploads; retry when some have ended")]
+    TooManySessions(i64),
+    #[error(
+        "an upload of {size_bytes} bytes exceeds the tenant's limit of {max_bytes} reserved bytes; retry when others have ended"
+    )]
+    TooManyBytes { size_bytes: u64, max_bytes: i64 },
     #[error("{0}")]
     PointerInvalid(String),
     #[error("{0}")]
     PointerForbidden(&'static str),
-    #[error("the object is gone")]
+    #[error("object storage does not have the object")]
     ObjectGone,
-    #[error("the pointer says {promised} bytes, S3 holds {found}")]
-    PointerSize { promised: u64, found: u64 },
-    #[error("the pointer says {promised}, the object was proved to have {found}")]
-    PointerChecksum { promised: String, found: String },
-    #[error("this replica completes as many uploads as it may; ask again")]
-    Full,
-    #[error("the completion's outcome is not known yet; asking again resolves it")]
-    Unknown,
+    #[error("the pointer declares {declared} bytes, the object has {found}")]
+    PointerSize { declared: u64, found: u64 },
+    #[error("the pointer declares {declared}, the object was verified with {found}")]
+    PointerChecksum { declared: String, found: String },
+    #[error("this replica has reached its limit of {0} concurrent completions, or half of it for this tenant; retry")]
+    TooManyCompletions(usize),
+    #[error("the completion's outcome is not known yet; retry to get it")]
+    OutcomeUnknown,
     #[error("{0}")]
     Store(#[from] store::Error),
     #[error("{0}")]
@@ -99,79 +101,80 @@ pub(crate) enum Error {
     Kafka(#[from] kafka::Error),
 }
 
-/// The verbs; cheap to clone.
+/// The operations; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Broker {
-    parts: Arc<Parts>,
-    /// One for each upload that is being completed.
-    seats: Arc<Semaphore>,
-    /// Half of them at most for one tenant.
-    completing: Arc<Turns>,
+    deps: Arc<BrokerDeps>,
+    /// One permit for each upload that is being completed.
+    completion_permits: Arc<Semaphore>,
+    /// Gives one tenant at most half of the permits.
+    tenant_permits: Arc<TenantLimiter>,
 }
 
-pub(crate) struct Parts {
+/// The components and settings that the operations use.
+pub(crate) struct BrokerDeps {
     pub(crate) store: Store,
     pub(crate) objects: Objects,
     pub(crate) kafka: Kafka,
-    pub(crate) wakes: Arc<Wakes>,
-    pub(crate) finisher: Finisher,
+    pub(crate) notifier: Arc<ChangeNotifier>,
+    pub(crate) completion_worker: CompletionWorker,
     pub(crate) restore_check: RestoreCheck,
     pub(crate) deployment: Deployment,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,
-    /// What the store was seen to do, once that is known.
+    /// What the S3 store enforces, once a probe has found out.
     pub(crate) capabilities: Arc<OnceLock<Capabilities>>,
-    /// What the last checks of the dependencies came to.
-    pub(crate) outcomes: Arc<Outcomes>,
-    /// Whether no URL may be signed on a store that accepts an unsigned copy-source.
+    /// The last results of the readiness checks.
+    pub(crate) readiness: Arc<ReadinessState>,
+    /// Whether URLs are refused on a store that accepts an unsigned copy-source.
     pub(crate) must_refuse_copy_source: bool,
 }
 
 impl std::ops::Deref for Broker {
-    type Target = Parts;
+    type Target = BrokerDeps;
 
-    fn deref(&self) -> &Parts {
-        &self.parts
+    fn deref(&self) -> &BrokerDeps {
+        &self.deps
     }
 }
 
 impl Broker {
-    pub(crate) fn new(parts: Parts) -> Self {
-        let completes = parts.settings.completes;
-        let share = u32::try_from(completes.div_ceil(2)).unwrap_or(u32::MAX);
-        let (seats, completing) = (Arc::new(Semaphore::new(completes)), Arc::new(Turns::new(share)));
-        Self { seats, completing, parts: Arc::new(parts) }
+    pub(crate) fn new(deps: BrokerDeps) -> Self {
+        let completes = deps.settings.max_concurrent_completes;
+        let tenant_share = u32::try_from(completes.div_ceil(2)).unwrap_or(u32::MAX);
+        let completion_permits = Arc::new(Semaphore::new(completes));
+        Self { completion_permits, tenant_permits: Arc::new(TenantLimiter::new(tenant_share)), deps: Arc::new(deps) }
     }
 
-    /// The caller's session. Another tenant's does not exist, nor one of a topic that the token does not name.
+    /// The caller's session. Sessions of other tenants, and of topics that the token does not name, are not found.
     async fn session(&self, caller: &Caller, id: Uuid) -> Result<Session, Error> {
         let session = self.store.session(id).await?.ok_or(Error::NotFound)?;
-        let own = session.tenant == caller.tenant && caller.may_use(&session.promise.topic);
+        let own = session.tenant == caller.tenant && caller.may_use(&session.spec.topic);
         if own || caller.is_admin() { Ok(session) } else { Err(Error::NotFound) }
     }
 
-    /// The same, ended first if its time is over: nobody is shown an open session that is not.
-    async fn current(&self, caller: &Caller, id: Uuid) -> Result<(Session, OffsetDateTime), Error> {
+    /// The caller's session, expired first if it is overdue: no answer shows an overdue session as open.
+    async fn current_session(&self, caller: &Caller, id: Uuid) -> Result<(Session, OffsetDateTime), Error> {
         let session = self.session(caller, id).await?;
         let now = self.store.now().await?;
-        self.ended(session, now).await.map(|session| (session, now))
+        self.expire_if_overdue(session, now).await.map(|session| (session, now))
     }
 
-    async fn ended(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
+    async fn expire_if_overdue(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
         if !session.is_overdue(now) {
             return Ok(session);
         }
         let id = session.id;
-        if finish::expire(&self.store, session, now, self.deployment.shards).await? {
-            self.wakes.sweeper.notify_one();
-            self.wakes.changed(id);
+        if completion::expire_session(&self.store, session, now, self.deployment.shards).await? {
+            self.notifier.sweeper.notify_one();
+            self.notifier.notify(id);
         }
         self.store.session(id).await?.ok_or(Error::NotFound)
     }
 }
 
-/// A refusal together with the state it was met in.
-fn refused(refusal: session::Refusal, session: &Session) -> Error {
-    let items = refusal.trouble().items;
-    Error::Session { refusal, state: session.state.name(), items }
+/// A session error together with the session's state.
+fn session_error(error: session::SessionError, session: &Session) -> Error {
+    let items = error.failure().items;
+    Error::Session { error, state: session.state.name(), items }
 }

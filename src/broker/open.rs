@@ -6,30 +6,31 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use lfs_broker_client::api::{
-    OpenUpload, PARTS_PER_CALL, SignParts, SignedPart, SignedParts, SignedRequest, Upload, UploadState,
+    FieldError, OpenUpload, PARTS_PER_CALL, SignParts, SignedPart, SignedParts, SignedRequest, Upload, UploadState,
 };
 use lfs_broker_client::checksum::{Digest, Sha256};
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::{ContextV7, Timestamp, Uuid};
 
-use super::{Broker, Error, refused};
+use super::{Broker, Error, session_error};
 use crate::auth::Caller;
+use crate::completion::object_location;
 use crate::failpoint;
-use crate::finish::place;
 use crate::kafka;
-use crate::objects::{Put, Signed};
-use crate::policy::{self, Shaped, wrong};
-use crate::session::{Hashes, Layout, Refusal, Session, State};
-use crate::store::{self, Created, Move};
+use crate::objects::{NewObject, ObjectLocation, PresignedUrl};
+use crate::policy::{self, ValidatedRequest};
+use crate::session::{Layout, PartHashMode, Session, SessionError, State};
+use crate::store::{self, CreateOutcome, Transition};
 
-/// How long an upload that could not be opened waits for its Idempotency-Key to come again. Clients give up within a minute.
-const REPLAY_WITHIN: time::Duration = time::Duration::seconds(120);
+/// How long an upload that could not be opened stays for a retry with its Idempotency-Key. Clients stop retrying within a
+/// minute.
+const REPLAY_WINDOW: time::Duration = time::Duration::seconds(120);
 
-/// What comes beside the body of an open.
+/// The inputs of an open request besides its body.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct OpenContext {
-    /// `Some(None)`: there is one, but it has the wrong shape.
+    /// `Some(None)`: the request has a key, but the key is not valid.
     pub(crate) idempotency_key: Option<Option<String>>,
     pub(crate) traceparent: Option<String>,
 }
@@ -37,62 +38,68 @@ pub(crate) struct OpenContext {
 /// An opened upload, and whether this request opened it.
 pub(crate) struct Opened {
     pub(crate) upload: Upload,
-    pub(crate) fresh: bool,
+    pub(crate) is_new: bool,
 }
 
 impl Broker {
-    /// Opens an upload, or gives back the one that the idempotency key opened before.
+    /// Opens an upload, or returns the one that the idempotency key opened before.
     pub(crate) async fn open(&self, caller: &Caller, request: OpenUpload, context: OpenContext) -> Result<Opened, Error> {
-        let shaped = policy::shape(request)?;
-        let digest = meaning(&shaped);
-        let topic = shaped.request.topic.clone();
+        let validated = policy::validate(request)?;
+        let fingerprint = request_fingerprint(&validated);
+        let topic = validated.request.topic.clone();
         if !caller.may_use(&topic) {
             return Err(Error::TopicForbidden(topic));
         }
         if kafka::is_internal(&topic) {
             return Err(Error::TopicInternal(topic));
         }
-        let key = context.idempotency_key.map(|key| key.ok_or(Error::KeyInvalid)).transpose()?;
-        if let Some(replayed) = self.replay(caller, key.as_deref(), &digest).await? {
+        let key = context.idempotency_key.map(|key| key.ok_or(Error::IdempotencyKeyInvalid)).transpose()?;
+        if let Some(replayed) = self.replay(caller, key.as_deref(), &fingerprint).await? {
             return Ok(replayed);
         }
         let policy = self.policy_of(&topic).await?;
-        let (promise, hashes) = policy::admit(shaped, &policy, &self.policy, context.traceparent)?;
+        let (spec, hashes) = policy::apply_policy(validated, &policy, &self.policy, context.traceparent)?;
         let bucket = policy.bucket.as_deref().or(self.objects.default_bucket());
-        let bucket = bucket.ok_or_else(|| policy::Refusal::NoBucket(topic.clone()))?;
-        let partitions = self.kafka.partitions(&topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
-        if promise.partition.is_some_and(|partition| partition >= partitions) {
+        let bucket = bucket.ok_or_else(|| policy::PolicyViolation::NoBucket(topic.clone()))?;
+        let partitions = self.kafka.partition_count(&topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
+        if spec.partition.is_some_and(|partition| partition >= partitions) {
             let detail = format!("topic {topic} has {partitions} partitions");
-            return Err(policy::Refusal::Invalid(vec![wrong("/partition", detail)]).into());
+            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/partition", detail)]).into());
         }
         let limits = self.kafka.record_limits(&topic).await;
-        if limits.needs_key && promise.key.is_none() {
-            let detail = format!("topic {topic} is compacted: Kafka takes no record without a key");
-            return Err(policy::Refusal::Invalid(vec![wrong("/key", detail)]).into());
+        if limits.needs_key && spec.key.is_none() {
+            let detail = format!("topic {topic} is compacted: every record needs a key");
+            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/key", detail)]).into());
         }
         let now = self.store.now().await?;
         let id = new_id(now);
         let object_key = policy::object_key(policy.prefix.as_deref(), &caller.tenant, &topic, id, now);
-        let session = Session::open(id, &caller.tenant, &caller.subject, (bucket.to_owned(), object_key), promise, now);
-        if let Some(max) = limits.max_bytes.filter(|max| session.record_bytes() > *max) {
-            return Err(Error::RecordTooLarge { topic, bytes: session.record_bytes(), max });
+        let session = Session::open(id, &caller.tenant, &caller.subject, (bucket.to_owned(), object_key), spec, now);
+        if let Some(max_bytes) = limits.max_bytes.filter(|max_bytes| session.min_record_bytes() > *max_bytes) {
+            return Err(Error::RecordTooLarge { topic, size_bytes: session.min_record_bytes(), max_bytes });
         }
-        let idempotency = key.as_deref().map(|key| (key, digest.0.as_slice()));
-        match self.store.create(&session, &hashes, idempotency, self.settings.quota).await? {
-            Created::New => {}
-            Created::KeyTaken => return self.replay(caller, key.as_deref(), &digest).await?.ok_or(Error::KeyInFlight),
-            Created::KeyInFlight => return Err(Error::KeyInFlight),
-            Created::TooManySessions => return Err(Error::TooManySessions),
-            Created::TooManyBytes => return Err(Error::TooManyBytes),
+        let idempotency = key.as_deref().map(|key| (key, fingerprint.0.as_slice()));
+        let quota = self.settings.quota;
+        match self.store.create(&session, &hashes, idempotency, quota).await? {
+            CreateOutcome::Created => {}
+            CreateOutcome::KeyExists => {
+                return self.replay(caller, key.as_deref(), &fingerprint).await?.ok_or(Error::IdempotencyKeyInFlight);
+            }
+            CreateOutcome::KeyInFlight => return Err(Error::IdempotencyKeyInFlight),
+            CreateOutcome::TooManySessions => return Err(Error::TooManySessions(quota.open_sessions)),
+            CreateOutcome::TooManyBytes => {
+                let size_bytes = session.spec.size_bytes;
+                return Err(Error::TooManyBytes { size_bytes, max_bytes: quota.reserved_bytes });
+            }
         }
-        let upload = self.sign_or_give_back(session, hashes, key.is_some(), now).await?;
+        let upload = self.sign_or_release(session, hashes, key.is_some(), now).await?;
         failpoint::reach("open.answered").await.map_err(store::Error::from)?;
-        Ok(Opened { upload, fresh: true })
+        Ok(Opened { upload, is_new: true })
     }
 
-    /// The first URLs of an upload that was just stored; where none can be signed, it holds no quota. A task of its own: a
-    /// client that goes away meanwhile must not leave an upload that nobody knows of.
-    async fn sign_or_give_back(
+    /// Signs the first URLs of an upload that was just stored, or releases its quota if that fails. This runs in its own
+    /// task, so that a client that disconnects does not leave an upload that it does not know.
+    async fn sign_or_release(
         &self,
         session: Session,
         hashes: Vec<Sha256>,
@@ -101,278 +108,293 @@ impl Broker {
     ) -> Result<Upload, Error> {
         let broker = self.clone();
         let signing = tokio::spawn(async move {
-            let signed = broker.with_urls(session.clone(), &hashes, now).await;
+            let signed = broker.with_signed_urls(session.clone(), &hashes, now).await;
             if signed.is_err() {
-                broker.give_back(session, may_be_replayed, now).await;
+                broker.release_unopened(session, may_be_replayed, now).await;
             }
             signed
         });
         match signing.await {
             Ok(signed) => signed,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(Error::Unknown),
+            Err(_) => Err(Error::OutcomeUnknown),
         }
     }
 
-    /// Gives back the quota of an upload that could not be opened: no client knows of it. Under an Idempotency-Key the
-    /// client may come again, so there it ends soon, but not at once.
-    async fn give_back(&self, session: Session, may_be_replayed: bool, now: OffsetDateTime) {
+    /// Releases the quota of an upload that could not be opened: no client knows its id. With an Idempotency-Key the client
+    /// may retry, so the upload expires soon instead of at once.
+    async fn release_unopened(&self, session: Session, may_be_replayed: bool, now: OffsetDateTime) {
         let id = session.id;
-        let given_back = match (may_be_replayed, session.abort()) {
-            (true, _) => self.store.end_unopened(id, now + REPLAY_WITHIN).await,
+        let released = match (may_be_replayed, session.abort()) {
+            (true, _) => self.store.shorten_expiry(id, now + REPLAY_WINDOW).await,
             (false, Ok(Some(aborted))) => {
-                // There is no URL that could still bring bytes.
+                // No URL was signed, so no bytes can arrive later.
                 let aborted = Session { expires_at: now, ..aborted };
-                let reason = "no URL could be signed, so that it was never opened";
-                let step = Move { from: UploadState::Open, to: &aborted, reason, by: "broker", now };
-                self.store.save(&step, self.deployment.shards).await.map(|_| self.wakes.sweeper.notify_one())
+                let reason = "no URL could be signed, so the upload was not opened";
+                let transition = Transition { from: UploadState::Open, to: &aborted, reason, by: "broker", now };
+                self.store.save(&transition, self.deployment.shards).await.map(|_| self.notifier.sweeper.notify_one())
             }
             (false, _) => Ok(()),
         };
-        // Moved: somebody else has ended it.
-        if let Err(error) = given_back
-            && !matches!(error, store::Error::Moved(_))
+        // A version conflict means that another writer has ended the session.
+        if let Err(error) = released
+            && !matches!(error, store::Error::VersionConflict(_))
         {
-            warn!(session.id = %id, %error, "could not give back the quota of {id}, which could not be opened; it expires");
+            warn!(
+                session.id = %id, %error,
+                "releasing the quota of unopened upload {id} failed: {error}; it is released at expiry"
+            );
         }
     }
 
-    async fn replay(&self, caller: &Caller, key: Option<&str>, digest: &Sha256) -> Result<Option<Opened>, Error> {
+    async fn replay(&self, caller: &Caller, key: Option<&str>, fingerprint: &Sha256) -> Result<Option<Opened>, Error> {
         let Some(key) = key else { return Ok(None) };
-        let Some((id, opened_by)) = self.store.idempotent(&caller.tenant, &caller.subject, key).await? else { return Ok(None) };
-        if opened_by != digest.0 {
-            return Err(Error::KeyReused);
+        let Some((id, opened_by)) = self.store.session_by_idempotency_key(&caller.tenant, &caller.subject, key).await? else {
+            return Ok(None);
+        };
+        if opened_by != fingerprint.0 {
+            return Err(Error::IdempotencyKeyReused);
         }
         let session = self.store.session(id).await?.ok_or(Error::NotFound)?;
         let now = self.store.now().await?;
-        let session = self.ended(session, now).await?;
+        let session = self.expire_if_overdue(session, now).await?;
         let upload = match session.state {
             State::Open => {
-                let session = self.with_its_time(session, now).await?;
+                let session = self.with_full_lifetime(session, now).await?;
                 let hashes: Vec<Sha256> = self.store.part_hashes(id).await?.into_iter().map(|(_, sha256)| sha256).collect();
-                self.with_urls(session, &hashes, now).await?
+                self.with_signed_urls(session, &hashes, now).await?
             }
             _ => super::read::view(&session, now)?,
         };
-        Ok(Some(Opened { upload, fresh: false }))
+        Ok(Some(Opened { upload, is_new: false }))
     }
 
-    /// Gives an upload its time again that was to end soon, because no URL could be signed for its first request.
-    async fn with_its_time(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
-        let whole = session.created_at + time::Duration::seconds(session.promise.session_seconds.into());
-        if session.promise.layout != Layout::Single || session.expires_at >= whole.min(session.expires_latest_at) {
+    /// Restores the full lifetime of an upload whose expiry was shortened because its first request could not be signed.
+    async fn with_full_lifetime(&self, session: Session, now: OffsetDateTime) -> Result<Session, Error> {
+        let full_expiry = session.created_at + time::Duration::seconds(session.spec.session_seconds.into());
+        if session.spec.layout != Layout::Single || session.expires_at >= full_expiry.min(session.expires_latest_at) {
             return Ok(session);
         }
-        let expires_at = self.store.slide(session.id, session.slid(now)).await?.unwrap_or(session.expires_at);
+        let expires_at = self.store.extend_expiry(session.id, session.extended_expiry(now)).await?.unwrap_or(session.expires_at);
         Ok(Session { expires_at, ..session })
     }
 
-    /// An open session with the URLs to begin with.
-    async fn with_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
+    /// The answer for an open session, with its first URLs.
+    async fn with_signed_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
         let mut upload = super::read::view(&session, now)?;
-        match session.promise.layout {
+        match session.spec.layout {
             Layout::Single => {
                 let token = session.id.to_string();
-                let place = place(&session);
-                let signed = self.objects.sign_put(&put(&session, &token, &place), session.url_life(now)).await?;
-                upload.upload = Some(request(signed, now));
+                let location = object_location(&session);
+                let signed = self.objects.presign_put(&put(&session, &token, &location), session.url_lifetime(now)).await?;
+                upload.upload = Some(signed_request(signed, now));
             }
-            Layout::Multipart { parts, hashes: promised, .. } => {
-                let upload_id = self.s3_upload(&mut session, now).await?;
+            Layout::Multipart { part_count, part_hashes, .. } => {
+                let upload_id = self.ensure_s3_upload(&mut session, now).await?;
                 upload = super::read::view(&session, now)?;
-                let window = match promised {
-                    Hashes::Deferred => 0,
-                    Hashes::None | Hashes::Given => parts.min(u32::try_from(PARTS_PER_CALL).expect("100")),
+                let first_parts = match part_hashes {
+                    PartHashMode::Deferred => 0,
+                    PartHashMode::None | PartHashMode::Given => part_count.min(u32::try_from(PARTS_PER_CALL).expect("100")),
                 };
-                let wanted: Vec<Wanted> = (1..=window).map(|number| (number, hashes.get(number as usize - 1).copied())).collect();
-                upload.parts = Some(self.sign(&session, &upload_id, &wanted, now).await?);
+                let requested: Vec<RequestedPart> =
+                    (1..=first_parts).map(|number| (number, hashes.get(number as usize - 1).copied())).collect();
+                upload.parts = Some(self.sign(&session, &upload_id, &requested, now).await?);
             }
         }
         Ok(upload)
     }
 
-    /// The session's multipart upload in S3, made now if there is none; then the session's time begins anew.
-    async fn s3_upload(&self, session: &mut Session, now: OffsetDateTime) -> Result<String, Error> {
+    /// The session's multipart upload in S3. Creates one if there is none, and then extends the session's expiry.
+    async fn ensure_s3_upload(&self, session: &mut Session, now: OffsetDateTime) -> Result<String, Error> {
         if let Some(upload_id) = &session.s3_upload_id {
             return Ok(upload_id.clone());
         }
         let token = session.id.to_string();
-        let place = place(session);
-        let with_hashes = session.promise.layout.has_part_hashes();
-        let made = self.objects.begin_multipart(&put(session, &token, &place), with_hashes).await?;
-        if let Some(expires_at) = self.store.set_s3_upload(session.id, &made, session.slid(now)).await? {
+        let location = object_location(session);
+        let with_hashes = session.spec.layout.has_part_hashes();
+        let new_upload_id = self.objects.create_multipart_upload(&put(session, &token, &location), with_hashes).await?;
+        if let Some(expires_at) = self.store.set_s3_upload(session.id, &new_upload_id, session.extended_expiry(now)).await? {
             session.expires_at = expires_at;
-            return Ok(made);
+            return Ok(new_upload_id);
         }
-        // Somebody else was first, or the session is over: this one is nobody's.
-        let standing = self.store.session(session.id).await?.ok_or(Error::NotFound)?;
-        match standing.s3_upload_id.clone() {
-            Some(upload_id) if standing.state == State::Open => {
-                self.objects.abort_upload(&place, &made).await?;
-                session.expires_at = standing.expires_at;
+        // Another request stored its multipart upload first, or the session has ended: this multipart upload is unused.
+        let stored = self.store.session(session.id).await?.ok_or(Error::NotFound)?;
+        match stored.s3_upload_id.clone() {
+            Some(upload_id) if stored.state == State::Open => {
+                self.objects.abort_multipart_upload(&location, &new_upload_id).await?;
+                session.expires_at = stored.expires_at;
                 Ok(upload_id)
             }
             _ => {
-                self.objects.abort_upload(&place, &made).await?;
-                standing.must_be_open().map_err(|refusal| refused(refusal, &standing))?;
-                Err(Error::Unknown)
+                self.objects.abort_multipart_upload(&location, &new_upload_id).await?;
+                stored.ensure_open().map_err(|error| session_error(error, &stored))?;
+                Err(Error::OutcomeUnknown)
             }
         }
     }
 
-    /// Signs parts of an open multipart upload, and slides its end.
+    /// Signs URLs for parts of an open multipart upload, and extends its expiry.
     pub(crate) async fn sign_parts(&self, caller: &Caller, id: Uuid, request: SignParts) -> Result<SignedParts, Error> {
-        let (member, wanted) = asked_parts(request)?;
-        let (mut session, now) = self.current(caller, id).await?;
-        session.must_be_open().map_err(|refusal| refused(refusal, &session))?;
-        check_parts(&session, member, &wanted)?;
-        let wanted = self.standing_hashes(&session, wanted).await?;
-        match self.store.slide(id, session.slid(now)).await? {
+        let (member, requested) = parse_parts(request)?;
+        let (mut session, now) = self.current_session(caller, id).await?;
+        session.ensure_open().map_err(|error| session_error(error, &session))?;
+        check_parts(&session, member, &requested)?;
+        let requested = self.declared_hashes(&session, requested).await?;
+        match self.store.extend_expiry(id, session.extended_expiry(now)).await? {
             Some(expires_at) => session.expires_at = expires_at,
             None => {
                 let session = self.session(caller, id).await?;
-                session.must_be_open().map_err(|refusal| refused(refusal, &session))?;
+                session.ensure_open().map_err(|error| session_error(error, &session))?;
             }
         }
-        let upload_id = self.s3_upload(&mut session, now).await?;
-        Ok(SignedParts { parts: self.sign(&session, &upload_id, &wanted, now).await? })
+        let upload_id = self.ensure_s3_upload(&mut session, now).await?;
+        Ok(SignedParts { parts: self.sign(&session, &upload_id, &requested, now).await? })
     }
 
-    /// The hashes to sign: promised at open, or promised by this call and from now on.
-    async fn standing_hashes(&self, session: &Session, wanted: Vec<Wanted>) -> Result<Vec<Wanted>, Error> {
-        let Layout::Multipart { hashes, .. } = session.promise.layout else { return Ok(wanted) };
-        if hashes == Hashes::None {
-            return Ok(wanted);
+    /// The requested parts with the hashes to sign: those declared at open or by earlier calls, and those that this call
+    /// declares.
+    async fn declared_hashes(&self, session: &Session, requested: Vec<RequestedPart>) -> Result<Vec<RequestedPart>, Error> {
+        let Layout::Multipart { part_hashes, .. } = session.spec.layout else { return Ok(requested) };
+        if part_hashes == PartHashMode::None {
+            return Ok(requested);
         }
-        let numbers: Vec<u32> = wanted.iter().map(|(number, _)| *number).collect();
-        let standing: BTreeMap<u32, Sha256> = self.store.part_hashes_of(session.id, &numbers).await?.into_iter().collect();
-        // Before anything is promised: a call that is refused promises nothing.
-        let signed = agreed(session, &wanted, &standing)?;
-        if hashes == Hashes::Given {
+        let numbers: Vec<u32> = requested.iter().map(|(number, _)| *number).collect();
+        let declared: BTreeMap<u32, Sha256> = self.store.part_hashes_of(session.id, &numbers).await?.into_iter().collect();
+        // Checked before anything is stored: a refused call declares no hash.
+        let signed = merge_hashes(session, &requested, &declared)?;
+        if part_hashes == PartHashMode::Given {
             return Ok(signed);
         }
-        let brought: Vec<(u32, Sha256)> = wanted.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
-        // Another call may have been quicker; the first promise stands.
-        let standing = self.store.promise_parts(session.id, &brought).await?.into_iter().collect();
-        agreed(session, &wanted, &standing)
+        let new_hashes: Vec<(u32, Sha256)> =
+            requested.iter().filter_map(|(number, sha256)| sha256.map(|s| (*number, s))).collect();
+        // A concurrent call may have declared a hash first; the first declaration counts.
+        let declared = self.store.store_part_hashes(session.id, &new_hashes).await?.into_iter().collect();
+        merge_hashes(session, &requested, &declared)
     }
 
     async fn sign(
         &self,
         session: &Session,
         upload_id: &str,
-        wanted: &[Wanted],
+        requested: &[RequestedPart],
         now: OffsetDateTime,
     ) -> Result<Vec<SignedPart>, Error> {
-        let place = place(session);
-        let life = session.url_life(now);
-        let mut parts = Vec::with_capacity(wanted.len());
-        for (number, sha256) in wanted {
+        let location = object_location(session);
+        let lifetime = session.url_lifetime(now);
+        let mut parts = Vec::with_capacity(requested.len());
+        for (number, sha256) in requested {
             let (offset, size) =
-                session.promise.layout.part(*number, session.promise.size_bytes).expect("the numbers were checked");
-            let signed = self.objects.sign_part(&place, upload_id, *number, size, sha256.as_ref(), life).await?;
-            parts.push(SignedPart { part_number: *number, offset, size, request: request(signed, now) });
+                session.spec.layout.part_range(*number, session.spec.size_bytes).expect("the part numbers were checked");
+            let signed = self.objects.presign_part(&location, upload_id, *number, size, sha256.as_ref(), lifetime).await?;
+            parts.push(SignedPart { part_number: *number, offset, size, request: signed_request(signed, now) });
         }
         Ok(parts)
     }
 }
 
-type Wanted = (u32, Option<Sha256>);
+type RequestedPart = (u32, Option<Sha256>);
 
-/// What an open asks for, however it is written: two spellings of one request are the same under an idempotency key.
-fn meaning(shaped: &Shaped) -> Sha256 {
-    let mut same = shaped.request.clone();
+/// A hash of what an open request asks for. Two spellings of the same request have the same hash.
+fn request_fingerprint(validated: &ValidatedRequest) -> Sha256 {
+    let mut same = validated.request.clone();
     same.key = None;
-    same.key_base64 = shaped.key.as_deref().map(|key| BASE64.encode(key));
+    same.key_base64 = validated.key.as_deref().map(|key| BASE64.encode(key));
     same.sha256 = None;
-    same.checksum_alg = Some(shaped.algorithm);
-    same.checksum = shaped.digest.as_ref().map(Digest::hex);
-    same.content_type = Some(shaped.content_type.clone());
+    same.checksum_alg = Some(validated.algorithm);
+    same.checksum = validated.digest.as_ref().map(Digest::hex);
+    same.content_type = Some(validated.content_type.clone());
     same.headers.0.sort();
     Sha256::of(&serde_json::to_vec(&same).expect("a request has only strings and numbers"))
 }
 
 fn invalid(pointer: &str, detail: String) -> Error {
-    policy::Refusal::Invalid(vec![wrong(pointer, detail)]).into()
+    policy::PolicyViolation::Invalid(vec![FieldError::new(pointer, detail)]).into()
 }
 
-/// Reads which parts are asked for, and by which member.
-fn asked_parts(request: SignParts) -> Result<(&'static str, Vec<Wanted>), Error> {
-    let (member, wanted): (&str, Vec<Wanted>) = match (request.part_numbers, request.parts) {
+/// Parses the requested parts, and names the member that lists them.
+fn parse_parts(request: SignParts) -> Result<(&'static str, Vec<RequestedPart>), Error> {
+    let (member, requested): (&str, Vec<RequestedPart>) = match (request.part_numbers, request.parts) {
         (Some(numbers), None) => ("part_numbers", numbers.into_iter().map(|number| (number, None)).collect()),
         (None, Some(parts)) => ("parts", parts.into_iter().map(|part| (part.part_number, part.sha256)).collect()),
-        _ => return Err(invalid("", "either part_numbers or parts".to_owned())),
+        _ => return Err(invalid("", "send either part_numbers or parts".to_owned())),
     };
-    if wanted.is_empty() || wanted.len() > PARTS_PER_CALL {
-        return Err(invalid(&format!("/{member}"), format!("1 to {PARTS_PER_CALL} parts a call, found {}", wanted.len())));
+    if requested.is_empty() || requested.len() > PARTS_PER_CALL {
+        return Err(invalid(&format!("/{member}"), format!("1 to {PARTS_PER_CALL} parts a call, found {}", requested.len())));
     }
     let mut seen = std::collections::BTreeSet::new();
-    match wanted.iter().position(|(number, _)| !seen.insert(*number)) {
-        Some(index) => Err(invalid(&format!("/{member}/{index}"), format!("part {} is asked for twice", wanted[index].0))),
-        None => Ok((member, wanted)),
+    match requested.iter().position(|(number, _)| !seen.insert(*number)) {
+        Some(index) => Err(invalid(&format!("/{member}/{index}"), format!("part {} is requested twice", requested[index].0))),
+        None => Ok((member, requested)),
     }
 }
 
-/// Holds the parts that are asked for against what the session expects.
-fn check_parts(session: &Session, member: &str, wanted: &[Wanted]) -> Result<(), Error> {
-    let Layout::Multipart { parts: count, hashes, .. } = session.promise.layout else {
-        return Err(refused(Refusal::Conflict("the upload is one PUT and has no parts".to_owned()), session));
+/// Checks that the requested parts exist, and that they have a sha256 exactly where the upload needs one.
+fn check_parts(session: &Session, member: &str, requested: &[RequestedPart]) -> Result<(), Error> {
+    let Layout::Multipart { part_count, part_hashes, .. } = session.spec.layout else {
+        return Err(session_error(SessionError::Conflict("the upload is a single PUT and has no parts".to_owned()), session));
     };
-    for (index, (number, sha256)) in wanted.iter().enumerate() {
-        let place = format!("/{member}/{index}");
-        if !(1..=count).contains(number) {
-            return Err(invalid(&place, format!("part {number} of an upload with {count} parts")));
+    for (index, (number, sha256)) in requested.iter().enumerate() {
+        let pointer = format!("/{member}/{index}");
+        if !(1..=part_count).contains(number) {
+            return Err(invalid(&pointer, format!("part {number} does not exist: the upload has {part_count} parts")));
         }
-        match (hashes, sha256) {
-            (Hashes::Deferred, None) => {
-                return Err(invalid(&place, format!("part {number} needs its sha256: part hashes were deferred")));
+        match (part_hashes, sha256) {
+            (PartHashMode::Deferred, None) => {
+                return Err(invalid(
+                    &pointer,
+                    format!("part {number} needs its sha256: the upload declared deferred part hashes"),
+                ));
             }
-            (Hashes::None, Some(_)) => {
-                return Err(invalid(&place, format!("part {number} brings a sha256, but none was promised")));
+            (PartHashMode::None, Some(_)) => {
+                return Err(invalid(&pointer, format!("part {number} has a sha256, but the upload declared no part hashes")));
             }
-            (Hashes::Given | Hashes::Deferred, Some(_)) | (Hashes::None | Hashes::Given, None) => {}
+            (PartHashMode::Given | PartHashMode::Deferred, Some(_)) | (PartHashMode::None | PartHashMode::Given, None) => {}
         }
     }
     Ok(())
 }
 
-/// The hash to sign for each part: the one that stands, which must be the one that is brought.
-fn agreed(session: &Session, wanted: &[Wanted], standing: &BTreeMap<u32, Sha256>) -> Result<Vec<Wanted>, Error> {
-    let agree = |(number, brought): &Wanted| match (brought, standing.get(number).copied()) {
-        (Some(brought), Some(standing)) if *brought != standing => {
-            Err(refused(Refusal::Conflict(format!("part {number} was promised with another sha256")), session))
+/// The hash to sign for each part: the declared one. A hash in the request must equal it.
+fn merge_hashes(
+    session: &Session,
+    requested: &[RequestedPart],
+    declared: &BTreeMap<u32, Sha256>,
+) -> Result<Vec<RequestedPart>, Error> {
+    let merge = |(number, sha256): &RequestedPart| match (sha256, declared.get(number).copied()) {
+        (Some(sha256), Some(declared)) if *sha256 != declared => {
+            Err(session_error(SessionError::Conflict(format!("part {number} was declared with another sha256")), session))
         }
-        (_, standing) => Ok((*number, standing)),
+        (_, declared) => Ok((*number, declared)),
     };
-    wanted.iter().map(agree).collect()
+    requested.iter().map(merge).collect()
 }
 
-fn put<'a>(session: &'a Session, token: &'a str, place: &'a crate::objects::Place) -> Put<'a> {
-    Put {
-        place,
+fn put<'a>(session: &'a Session, token: &'a str, location: &'a ObjectLocation) -> NewObject<'a> {
+    NewObject {
+        location,
         token,
-        content_type: &session.promise.content_type,
-        size_bytes: session.promise.size_bytes,
-        digest: session.promise.digest.as_ref(),
-        kms_key_id: session.promise.kms_key_id.as_deref(),
+        content_type: &session.spec.content_type,
+        size_bytes: session.spec.size_bytes,
+        digest: session.spec.digest.as_ref(),
+        kms_key_id: session.spec.kms_key_id.as_deref(),
     }
 }
 
-pub(super) fn request(signed: Signed, now: OffsetDateTime) -> SignedRequest {
+pub(super) fn signed_request(signed: PresignedUrl, now: OffsetDateTime) -> SignedRequest {
     SignedRequest {
         method: signed.method.to_owned(),
         url: signed.url,
         headers: signed.headers,
-        expires_at: ending(now, signed.expires_in),
+        expires_at: expiry(now, signed.expires_in),
         expires_in: signed.expires_in.as_secs(),
     }
 }
 
-fn ending(now: OffsetDateTime, life: Duration) -> OffsetDateTime {
-    (now + life).replace_nanosecond(0).expect("zero is a nanosecond")
+fn expiry(now: OffsetDateTime, lifetime: Duration) -> OffsetDateTime {
+    (now + lifetime).replace_nanosecond(0).expect("zero is a nanosecond")
 }
 
-/// A UUID of version 7 at the database's time, so that ids and `created_at` sort alike.
+/// A UUID of version 7 with the database's time, so that ids sort in the order of `created_at`.
 fn new_id(now: OffsetDateTime) -> Uuid {
     let seconds = u64::try_from(now.unix_timestamp()).expect("after 1970");
     Uuid::new_v7(Timestamp::from_unix(ContextV7::new(), seconds, now.nanosecond()))

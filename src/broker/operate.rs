@@ -1,80 +1,81 @@
-//! What operators ask for: try a pointer again, look at an object again, and how things stand.
+//! Operations for administrators: redrive, discard, reverify, statistics, and the state of the dependencies.
 
 use std::collections::BTreeMap;
 
 use lfs_broker_client::api::{Dependencies, Dependency, OutboxDepth, ReadUpload, Redrive, Stats, Upload, UploadState, Validated};
 use uuid::Uuid;
 
-use super::{Broker, Error, refused};
+use super::{Broker, Error, session_error};
 use crate::auth::Caller;
-use crate::finish::{place, still_proved};
+use crate::completion::{object_location, still_verified};
 use crate::restore_check::ADVICE;
-use crate::session::{Refusal, State};
+use crate::session::{SessionError, State};
 use crate::store;
 
 impl Broker {
-    /// Tries now to publish what waits, and gives the upload as it is then. What is published stays as it is.
+    /// Retries a waiting pointer now, and returns the upload. A published upload is not changed.
     pub(crate) async fn redrive(&self, caller: &Caller, id: Uuid, request: &Redrive) -> Result<Upload, Error> {
         loop {
-            let (session, now) = self.current(caller, id).await?;
+            let (session, now) = self.current_session(caller, id).await?;
             match session.state {
                 State::Published(..) => break,
                 State::Verified(_) => {
                     let by = format!("client:{}", caller.subject);
                     if self.store.redrive(id, request.clear_partition, &by, now).await? {
-                        self.wakes.relay.notify_one();
-                        self.wakes.changed(id);
+                        self.notifier.relay.notify_one();
+                        self.notifier.notify(id);
                         break;
                     }
-                    // The relay was quicker: look again.
+                    // The relay changed the session first: read it again.
                 }
-                _ => return Err(refused(Refusal::State(session.state.name()), &session)),
+                _ => return Err(session_error(SessionError::WrongState(session.state.name()), &session)),
             }
         }
         self.read(caller, id, &ReadUpload::default()).await
     }
 
-    /// Ends a verified upload whose pointer Kafka refuses. The sweeper removes its object.
+    /// Discards a verified upload whose pointer Kafka refuses. The sweeper removes its object.
     pub(crate) async fn discard(&self, caller: &Caller, id: Uuid) -> Result<Upload, Error> {
-        let (session, now) = self.current(caller, id).await?;
+        let (session, now) = self.current_session(caller, id).await?;
         let state = session.state.name();
-        session.clone().discard(String::new()).map_err(|refusal| refused(refusal, &session))?;
+        session.clone().discard(String::new()).map_err(|error| session_error(error, &session))?;
         let by = format!("client:{}", caller.subject);
         if !self.store.discard(id, &by, now).await? {
             let session = self.session(caller, id).await?;
-            let words =
-                "the pointer is not parked: only one that Kafka has refused, and that is not being sent now, is discarded";
-            let refusal = if session.state.name() == state {
-                Refusal::Conflict(words.to_owned())
+            let detail =
+                "the pointer is not parked: only a pointer that Kafka refused and that is not being sent can be discarded";
+            let error = if session.state.name() == state {
+                SessionError::Conflict(detail.to_owned())
             } else {
-                Refusal::State(session.state.name())
+                SessionError::WrongState(session.state.name())
             };
-            return Err(refused(refusal, &session));
+            return Err(session_error(error, &session));
         }
-        tracing::info!(session.id = %id, "discarded {id}: Kafka refuses its pointer");
-        self.wakes.sweeper.notify_one();
-        // What comes after it in its key is not held up any more.
-        self.wakes.relay.notify_one();
-        self.wakes.changed(id);
+        tracing::info!(session.id = %id, "discarded upload {id}: Kafka refuses its pointer");
+        self.notifier.sweeper.notify_one();
+        // Later pointers with the same key are no longer blocked.
+        self.notifier.relay.notify_one();
+        self.notifier.notify(id);
         self.read(caller, id, &ReadUpload::default()).await
     }
 
-    /// Looks at a promised upload's object again, and holds what S3 says against what was proved.
+    /// Checks the object of a verified upload again, and compares what S3 says with the verification.
     pub(crate) async fn reverify(&self, caller: &Caller, id: Uuid) -> Result<Validated, Error> {
         let session = self.session(caller, id).await?;
-        let Some(proof) = session.state.proof() else {
-            return Err(refused(Refusal::State(session.state.name()), &session));
+        let Some(verification) = session.state.verification() else {
+            return Err(session_error(SessionError::WrongState(session.state.name()), &session));
         };
-        let found = self.objects.head(&place(&session), proof.version_id.as_deref()).await?.ok_or(Error::ObjectGone)?;
-        match still_proved(&self.store, &session, proof, &found).await? {
+        let found =
+            self.objects.head(&object_location(&session), verification.version_id.as_deref()).await?.ok_or(Error::ObjectGone)?;
+        match still_verified(&self.store, &session, verification, &found).await? {
             Ok(integrity) => Ok(Validated { valid: true, size: found.size_bytes, integrity: Some(integrity) }),
-            Err(refusal) => Err(refused(refusal, &session)),
+            Err(error) => Err(session_error(error, &session)),
         }
     }
 
-    /// How much of everything there is, and whether what the broker stands on answers.
+    /// Counts of uploads and outbox rows, and the state of the dependencies.
     pub(crate) async fn stats(&self) -> Result<Stats, Error> {
-        let (depths, dependencies) = tokio::join!(self.store.depths(), self.dependencies());
+        let (depths, dependencies) = tokio::join!(self.store.stats(), self.dependencies());
         let depths = depths?;
         let now = self.store.now().await?;
         let count = |number: i64| number.unsigned_abs();
@@ -88,30 +89,30 @@ impl Broker {
         })
     }
 
-    /// Whether what the broker stands on answers, and did what uploads need when that was last tried.
+    /// Whether each dependency answers now and passed its last readiness checks.
     pub(crate) async fn dependencies(&self) -> Dependencies {
         let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
-        let database = match (self.restore_check.is_older(), database) {
+        let database = match (self.restore_check.is_kafka_ahead(), database) {
             (true, Ok(())) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
-            // Its cause is known, and names no address.
+            // This error text names no address, so the caller may see it.
             (_, Err(error @ store::Error::ReadOnly)) => Dependency { ok: false, reason: Some(error.to_string()) },
             (_, answered) => dependency("the database", answered),
         };
         Dependencies {
-            database: self.outcomes.database.with(database),
-            storage: self.outcomes.storage.with(dependency("object storage", storage)),
-            kafka: self.outcomes.kafka.with(dependency("Kafka", kafka)),
+            database: self.readiness.database.combined_with(database),
+            storage: self.readiness.storage.combined_with(dependency("object storage", storage)),
+            kafka: self.readiness.kafka.combined_with(dependency("Kafka", kafka)),
         }
     }
 }
 
-/// What is wrong stays in the log: it may name addresses.
+/// The state of a dependency by its answer. The error goes only to the log, because it may name addresses.
 fn dependency<E: std::fmt::Display>(name: &str, outcome: Result<(), E>) -> Dependency {
     match outcome {
         Ok(()) => Dependency { ok: true, reason: None },
         Err(error) => {
-            tracing::warn!(%error, "{name} does not answer");
-            Dependency { ok: false, reason: Some("it does not answer; the log has more".to_owned()) }
+            tracing::warn!(%error, "{name} does not answer: {error}");
+            Dependency { ok: false, reason: Some(format!("{name} does not answer; the log has the error")) }
         }
     }
 }

@@ -1,21 +1,21 @@
-//! Topic policies: read, stored whole, forgotten.
+//! Topic policies: read, store, delete and list.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use lfs_broker_client::api::{ListTopics, Policy, TopicPage, TopicPolicy};
+use lfs_broker_client::api::{FieldError, ListTopics, Policy, TopicPage, TopicPolicy};
 
-use super::read::{invalid_cursor, page_size};
+use super::read::{invalid_cursor, page_limit};
 use super::{Broker, Error};
 use crate::kafka;
-use crate::policy::{self, wrong};
+use crate::policy;
 
 impl Broker {
-    /// The policy that holds for a topic: its own, or the broker's default.
+    /// The policy that applies to a topic: its own, or the broker's default.
     pub(super) async fn policy_of(&self, topic: &str) -> Result<Policy, Error> {
         Ok(self.store.policy(topic).await?.unwrap_or_else(|| self.policy.default_policy()))
     }
 
-    /// What an absent member of a stored policy means.
+    /// The values of members that a stored policy does not set.
     pub(crate) fn base_policy(&self) -> Policy {
         self.policy.base_policy()
     }
@@ -23,65 +23,65 @@ impl Broker {
     /// A topic's stored policy.
     pub(crate) async fn topic(&self, topic: &str) -> Result<Policy, Error> {
         let missing = || Error::PolicyNotFound(topic.to_owned());
-        // What no topic is called has no policy, and the database is not asked for it.
+        // An impossible topic name has no policy, so the database is not queried.
         if policy::is_topic(topic) { self.store.policy(topic).await?.ok_or_else(missing) } else { Err(missing()) }
     }
 
-    /// Stores a topic's policy whole; it holds at once, on every replica.
+    /// Replaces a topic's policy. It applies at once, on every replica.
     pub(crate) async fn put_topic(&self, topic: &str, policy: Policy) -> Result<Policy, Error> {
-        let mut errors = policy::check(&policy);
+        let mut errors = policy::validate_policy(&policy);
         if !policy::is_topic(topic) {
-            errors.push(wrong("", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
+            errors.push(FieldError::new("", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
         }
         if !errors.is_empty() {
-            return Err(policy::Refusal::Invalid(errors).into());
+            return Err(policy::PolicyViolation::Invalid(errors).into());
         }
         if kafka::is_internal(topic) {
             return Err(Error::TopicInternal(topic.to_owned()));
         }
         if let Some(bucket) = &policy.bucket {
-            self.try_bucket(bucket).await?;
+            self.probe_bucket(bucket).await?;
         }
         let now = self.store.now().await?;
         self.store.put_policy(topic, &policy, now).await?;
         Ok(policy)
     }
 
-    /// Tries the store out where it was not at the start, for want of a bucket, and URLs need its refusals.
-    async fn try_bucket(&self, bucket: &str) -> Result<(), Error> {
+    /// Probes the S3 store if that was not possible at the start, because no bucket was known, and safe URLs need it.
+    async fn probe_bucket(&self, bucket: &str) -> Result<(), Error> {
         if !self.must_refuse_copy_source || self.capabilities.get().is_some() {
             return Ok(());
         }
         let found = self.objects.probe(bucket).await?;
         if !found.refuses_copy_source() {
-            let detail = "its store accepts an unsigned x-amz-copy-source: uploads need a write-only signing credential";
-            return Err(policy::Refusal::Invalid(vec![wrong("/bucket", detail)]).into());
+            let detail = "the bucket's store accepts an unsigned x-amz-copy-source: uploads need a write-only signing credential";
+            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/bucket", detail)]).into());
         }
         let _ = self.capabilities.set(found);
         Ok(())
     }
 
-    /// Forgets a topic's policy.
+    /// Deletes a topic's policy.
     pub(crate) async fn delete_topic(&self, topic: &str) -> Result<(), Error> {
         if policy::is_topic(topic) { Ok(self.store.delete_policy(topic).await?) } else { Ok(()) }
     }
 
-    /// A page of stored policies by name.
+    /// A page of stored policies, ordered by topic name.
     pub(crate) async fn topics(&self, query: &ListTopics) -> Result<TopicPage, Error> {
-        let limit = page_size(query.limit)?;
+        let limit = page_limit(query.limit)?;
         let after = match &query.cursor {
             Some(cursor) => URL_SAFE_NO_PAD
                 .decode(cursor)
                 .ok()
                 .and_then(|bytes| String::from_utf8(bytes).ok())
                 .filter(|topic| policy::is_topic(topic))
-                .ok_or_else(|| invalid_cursor("not a cursor"))?,
+                .ok_or_else(|| invalid_cursor("this is not a cursor"))?,
             None => String::new(),
         };
         let mut rows = self.store.policies(&after, i64::from(limit) + 1).await?;
-        let more = rows.len() > limit as usize;
+        let has_more = rows.len() > limit as usize;
         rows.truncate(limit as usize);
-        let next_cursor = rows.last().filter(|_| more).map(|(topic, _)| URL_SAFE_NO_PAD.encode(topic));
+        let next_cursor = rows.last().filter(|_| has_more).map(|(topic, _)| URL_SAFE_NO_PAD.encode(topic));
         Ok(TopicPage { items: rows.into_iter().map(|(topic, policy)| TopicPolicy { topic, policy }).collect(), next_cursor })
     }
 }

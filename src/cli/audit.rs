@@ -1,6 +1,7 @@
-//! `audit`: whether PostgreSQL, S3 and Kafka tell the same story, for people and for machines.
+//! `audit`: compares PostgreSQL, S3 and Kafka, and prints the report as text or JSON.
 
-use super::{Config, Error, log, talk};
+use super::output::{print_data, to_json};
+use super::{Config, Error, init_logging};
 use crate::app;
 use crate::audit::{self, Audit, Report};
 use crate::kafka::Kafka;
@@ -11,7 +12,7 @@ use crate::store::Store;
 pub(super) struct Arguments {
     #[command(flatten)]
     config: Config,
-    /// Repair what is safe: deletes no object, and says what it did
+    /// Repair what is safe, without deleting an object; the report shows the repairs
     #[arg(long)]
     fix: bool,
     /// Print JSON
@@ -20,15 +21,15 @@ pub(super) struct Arguments {
 }
 
 pub(super) async fn audit(arguments: Arguments) -> Result<(), Error> {
-    log("lfs_broker=warn,error");
-    let report = run(arguments.config.load()?, arguments.fix).await.map_err(Error::Unchecked)?;
+    init_logging("lfs_broker=warn,error");
+    let report = run(arguments.config.load()?, arguments.fix).await.map_err(Error::AuditFailed)?;
     match arguments.json {
-        true => talk::data(&talk::json(&report))?,
-        false => talk::data(words(&report).trim_end())?,
+        true => print_data(&to_json(&report))?,
+        false => print_data(report_text(&report).trim_end())?,
     }
     match report.findings.iter().map(|finding| finding.count).sum() {
         0 => Ok(()),
-        found => Err(Error::Findings(found)),
+        count => Err(Error::Findings(count)),
     }
 }
 
@@ -41,8 +42,8 @@ async fn run(settings: app::Settings, fix: bool) -> Result<Report, audit::Error>
     report
 }
 
-fn words(report: &Report) -> String {
-    let mut text = format!("looked at {} sessions, {} objects, {} records\n", report.sessions, report.objects, report.records);
+fn report_text(report: &Report) -> String {
+    let mut text = format!("checked {} sessions, {} objects, {} records\n", report.sessions, report.objects, report.records);
     for finding in &report.findings {
         let fixed = if finding.fixed > 0 { format!(", {} repaired", finding.fixed) } else { String::new() };
         text += &format!("{}: {} ({} bytes{fixed}): {}\n", finding.kind, finding.count, finding.bytes, finding.meaning);
@@ -55,7 +56,7 @@ fn words(report: &Report) -> String {
         }
     }
     if report.clean {
-        text += "they tell the same story\n";
+        text += "PostgreSQL, S3 and Kafka agree\n";
     }
     text
 }
@@ -63,20 +64,21 @@ fn words(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::{Finding, Kind};
+    use crate::audit::{Finding, FindingKind};
 
     #[test]
-    fn a_report_reads_alone() {
+    fn the_text_report_shows_counts_meanings_and_examples() {
         let clean = Report { clean: true, sessions: 3, objects: 2, records: 1, findings: Vec::new() };
-        assert_eq!(words(&clean), "looked at 3 sessions, 2 objects, 1 records\nthey tell the same story\n");
-        let kind = Kind::KafkaAhead;
+        assert_eq!(report_text(&clean), "checked 3 sessions, 2 objects, 1 records\nPostgreSQL, S3 and Kafka agree\n");
+        let kind = FindingKind::KafkaAhead;
         let examples = vec!["one".to_owned(), "two".to_owned()];
         let finding = Finding { kind, meaning: kind.meaning(), count: 3, bytes: 12, fixed: 2, examples };
         let found = Report { clean: false, findings: vec![finding], ..clean };
         assert_eq!(
-            words(&found),
-            "looked at 3 sessions, 2 objects, 1 records\n\
-             kafka-ahead: 3 (12 bytes, 2 repaired): uploads that Kafka holds and that are not published here; --fix writes it down\n  \
+            report_text(&found),
+            "checked 3 sessions, 2 objects, 1 records\n\
+             kafka-ahead: 3 (12 bytes, 2 repaired): \
+             uploads that Kafka holds but that are not published here; --fix saves them as published\n  \
              one\n  two\n  and 1 more\n"
         );
     }

@@ -1,4 +1,5 @@
-//! `consume`: follows a topic and saves what its records stand for, each proved and whole before its place is noted.
+//! `consume`: consumes a topic and saves the data of each record. It commits an offset only after the file is verified and
+//! complete.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,36 +7,35 @@ use std::time::Duration;
 
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::consumer::Content;
-use lfs_broker_client::{self as client, Access, Consumer, Place, Saved};
+use lfs_broker_client::{self as client, Access, Consumer, ObjectLocation, SavedFile};
 use serde_json::{Value as Json, json};
 
-use super::talk::{self, Meter};
-use super::{Config, Connection, Error, asked_to_end, log, sweep};
-use crate::kafka::{self, Follower, Incoming, Start};
+use super::output::{ProgressReporter, print_data, print_note, shell_quote};
+use super::{Config, Connection, Error, init_logging, remove_partial_downloads, shutdown_signal};
+use crate::kafka::{self, ConsumerRecord, StartOffset, TopicConsumer};
 use crate::objects::{self, Objects};
 
-/// How long a signed GET of a referenced object may be begun with; one that ran out is signed again.
-const REFERENCE_LIFE: Duration = Duration::from_secs(900);
+/// The lifetime of a presigned GET for a referenced object. After it expires, the client asks for a new URL.
+const REFERENCE_URL_LIFETIME: Duration = Duration::from_secs(900);
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     /// The topic
     #[arg(long)]
     topic: String,
-    /// Save files here, named after the record's topic, partition and offset
+    /// The directory for the files, which are named by topic, partition and offset
     #[arg(long, value_name = "DIRECTORY")]
     dir: PathBuf,
-    /// The consumer group that remembers where it was; without one nothing is remembered
+    /// The consumer group whose offsets are committed; without a group no offset is stored
     #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     group: Option<String>,
-    /// Where to begin where nothing is remembered
+    /// The position to start from if no offset is stored
     #[arg(long, value_enum, default_value = "earliest")]
     from: From,
-    /// End after so many records
+    /// Stop after this number of records
     #[arg(long, value_name = "N")]
     max_records: Option<u64>,
-    /// The bucket of records that are references (header `S3-REF-FILE-PATH`, no value); read with the AWS settings of the
-    /// environment
+    /// The bucket of reference records (header `S3-REF-FILE-PATH`, no value), read with the AWS settings of the environment
     #[arg(long, value_name = "BUCKET")]
     reference_bucket: Option<String>,
     /// Kafka's bootstrap servers [default: KAFKA_BOOTSTRAP_SERVERS]
@@ -54,138 +54,142 @@ enum From {
 }
 
 pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
-    log("lfs_broker=warn,error");
-    let consumer = opener(&arguments).await?;
+    init_logging("lfs_broker=warn,error");
+    let consumer = consumer(&arguments).await?;
     let settings = arguments.config.load_kafka(arguments.kafka.as_deref())?;
-    std::fs::create_dir_all(&arguments.dir).map_err(|error| unwritten(&arguments.dir, &error))?;
-    sweep(Some(&arguments.dir));
+    std::fs::create_dir_all(&arguments.dir).map_err(|error| write_error(&arguments.dir, &error))?;
+    remove_partial_downloads(Some(&arguments.dir));
     let start = match arguments.from {
-        From::Earliest => Start::Earliest,
-        From::Latest => Start::Latest,
+        From::Earliest => StartOffset::Earliest,
+        From::Latest => StartOffset::Latest,
     };
-    let follower = Follower::begin(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
-    let outcome = follow(&consumer, &arguments, &follower, &settings.bootstrap_servers).await;
-    follower.end().await;
-    outcome
+    let follower = TopicConsumer::start(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
+    let result = save_records(&consumer, &arguments, &follower, &settings.bootstrap_servers).await;
+    follower.close().await;
+    result
 }
 
-/// Saves record after record, until there were enough or the end is asked for.
-async fn follow(consumer: &Consumer, arguments: &Arguments, follower: &Follower, servers: &str) -> Result<(), Error> {
-    let ending = asked_to_end();
-    tokio::pin!(ending);
-    let (mut saved, mut is_away) = (0, false);
-    while arguments.max_records.is_none_or(|most| saved < most) {
+/// Saves records until the maximum is reached or a signal arrives.
+async fn save_records(consumer: &Consumer, arguments: &Arguments, follower: &TopicConsumer, servers: &str) -> Result<(), Error> {
+    let shutdown = shutdown_signal();
+    tokio::pin!(shutdown);
+    let (mut saved, mut is_unavailable) = (0, false);
+    while arguments.max_records.is_none_or(|max_records| saved < max_records) {
         let record = tokio::select! {
-            record = hear(follower, &mut is_away) => record?,
-            () = &mut ending => break,
+            record = next_record(follower, &mut is_unavailable) => record?,
+            () = &mut shutdown => break,
         };
         let Some(record) = record else { continue };
-        // Ctrl-C in the middle leaves the record for the next time: its file appears only when it is whole.
-        let told = tokio::select! {
-            told = save(consumer, arguments, &record) => told.map_err(|error| held_up(error, arguments, servers, &record))?,
-            () = &mut ending => break,
+        // After Ctrl-C the next run saves this record again, because its file appears only when it is complete.
+        let line = tokio::select! {
+            line = save(consumer, arguments, &record) => {
+                line.map_err(|error| with_skip_command(error, arguments, servers, &record))?
+            }
+            () = &mut shutdown => break,
         };
-        if let Some(told) = told {
-            talk::data(&told.to_string())?;
+        if let Some(line) = line {
+            print_data(&line.to_string())?;
         }
-        if let Err(error) = follower.done(&record).await {
-            // Whoever has the partition now saves the same bytes under the same name.
-            talk::note(&format!("note: the place after {} was not noted: {error}", place(&arguments.topic, &record)));
+        if let Err(error) = follower.commit(&record).await {
+            // The new owner of the partition saves the same bytes under the same name.
+            let name = record_name(&arguments.topic, &record);
+            print_note(&format!("note: the offset after {name} was not committed: {error}; the record may be saved again"));
         }
         saved += 1;
     }
     Ok(())
 }
 
-/// The next record, if one came within a moment. Kafka's absence is told once, and its return.
-async fn hear(follower: &Follower, is_away: &mut bool) -> Result<Option<Incoming>, Error> {
-    let heard = match follower.next().await {
+/// The next record, if one arrives within one poll. It prints once when Kafka becomes unavailable, and once when it returns.
+async fn next_record(follower: &TopicConsumer, is_unavailable: &mut bool) -> Result<Option<ConsumerRecord>, Error> {
+    let record = match follower.poll().await {
         Err(kafka::Error::Unreachable(reason)) => {
-            // One connection that ends is nothing yet: librdkafka makes another.
-            if !*is_away && !follower.is_reached().await {
-                *is_away = true;
-                talk::note(&format!("note: Kafka is away ({reason}); waiting for it"));
+            // A single lost connection is no outage, because librdkafka opens another one.
+            if !*is_unavailable && !follower.is_reachable().await {
+                *is_unavailable = true;
+                print_note(&format!("note: Kafka is unavailable ({reason}); waiting for it"));
             }
             return Ok(None);
         }
-        heard => heard?,
+        record => record?,
     };
-    if *is_away && (heard.is_some() || follower.is_reached().await) {
-        *is_away = false;
-        talk::note("note: Kafka is back");
+    if *is_unavailable && (record.is_some() || follower.is_reachable().await) {
+        *is_unavailable = false;
+        print_note("note: Kafka is available again");
     }
-    Ok(heard)
+    Ok(record)
 }
 
-/// What was promised and is not there any more, or is something else, stays so; all else may pass by itself.
-fn held_up(error: Error, arguments: &Arguments, servers: &str, record: &Incoming) -> Error {
+/// Adds the command that skips the record, if a retry cannot help because the object is missing or has other bytes.
+fn with_skip_command(error: Error, arguments: &Arguments, servers: &str, record: &ConsumerRecord) -> Error {
     match (error, &arguments.group) {
-        (Error::OfFile { name: place, source }, Some(group))
+        (Error::File { name, source }, Some(group))
             if source.is_corrupt() || matches!(source, client::Error::Gone(_) | client::Error::Missing) =>
         {
-            Error::OfRecord { place, source, past: past(servers, &arguments.topic, group, record) }
+            Error::Record { record: name, source, skip_command: skip_command(servers, &arguments.topic, group, record) }
         }
         (error, _) => error,
     }
 }
 
-/// How a group's place is moved behind a record that cannot be saved, by Kafka's own tool.
-fn past(servers: &str, topic: &str, group: &str, record: &Incoming) -> String {
-    let (servers, partition, next) = (talk::quoted(servers), record.partition, record.offset + 1);
-    let group = talk::quoted(group);
+/// The command of Kafka's own tool that moves the offset of a group behind a record.
+fn skip_command(servers: &str, topic: &str, group: &str, record: &ConsumerRecord) -> String {
+    let (servers, partition, next) = (shell_quote(servers), record.partition, record.offset + 1);
+    let group = shell_quote(group);
     format!(
         "kafka-consumer-groups.sh --bootstrap-server {servers} --group {group} --topic {topic}:{partition} \
          --reset-offsets --to-offset {next} --execute"
     )
 }
 
-/// Opens records, and follows references where a bucket is named for them.
-async fn opener(arguments: &Arguments) -> Result<Consumer, Error> {
+/// The client that opens records. It also downloads reference records, if a bucket for them is named.
+async fn consumer(arguments: &Arguments) -> Result<Consumer, Error> {
     let consumer = Consumer::new(arguments.connection.client()?);
     let Some(bucket) = &arguments.reference_bucket else { return Ok(consumer) };
     let objects = Objects::connect(&arguments.config.load_objects()?).await?;
-    let access = Access::signed_by(move |place: Place| {
+    let access = Access::signed_by(move |requested: ObjectLocation| {
         let objects = objects.clone();
         async move {
-            let at = objects::Place { bucket: place.bucket, key: place.key };
-            let signed = objects.sign_get(&at, place.version_id.as_deref(), None, None, REFERENCE_LIFE).await;
-            signed.map(|signed| SignedRequest::get(signed.url, signed.expires_in)).map_err(client::Error::signing)
+            let location = objects::ObjectLocation { bucket: requested.bucket, key: requested.key };
+            let version_id = requested.version_id.as_deref();
+            let presigned = objects.presign_get(&location, version_id, None, None, REFERENCE_URL_LIFETIME).await;
+            presigned.map(|url| SignedRequest::get(url.url, url.expires_in)).map_err(client::Error::signing)
         }
     });
     Ok(consumer.with_references(bucket, access)?)
 }
 
-/// Saves what a record stands for; `None` for a tombstone, which stands for nothing.
-async fn save(consumer: &Consumer, arguments: &Arguments, record: &Incoming) -> Result<Option<Json>, Error> {
-    let place = place(&arguments.topic, record);
-    let of_record = |error| Error::of_file(error, &place);
+/// Saves the data of a record and returns the output line; `None` for a tombstone, which has no data.
+async fn save(consumer: &Consumer, arguments: &Arguments, record: &ConsumerRecord) -> Result<Option<Json>, Error> {
+    let record_name = record_name(&arguments.topic, record);
+    let record_error = |error| Error::file(error, &record_name);
     let headers = record.headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
-    let content = consumer.open_record(&arguments.topic, record.value.as_deref(), headers).await.map_err(of_record)?.content;
+    let content = consumer.open_record(&arguments.topic, record.value.as_deref(), headers).await.map_err(record_error)?.content;
     let (name, size, unverified) = match &content {
         Content::Pointer(download) | Content::Reference(download) => {
             let name = download.resolved().and_then(|resolved| resolved.filename.as_deref());
             (name, download.size(), download.digest().is_none())
         }
-        Content::Nothing | Content::Inline(_) => (None, 0, false),
+        Content::Tombstone | Content::Inline(_) => (None, 0, false),
     };
-    let path = arguments.dir.join(format!("{place}{}", extension(name)));
-    let meter = Arc::new(Meter::new(&path.display().to_string(), arguments.connection.json));
-    let progress = Arc::clone(&meter);
-    let saved = content.on_progress(move |done| progress.tell(done, size)).save(&path).await;
-    meter.wipe();
-    let Some(saved) = saved.map_err(of_record)? else {
-        talk::note(&format!("note: {place} is a tombstone"));
+    let path = arguments.dir.join(format!("{record_name}{}", extension(name)));
+    let reporter = Arc::new(ProgressReporter::new(&path.display().to_string(), arguments.connection.json));
+    let progress_reporter = Arc::clone(&reporter);
+    let saved = content.on_progress(move |done_bytes| progress_reporter.report(done_bytes, size)).save(&path).await;
+    reporter.clear();
+    let Some(saved) = saved.map_err(record_error)? else {
+        print_note(&format!("note: {record_name} is a tombstone"));
         return Ok(None);
     };
-    let mut line = told(arguments, record, &path, &saved);
+    let mut line = output_line(arguments, record, &path, &saved);
     if unverified {
-        talk::note(&format!("note: nothing says what the bytes of {place} must be: they could not be verified"));
+        print_note(&format!("note: {record_name} has no checksum, so its bytes could not be verified"));
         line["verified"] = false.into();
     }
     Ok(Some(line))
 }
 
-fn told(arguments: &Arguments, record: &Incoming, path: &Path, saved: &Saved) -> Json {
+fn output_line(arguments: &Arguments, record: &ConsumerRecord, path: &Path, saved: &SavedFile) -> Json {
     let key = record.key.as_deref();
     let text = key.and_then(|key| std::str::from_utf8(key).ok());
     let mut line = json!({
@@ -199,19 +203,19 @@ fn told(arguments: &Arguments, record: &Incoming, path: &Path, saved: &Saved) ->
     line
 }
 
-/// A name of its own for every record: saved twice, it is the same file. Nothing of it comes from the record's producer
-/// but an extension.
-fn place(topic: &str, record: &Incoming) -> String {
+/// The unique name of a record, so that a repeated save writes the same file. The producer of the record can choose only the
+/// extension of the file.
+fn record_name(topic: &str, record: &ConsumerRecord) -> String {
     format!("{topic}-{}-{}", record.partition, record.offset)
 }
 
 fn extension(filename: Option<&str>) -> String {
     let extension = filename.and_then(|name| name.rsplit_once('.')).map(|(_, extension)| extension);
-    let short = |text: &&str| (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
-    extension.filter(short).map(|text| format!(".{text}")).unwrap_or_default()
+    let is_safe = |text: &&str| (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    extension.filter(is_safe).map(|text| format!(".{text}")).unwrap_or_default()
 }
 
-fn unwritten(path: &Path, error: &std::io::Error) -> Error {
+fn write_error(path: &Path, error: &std::io::Error) -> Error {
     Error::Failed(format!("cannot write {}: {error}", path.display()))
 }
 
@@ -220,8 +224,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_a_name_leads_elsewhere() {
-        for (name, wanted) in [
+    fn a_file_name_of_a_producer_cannot_lead_to_another_directory() {
+        for (name, expected) in [
             (Some("a.mp4"), ".mp4"),
             (Some("a.tar.gz"), ".gz"),
             (Some("a"), ""),
@@ -232,7 +236,7 @@ mod tests {
             (Some("a.muchtoolongforone"), ""),
             (None, ""),
         ] {
-            assert_eq!(extension(name), wanted, "{name:?}");
+            assert_eq!(extension(name), expected, "{name:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `get`: a pointer in, its bytes out, proved while they pass.
+//! `get`: downloads the object of a pointer, and verifies the bytes while they arrive.
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -10,18 +10,18 @@ use serde::Deserialize as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use uuid::Uuid;
 
-use super::talk::{self, Meter};
-use super::{Connection, Error, asked_to_end, sweep};
+use super::output::{ProgressReporter, format_size, print_data};
+use super::{Connection, Error, remove_partial_downloads, shutdown_signal};
 
-/// Far more than any pointer: what is longer is the data itself, or something else altogether.
-const POINTER_BYTES: u64 = 64 << 10;
+/// The longest input. Every pointer is much shorter, so a longer input is not a pointer.
+const MAX_INPUT_BYTES: u64 = 64 << 10;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Follow the pointer of this upload, not one from standard input
+    /// Use the pointer of this upload instead of a pointer from standard input
     #[arg(long, value_name = "ID")]
     upload: Option<Uuid>,
-    /// Write here: appears only when it is whole and proved [default: standard output]
+    /// The output file, which appears only after all bytes are verified [default: standard output]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// The version of the object: the record's header `lfs-version-id`
@@ -38,14 +38,14 @@ impl Arguments {
 }
 
 pub(super) async fn get(arguments: Arguments) -> Result<(), Error> {
-    let what = match arguments.output {
+    let outcome = match arguments.output {
         Some(_) => "nothing was written",
-        None => "what was written is not whole",
+        None => "the written bytes are incomplete",
     };
     tokio::select! {
-        outcome = fetch(arguments) => outcome,
-        // What was dropped half-way removes its file.
-        () = asked_to_end() => Err(Error::Interrupted { what: what.to_owned(), resume: None }),
+        result = fetch(arguments) => result,
+        // The dropped download removes its partial file.
+        () = shutdown_signal() => Err(Error::Interrupted { outcome: outcome.to_owned(), resume_command: None }),
     }
 }
 
@@ -58,30 +58,30 @@ async fn fetch(arguments: Arguments) -> Result<(), Error> {
     let download = client.fetch_version(&value, arguments.version_id.as_deref()).await?;
     let Some(output) = &arguments.output else { return copy(download, tokio::io::stdout()).await };
     let name = output.display().to_string();
-    // A link stays one, and what it leads to is replaced.
+    // A symbolic link remains, and its target is replaced.
     let path = output.canonicalize().unwrap_or_else(|_| output.clone());
     if path.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
-        // A device or a pipe is written to, not replaced.
+        // A device or a pipe is written to and not replaced.
         let device = tokio::fs::OpenOptions::new().write(true).open(&path).await.map_err(Error::Output)?;
         return copy(download, device).await;
     }
-    sweep(path.parent());
+    remove_partial_downloads(path.parent());
     let (size, verified) = (download.size(), download.digest().is_some());
     let sha256 = download.pointer().and_then(|pointer| pointer.sha256);
     let integrity = download.resolved().and_then(|resolved| resolved.integrity);
-    let meter = Arc::new(Meter::new(&name, arguments.json()));
-    let progress = Arc::clone(&meter);
-    let outcome = download.on_progress(move |done| progress.tell(done, size)).to_file(path).await;
-    meter.wipe();
-    outcome.map_err(|error| Error::of_file(error, &name))?;
-    let proof = if verified { "as promised" } else { "which is all that the pointer says of them: they could not be verified" };
-    meter.end(&format!("{}, {proof}", talk::size(size)));
+    let reporter = Arc::new(ProgressReporter::new(&name, arguments.json()));
+    let progress_reporter = Arc::clone(&reporter);
+    let result = download.on_progress(move |done_bytes| progress_reporter.report(done_bytes, size)).to_file(path).await;
+    reporter.clear();
+    result.map_err(|error| Error::file(error, &name))?;
+    let verification = if verified { "verified" } else { "the pointer has no checksum, so the bytes could not be verified" };
+    reporter.finish(&format!("{}, {verification}", format_size(size)));
     if arguments.json() {
         let mut line = serde_json::json!({"path": name, "size": size, "sha256": sha256, "integrity": integrity});
         if !verified {
             line["verified"] = false.into();
         }
-        talk::data(&line.to_string())?;
+        print_data(&line.to_string())?;
     }
     Ok(())
 }
@@ -101,24 +101,24 @@ async fn pointer_of(client: &Client, id: Uuid) -> Result<Vec<u8>, Error> {
     }
 }
 
-/// A record's value; what `put` prints has it as a member.
+/// The pointer from standard input: the value of a record, or a line that `put` printed, which has the pointer as a member.
 async fn pointer_from_stdin() -> Result<Vec<u8>, Error> {
     if std::io::stdin().is_terminal() {
-        return Err(Error::Usage("no pointer: give one on standard input, or --upload ID".to_owned()));
+        return Err(Error::Usage("no pointer is given: pass one on standard input, or use --upload ID".to_owned()));
     }
     let mut value = Vec::new();
-    let read = tokio::io::stdin().take(POINTER_BYTES).read_to_end(&mut value).await;
+    let read = tokio::io::stdin().take(MAX_INPUT_BYTES).read_to_end(&mut value).await;
     read.map_err(|error| Error::Failed(format!("cannot read standard input: {error}")))?;
     let value = value.trim_ascii();
     let mut values = serde_json::Deserializer::from_slice(value).into_iter::<serde_json::Value>();
     let (completed, next) = (values.next().and_then(Result::ok), values.next());
     if completed.is_some() && matches!(next, Some(Ok(_))) {
-        return Err(Error::Usage("standard input has more than one pointer: give one, for instance by `head -n 1`".to_owned()));
+        return Err(Error::Usage("standard input has more than one pointer: pass one, for example with `head -n 1`".to_owned()));
     }
-    // Data that only begins like JSON is no pointer.
+    // Input that only starts with valid JSON is not a pointer.
     let completed = completed.filter(|_| next.is_none());
     match completed.as_ref().and_then(|completed| completed.get("pointer")) {
-        // Read as a pointer first: a map would give it back in another order.
+        // Parse the member as a pointer, because a JSON map would change the order of its members.
         Some(pointer) if completed.as_ref().is_some_and(|completed| completed.get("kfs_lfs").is_none()) => {
             let pointer = lfs_broker_client::pointer::Pointer::deserialize(pointer);
             Ok(pointer.map_err(|error| Error::Failed(format!("the pointer cannot be read: {error}")))?.to_json().into_bytes())

@@ -1,13 +1,13 @@
-//! The command line: data to stdout, talk to stderr.
+//! The command line: data goes to stdout, messages go to stderr.
 
 mod audit;
 mod consume;
 mod dev;
 mod doctor;
 mod get;
+mod output;
 mod put;
 mod serve;
-mod talk;
 mod token;
 mod topics;
 
@@ -17,8 +17,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use lfs_broker_client as client;
 
-use crate::telemetry::log;
+use crate::telemetry::init_logging;
 use crate::{app, auth, config, http, kafka, objects, store};
+use output::{print_data, print_note};
 
 #[derive(Parser)]
 #[command(
@@ -37,18 +38,18 @@ enum Command {
     Serve {
         #[command(flatten)]
         config: Config,
-        /// Check the settings and end
+        /// Check the settings and exit
         #[arg(long)]
         check_config: bool,
     },
-    /// Bring the database schema up to date
+    /// Migrate the database schema to the current version
     Migrate {
         #[command(flatten)]
         config: Config,
     },
-    /// Start the whole product on this machine: PostgreSQL, S3 and Kafka included
+    /// Start the broker on this machine, with PostgreSQL, S3 and Kafka included
     Dev(dev::Arguments),
-    /// Check the store, the database and Kafka, and tell what the store can do
+    /// Check the database, Kafka and the S3 store, and report what the store enforces
     Doctor {
         #[command(flatten)]
         config: Config,
@@ -56,21 +57,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Upload files, or standard input, and print where their pointers are
+    /// Upload files or standard input, and print the pointer of each upload
     Put(put::Arguments),
-    /// Write the bytes that a pointer stands for, verified
+    /// Download the object of a pointer, and verify its bytes
     Get(get::Arguments),
-    /// Follow a topic, and save what its records stand for, verified
+    /// Consume a topic, and save the verified data of each record to a file
     Consume(consume::Arguments),
-    /// Print a token for this broker's settings
+    /// Print a token, signed with the settings of the broker
     Token(token::Arguments),
-    /// Compare the database, S3 and Kafka; exits with 0 when they agree, 1 with findings, 2 when it could not check
+    /// Compare the database, S3 and Kafka; exit code 0: they agree, 1: there are findings, 2: the comparison failed
     Audit(audit::Arguments),
-    /// Read and store topic policies
+    /// List, print, store and delete topic policies
     Topics(topics::Arguments),
     /// Print the OpenAPI document
     Openapi,
-    /// Print completions for a shell
+    /// Print the completion script for a shell
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -79,7 +80,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Config {
-    /// A TOML file with settings; the environment wins over it
+    /// A TOML file with settings; environment variables override it
     #[arg(long, env = "LFS_BROKER_CONFIG")]
     config: Option<PathBuf>,
 }
@@ -94,11 +95,11 @@ impl Config {
     }
 
     fn load_kafka(&self, bootstrap_servers: Option<&str>) -> Result<kafka::Settings, Error> {
-        let named = |name: &str| match (name, bootstrap_servers) {
+        let variable = |name: &str| match (name, bootstrap_servers) {
             ("KAFKA_BOOTSTRAP_SERVERS", Some(servers)) => Some(servers.to_owned()),
             _ => std::env::var(name).ok(),
         };
-        Ok(config::load_kafka(self.config.as_deref(), named)?)
+        Ok(config::load_kafka(self.config.as_deref(), variable)?)
     }
 
     fn load_objects(&self) -> Result<objects::Settings, Error> {
@@ -110,16 +111,16 @@ impl Config {
     }
 }
 
-/// Which broker a command talks to, and as whom.
+/// The broker that a command calls, and the token for it.
 #[derive(clap::Args)]
 struct Connection {
-    /// The broker
+    /// The URL of the broker
     #[arg(long, env = "LFS_BROKER_URL", default_value = "http://127.0.0.1:8080")]
     broker: String,
     /// A bearer token
     #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true)]
     token: Option<String>,
-    /// Print JSON for machines, and no progress
+    /// Print JSON for programs, and no progress
     #[arg(long)]
     json: bool,
 }
@@ -134,14 +135,14 @@ impl Connection {
     }
 }
 
-/// Why a command failed; the kind decides the exit code.
+/// Why a command failed. The variant decides the exit code.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("{0}")]
     Config(#[from] config::Error),
     #[error("{0}")]
     App(#[from] app::Error),
-    /// What contradicts itself is seen before anything is started.
+    /// The settings are invalid, which is checked before anything starts.
     #[error("{0}")]
     Settings(app::Error),
     #[error("{0}")]
@@ -154,96 +155,103 @@ pub(crate) enum Error {
     Kafka(#[from] kafka::Error),
     #[error("{0}")]
     Client(#[from] client::Error),
-    /// Also when all of it was repaired, as with fsck: whoever asks again hears that nothing is left.
+    /// The audit has findings. Repaired findings count too, as with fsck; the next run then exits with 0.
     #[error("{0} findings")]
     Findings(u64),
     #[error("could not check: {0}")]
-    Unchecked(crate::audit::Error),
+    AuditFailed(crate::audit::Error),
     #[error("{0}")]
     Failed(String),
     #[error("{0}")]
     Usage(String),
     #[error("{0}")]
-    Token(#[from] auth::NotIssued),
+    Token(#[from] auth::IssueError),
     #[error("cannot write the output: {0}")]
     Output(std::io::Error),
     #[error("{name}: {source}")]
-    OfFile { name: String, source: client::Error },
-    /// A group stands before it, and comes back to it.
-    #[error("{place}: {source}")]
-    OfRecord { place: String, source: client::Error, past: String },
-    /// Each was told when it happened.
-    #[error("{failed} of {of} files were not uploaded")]
-    OfFiles { failed: usize, of: usize, first: Box<Error> },
+    File { name: String, source: client::Error },
+    /// The consumer group stays at this record, so the next run reads the record again.
+    #[error("{record}: {source}")]
+    Record { record: String, source: client::Error, skip_command: String },
+    /// Some files failed. The error of each file was already printed.
+    #[error("{failed} of {total} files were not uploaded")]
+    Files { failed: usize, total: usize, first: Box<Error> },
     #[error("{source}")]
-    Upload { source: client::Error, resume: String },
-    #[error("interrupted: {what}")]
-    Interrupted { what: String, resume: Option<String> },
+    Upload { source: client::Error, resume_command: String },
+    #[error("interrupted: {outcome}")]
+    Interrupted { outcome: String, resume_command: Option<String> },
 }
 
 impl Error {
-    fn of_file(source: client::Error, name: &str) -> Self {
-        Self::OfFile { name: name.to_owned(), source }
+    fn file(source: client::Error, name: &str) -> Self {
+        Self::File { name: name.to_owned(), source }
     }
 
-    /// 1 failed, 2 usage or settings, 3 refused by the broker, 4 integrity, 5 unreachable.
+    /// 1: failed, 2: usage or settings, 3: refused by the broker, 4: integrity, 5: unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::Unchecked(_) | Self::Token(_) => 2,
-            Self::Dev(crate::dev::Error::App(app::Error::OpenToTheWorld(_))) => 2,
-            Self::Store(store::Error::Url) | Self::Objects(objects::Error::Settings(_)) => 2,
+            Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::AuditFailed(_) | Self::Token(_) => 2,
+            Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
+            Self::Store(store::Error::InvalidUrl) | Self::Objects(objects::Error::Settings(_)) => 2,
             Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
-            Self::OfFiles { first, .. } => first.exit_code(),
+            Self::Files { first, .. } => first.exit_code(),
             Self::Kafka(kafka::Error::Unreachable(_)) | Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
-            _ => self.of_client().map_or(1, client_exit_code),
+            _ => self.client_error().map_or(1, client_exit_code),
         }
     }
 
-    /// The client's error, where it is the reason.
-    fn of_client(&self) -> Option<&client::Error> {
+    /// The error of the client library, if it is the cause.
+    fn client_error(&self) -> Option<&client::Error> {
         match self {
-            Self::Client(source) | Self::OfFile { source, .. } | Self::OfRecord { source, .. } | Self::Upload { source, .. } => {
+            Self::Client(source) | Self::File { source, .. } | Self::Record { source, .. } | Self::Upload { source, .. } => {
                 Some(source)
             }
             _ => None,
         }
     }
 
-    /// Whether another file may fare better: this one cannot be read, changed while it was sent, or the broker takes none like it.
-    fn is_of_one_file(&self) -> bool {
+    /// Whether other files may succeed: the error is that this file cannot be read, has changed during the upload, or is
+    /// rejected by the broker.
+    fn concerns_one_file(&self) -> bool {
         match self {
-            Self::OfFile { source: client::Error::Io(_), .. } => true,
-            Self::OfFile { source, .. } => source.is_corrupt() || source.problem().is_some_and(|problem| problem.status == 422),
+            Self::File { source: client::Error::Io(_), .. } => true,
+            Self::File { source, .. } => source.is_corrupt() || source.problem().is_some_and(|problem| problem.status == 422),
             _ => false,
         }
     }
 
-    /// Says what is wrong and what to try.
-    fn tell(&self) {
-        talk::note(&format!("error: {self}"));
+    /// Prints the error and, if there is one, a hint about the next step.
+    fn print_with_hint(&self) {
+        print_note(&format!("error: {self}"));
         if let Some(hint) = self.hint() {
-            talk::note(&format!("hint: {hint}"));
+            print_note(&format!("hint: {hint}"));
         }
     }
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::Store(store::Error::Schema { .. }) => MIGRATE,
-            Self::App(error) | Self::Settings(error) | Self::Dev(crate::dev::Error::App(error)) => hint_of_app(error)?,
-            Self::Dev(crate::dev::Error::NoKafka { .. }) => "is Kafka running there? without --kafka dev brings its own",
-            Self::Config(config::Error::Missing(_)) => "the README has a table of all settings",
-            Self::OfFile { source: client::Error::NoReferenceBucket(_), .. } => {
-                "name the bucket with --reference-bucket; it is read with the AWS settings of the environment"
+            Self::Store(store::Error::OutdatedSchema { .. }) => MIGRATE_HINT,
+            Self::App(error) | Self::Settings(error) | Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
+            Self::Dev(crate::dev::Error::NoKafka { .. }) => {
+                "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
-            Self::OfRecord { past, .. } => return Some(format!("the group comes back to it; to go past it: {past}")),
-            Self::Upload { resume, .. } | Self::Interrupted { resume: Some(resume), .. } => {
-                return Some(format!("go on with: {resume}"));
+            Self::Config(config::Error::Missing(_)) => "the README lists all settings",
+            Self::File { source: client::Error::NoReferenceBucket(_), .. } => {
+                "name the bucket with --reference-bucket; the command reads it with the AWS settings of the environment"
             }
-            _ => match self.of_client()? {
+            Self::Record { skip_command, .. } => {
+                return Some(format!("the next run of the group reads this record again; to skip it, run: {skip_command}"));
+            }
+            Self::Upload { resume_command, .. } | Self::Interrupted { resume_command: Some(resume_command), .. } => {
+                return Some(format!("resume with: {resume_command}"));
+            }
+            _ => match self.client_error()? {
                 client::Error::Unreachable { peer: "storage", .. } => {
-                    "bytes go to S3 without the broker: is LFS_BROKER_S3_PUBLIC_ENDPOINT, for which it signs, open from here?"
+                    "file data goes directly to S3: check that the broker's LFS_BROKER_S3_PUBLIC_ENDPOINT is reachable from here"
                 }
-                client::Error::Unreachable { .. } => "is the broker running there? see --broker and LFS_BROKER_URL",
+                client::Error::Unreachable { .. } => {
+                    "check that the broker runs at this address; set the address with --broker or LFS_BROKER_URL"
+                }
                 _ => return None,
             },
         };
@@ -251,14 +259,16 @@ impl Error {
     }
 }
 
-const MIGRATE: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
+const MIGRATE_HINT: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
 
-fn hint_of_app(error: &app::Error) -> Option<&'static str> {
+fn app_hint(error: &app::Error) -> Option<&'static str> {
     match error {
-        app::Error::Store(store::Error::Schema { .. }) => Some(MIGRATE),
-        app::Error::OpenToTheWorld(_) => Some("listen on 127.0.0.1; `serve` with LFS_BROKER_AUTH_MODE=jwt may listen anywhere"),
-        app::Error::Restored(_) => Some("run `lfs-broker audit --fix` with the same settings, then serve"),
-        app::Error::Auth(_) => Some("for a first look, `lfs-broker dev` needs no tokens"),
+        app::Error::Store(store::Error::OutdatedSchema { .. }) => Some(MIGRATE_HINT),
+        app::Error::NoAuthOnPublicAddress(_) => {
+            Some("listen on 127.0.0.1, or run `serve` with LFS_BROKER_AUTH_MODE=jwt, which may listen on any address")
+        }
+        app::Error::DatabaseRestored(_) => Some("run `lfs-broker audit --fix` with the same settings, then start `serve` again"),
+        app::Error::Auth(_) => Some("to try the broker without tokens, run `lfs-broker dev`"),
         _ => None,
     }
 }
@@ -276,12 +286,12 @@ fn client_exit_code(error: &client::Error) -> u8 {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Reads FAILPOINTS, in builds of the tests only.
+    // Reads FAILPOINTS; only test builds have failpoints.
     let _failpoints = fail::has_failpoints().then(fail::FailScenario::setup);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            talk::note(&format!("error: cannot start: {error}"));
+            print_note(&format!("error: cannot start the async runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -290,7 +300,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.tell();
+            error.print_with_hint();
             ExitCode::from(error.exit_code())
         }
     }
@@ -308,24 +318,27 @@ async fn run(command: Command) -> Result<(), Error> {
         Command::Token(arguments) => token::token(arguments),
         Command::Audit(arguments) => audit::audit(arguments).await,
         Command::Topics(arguments) => topics::topics(arguments).await,
-        Command::Openapi => talk::data(&http::openapi().to_pretty_json().expect("the document has only strings and numbers")),
+        Command::Openapi => {
+            print_data(&http::openapi().to_pretty_json().expect("the document contains only strings and numbers"))
+        }
         Command::Completions { shell } => {
-            // It takes no error of what it writes to.
+            // `generate` panics if it cannot write, so it writes to memory first.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "lfs-broker", &mut script);
-            talk::data(String::from_utf8_lossy(&script).trim_end())
+            print_data(String::from_utf8_lossy(&script).trim_end())
         }
     }
 }
 
-/// Removes what killed commands left in a directory. Where it cannot be, whoever writes there next says why.
-fn sweep(directory: Option<&std::path::Path>) {
+/// Removes partial downloads that killed commands left in a directory. Errors are ignored, because the next write into the
+/// directory reports them.
+fn remove_partial_downloads(directory: Option<&std::path::Path>) {
     let directory = directory.filter(|path| !path.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
-    let _ = client::clean(directory);
+    let _ = client::remove_partial_downloads(directory);
 }
 
-/// Returns when SIGINT or SIGTERM arrives. This call installs the handlers, so a signal before the first poll counts too.
-fn asked_to_end() -> impl Future<Output = ()> {
+/// Completes when SIGINT or SIGTERM arrives. The call installs the handlers, so a signal before the first poll counts too.
+fn shutdown_signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let [interrupt, terminate] = [SignalKind::interrupt(), SignalKind::terminate()].map(signal).map(|signal| async move {
         match signal {

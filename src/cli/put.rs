@@ -1,4 +1,4 @@
-//! `put`: bytes up, the pointer's record out.
+//! `put`: uploads files or standard input, and prints the broker's answer with the pointer and the record.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -11,33 +11,33 @@ use lfs_broker_client::api::{Completed, Headers, Mode, Policy, ReadUpload, Uploa
 use lfs_broker_client::{self as client, Client, UploadOptions};
 use uuid::Uuid;
 
-use super::talk::{self, Meter};
-use super::{Connection, Error, asked_to_end};
+use super::output::{ProgressReporter, print_data, print_note, shell_path, shell_quote, to_json};
+use super::{Connection, Error, shutdown_signal};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// What to upload; `-` is standard input
+    /// The files to upload; `-` is standard input
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// The topic that gets the pointers
+    /// The topic of the pointers
     #[arg(long)]
     topic: String,
-    /// The records' key
+    /// The key of the records
     #[arg(long)]
     key: Option<OsString>,
     /// A header of the records; may repeat
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
-    /// The bytes' media type
+    /// The media type of the files
     #[arg(long, value_name = "TYPE")]
     content_type: Option<String>,
-    /// Wait until Kafka has the pointer; the broker's promise is enough otherwise
+    /// Wait until the pointer is in Kafka; otherwise return as soon as the upload is verified
     #[arg(long)]
     wait: bool,
-    /// How long to wait, in seconds
+    /// The longest wait, in seconds
     #[arg(long, value_name = "N", default_value_t = 3600, requires = "wait")]
     wait_seconds: u64,
-    /// Go on with an upload that was interrupted
+    /// Resume an interrupted upload
     #[arg(long, value_name = "ID")]
     resume: Option<Uuid>,
     #[command(flatten)]
@@ -47,7 +47,7 @@ pub(super) struct Arguments {
 fn header(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("a header is NAME=VALUE".to_owned()),
+        _ => Err("a header must have the form NAME=VALUE".to_owned()),
     }
 }
 
@@ -70,77 +70,79 @@ impl Arguments {
 
 pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
     if arguments.resume.is_some() && (arguments.files.len() > 1 || is_stdin(&arguments.files[0])) {
-        return Err(Error::Usage("--resume takes exactly one file, and not standard input".to_owned()));
+        return Err(Error::Usage("--resume needs exactly one file, and cannot use standard input".to_owned()));
     }
     if arguments.files.iter().filter(|file| is_stdin(file)).count() > 1 {
         return Err(Error::Usage("standard input can be read only once".to_owned()));
     }
     let mut names = BTreeSet::new();
-    if let Some((twice, _)) = arguments.headers.iter().find(|(name, _)| !names.insert(name)) {
-        return Err(Error::Usage(format!("--header names {twice} twice, and an upload has one of a name")));
+    if let Some((name, _)) = arguments.headers.iter().find(|(name, _)| !names.insert(name)) {
+        return Err(Error::Usage(format!("--header {name} is given twice, but an upload has each header at most once")));
     }
     let client = arguments.connection.client()?;
     let min_bytes = min_bytes(&client, &arguments.topic).await?;
-    let mut end = pin!(asked_to_end());
+    let mut shutdown = pin!(shutdown_signal());
     let mut failed = Vec::new();
     for (number, file) in arguments.files.iter().enumerate() {
-        let done = put_one(&client, &arguments, file, end.as_mut()).await;
-        let told = done.and_then(|completed| tell(&arguments, file, min_bytes, &completed));
-        match told {
+        let upload = put_one(&client, &arguments, file, shutdown.as_mut()).await;
+        let outcome = upload.and_then(|completed| print_outcome(&arguments, file, min_bytes, &completed));
+        match outcome {
             Ok(()) => {}
-            Err(error) if arguments.files.len() > 1 && error.is_of_one_file() => {
-                error.tell();
+            Err(error) if arguments.files.len() > 1 && error.concerns_one_file() => {
+                error.print_with_hint();
                 failed.push(error);
             }
             Err(error) => {
-                tell_rest(&arguments.files[number + 1..]);
+                print_not_started(&arguments.files[number + 1..]);
                 return Err(error);
             }
         }
     }
-    let count = failed.len();
+    let failed_count = failed.len();
     match failed.into_iter().next() {
-        Some(first) => Err(Error::OfFiles { failed: count, of: arguments.files.len(), first: Box::new(first) }),
+        Some(first) => Err(Error::Files { failed: failed_count, total: arguments.files.len(), first: Box::new(first) }),
         None => Ok(()),
     }
 }
 
-/// Says what became of a file's upload: the answer to machines, advice to people.
-fn tell(arguments: &Arguments, file: &Path, min_bytes: u64, completed: &Completed) -> Result<(), Error> {
-    talk::data(&talk::json(completed))?;
-    let (topic, name) = (&arguments.topic, name(file));
+/// Prints the broker's answer to stdout, and advice to stderr.
+fn print_outcome(arguments: &Arguments, file: &Path, min_bytes: u64, completed: &Completed) -> Result<(), Error> {
+    print_data(&to_json(completed))?;
+    let (topic, name) = (&arguments.topic, display_name(file));
     let size = completed.pointer.as_ref().map(|pointer| pointer.size);
     if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
-        talk::note(&format!(
+        print_note(&format!(
             "note: {name} has {size} bytes, and {topic} advises uploads from {min_bytes} on (min_bytes): \
-             it could be a record's own value"
+             smaller data fits into a record"
         ));
     }
     match completed.state {
         UploadState::Verified if arguments.wait => {
             let (id, seconds) = (completed.id, arguments.wait_seconds);
-            Err(Error::Failed(format!("{name}: upload {id} is promised, and not yet in Kafka after {seconds} s")))
+            Err(Error::Failed(format!(
+                "{name}: upload {id} is verified, but not yet in Kafka after {seconds} s; it will be published"
+            )))
         }
         _ => Ok(()),
     }
 }
 
-/// Says which files wait until the reason is gone.
-fn tell_rest(files: &[PathBuf]) {
+/// Prints the files whose upload was not started because of an earlier error.
+fn print_not_started(files: &[PathBuf]) {
     if !files.is_empty() {
-        let names: Vec<String> = files.iter().map(|file| talk::file(file)).collect();
-        talk::note(&format!("note: not begun: {}", names.join(" ")));
+        let names: Vec<String> = files.iter().map(|file| shell_path(file)).collect();
+        print_note(&format!("note: not started: {}", names.join(" ")));
     }
 }
 
-/// From how many bytes on the topic's policy advises an upload.
+/// The smallest size for which the policy of the topic advises an upload.
 async fn min_bytes(client: &Client, topic: &str) -> Result<u64, Error> {
     match client.topic(topic).await {
         Ok(policy) => Ok(policy.min_bytes),
         Err(error) if error.is_problem("topic-not-found") => Ok(Policy::default().min_bytes),
-        // Where nobody answers, the upload would find it out after the same patience once more.
+        // The broker is unreachable. Without this error the upload would fail only after all retries were repeated.
         Err(error @ client::Error::Unreachable { .. }) => Err(error.into()),
-        // It is only advice: whether the upload may be is not decided here.
+        // The size is only advice. The broker decides at open whether the upload is allowed.
         Err(_) => Ok(0),
     }
 }
@@ -149,24 +151,28 @@ async fn put_one(
     client: &Client,
     arguments: &Arguments,
     file: &Path,
-    end: Pin<&mut impl Future<Output = ()>>,
+    shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<Completed, Error> {
-    let name = name(file);
-    let meter = Arc::new(Meter::new(&name, arguments.json()));
-    let (opened, progress) = (Arc::new(OnceLock::new()), Arc::clone(&meter));
-    let (found, told) = (Arc::clone(&opened), Arc::clone(&meter));
+    let name = display_name(file);
+    let reporter = Arc::new(ProgressReporter::new(&name, arguments.json()));
+    let opened = Arc::new(OnceLock::new());
+    let (opened_by_broker, open_reporter, progress_reporter) =
+        (Arc::clone(&opened), Arc::clone(&reporter), Arc::clone(&reporter));
     let uploader = client
         .upload(arguments.options())
         .on_open(move |upload| {
-            // A replayed open says the same again.
-            let first = found.set((upload.id, upload.mode)).is_ok();
-            if first && upload.mode == Mode::Multipart {
-                // Whoever kills the program needs it to go on.
-                told.say_anyway(&format!("upload {}", upload.id));
+            // A retried open calls this again with the same upload.
+            let is_first = opened_by_broker.set((upload.id, upload.mode)).is_ok();
+            if is_first && upload.mode == Mode::Multipart {
+                // If the program is killed, the user needs the id to resume the upload.
+                open_reporter.eprintln_always(&format!("upload {}", upload.id));
             }
         })
-        .on_progress(move |at| progress.tell_parts(at.bytes_done, at.bytes_total, (at.parts_done, at.parts_total)));
-    let work = async {
+        .on_progress(move |progress| {
+            let parts = (progress.parts_done, progress.parts_total);
+            progress_reporter.report_parts(progress.bytes_done, progress.bytes_total, parts);
+        });
+    let upload = async {
         match arguments.resume {
             Some(id) => uploader.resume(id, file).await,
             None if is_stdin(file) => uploader.spooled(tokio::io::stdin()).await,
@@ -174,82 +180,87 @@ async fn put_one(
         }
     };
     let outcome = tokio::select! {
-        outcome = work => Some(outcome),
-        () = end => None,
+        outcome = upload => Some(outcome),
+        () = shutdown => None,
     };
-    meter.wipe();
-    // Only parts of a file can be gone on with: a single PUT begins anew, and standard input is read.
-    let kept = opened.get().filter(|(_, mode)| *mode == Mode::Multipart && !is_stdin(file)).map(|(id, _)| *id);
-    match (outcome, kept) {
+    reporter.clear();
+    // Only a multipart upload of a file can be resumed. A single PUT starts again, and standard input cannot be read twice.
+    let resumable = opened.get().filter(|(_, mode)| *mode == Mode::Multipart && !is_stdin(file)).map(|(id, _)| *id);
+    match (outcome, resumable) {
         (Some(Ok(completed)), _) => {
-            meter.end(&ending(&completed));
+            reporter.finish(&outcome_text(&completed));
             Ok(completed)
         }
-        (Some(Err(source)), Some(id)) if source.is_transient() || is_signed_out(&source) => {
-            Err(Error::Upload { source, resume: resume(arguments, file, id) })
+        (Some(Err(source)), Some(id)) if source.is_transient() || is_unauthorized(&source) => {
+            Err(Error::Upload { source, resume_command: resume_command(arguments, file, id) })
         }
-        (Some(Err(source)), _) => Err(Error::of_file(source, &name)),
+        (Some(Err(source)), _) => Err(Error::file(source, &name)),
         (None, Some(id)) => {
-            let what = match hurried(client.read(id, &ReadUpload::default())).await {
+            let outcome = match unless_interrupted(client.read(id, &ReadUpload::default())).await {
                 Some(Ok(upload)) => format!("upload {id} is {}", upload.state),
-                _ => format!("upload {id} is left as it is"),
+                _ => format!("upload {id} was not changed"),
             };
-            Err(Error::Interrupted { what, resume: Some(resume(arguments, file, id)) })
+            Err(Error::Interrupted { outcome, resume_command: Some(resume_command(arguments, file, id)) })
         }
         (None, None) => {
-            let what = match opened.get() {
+            let outcome = match opened.get() {
                 Some((id, _)) => abort(client, *id).await,
                 None => "nothing was uploaded".to_owned(),
             };
-            Err(Error::Interrupted { what, resume: None })
+            Err(Error::Interrupted { outcome, resume_command: None })
         }
     }
 }
 
-/// Takes an upload back, and says what became of it.
+/// Aborts an upload and returns the outcome as text.
 async fn abort(client: &Client, id: Uuid) -> String {
-    match hurried(client.abort(id)).await {
+    match unless_interrupted(client.abort(id)).await {
         Some(Ok(())) => format!("upload {id} was aborted"),
         Some(Err(error)) if error.is_problem("state-conflict") => {
-            format!("upload {id} is promised: its pointer will reach Kafka")
+            format!("upload {id} is already verified, so its pointer will be published")
         }
-        Some(Err(error)) if error.is_problem("completion-in-progress") => format!("upload {id} is being completed"),
-        _ => format!("upload {id} could not be aborted; it expires by itself"),
+        Some(Err(error)) if error.is_problem("completion-in-progress") => {
+            format!("upload {id} was not aborted, because the broker is completing it")
+        }
+        _ => format!("upload {id} could not be aborted; it will expire"),
     }
 }
 
-/// What came of it, unless somebody asks to end once more.
-async fn hurried<T>(work: impl Future<Output = T>) -> Option<T> {
+/// The output of the future; `None` if another signal arrives first.
+async fn unless_interrupted<T>(future: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
-        done = work => Some(done),
-        () = asked_to_end() => None,
+        output = future => Some(output),
+        () = shutdown_signal() => None,
     }
 }
 
-/// Whether the token ended on the way: with another the upload goes on.
-fn is_signed_out(error: &client::Error) -> bool {
+/// Whether the token was rejected, for example because it expired. With another token the upload can be resumed.
+fn is_unauthorized(error: &client::Error) -> bool {
     error.problem().is_some_and(|problem| problem.status == 401)
 }
 
-fn resume(arguments: &Arguments, file: &Path, id: Uuid) -> String {
-    let (file, topic) = (talk::file(file), talk::quoted(&arguments.topic));
-    let broker = talk::quoted(&arguments.connection.broker);
+fn resume_command(arguments: &Arguments, file: &Path, id: Uuid) -> String {
+    let (file, topic) = (shell_path(file), shell_quote(&arguments.topic));
+    let broker = shell_quote(&arguments.connection.broker);
     let wait = if arguments.wait { " --wait" } else { "" };
     format!("lfs-broker put {file} --topic {topic} --resume {id}{wait} --broker {broker}")
 }
 
-fn ending(completed: &Completed) -> String {
-    let proof = completed.integrity.map_or("unknown", |integrity| integrity.name());
+fn outcome_text(completed: &Completed) -> String {
+    let integrity = completed.integrity.map_or("unknown", |integrity| integrity.name());
     match &completed.record {
         Some(record) => {
-            format!("in {} at partition {}, offset {}, proved by {proof}", record.topic, record.partition, record.offset)
+            format!(
+                "published to {}, partition {}, offset {}; verified by {integrity}",
+                record.topic, record.partition, record.offset
+            )
         }
-        None if completed.state == UploadState::Verified => format!("proved by {proof}; its pointer will reach Kafka"),
+        None if completed.state == UploadState::Verified => format!("verified by {integrity}; its pointer will be published"),
         None => completed.state.to_string(),
     }
 }
 
-fn name(file: &Path) -> String {
+fn display_name(file: &Path) -> String {
     if is_stdin(file) { "standard input".to_owned() } else { file.display().to_string() }
 }
 
@@ -262,12 +273,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_changed_while_it_was_sent_ends_no_batch() {
-        let of_storage = |status, code: &str| {
+    fn a_file_that_changes_during_its_upload_does_not_stop_the_other_files() {
+        let concerns_one_file = |status, code: &str| {
             let source = client::Error::Storage { status, code: code.to_owned(), message: String::new() };
-            Error::of_file(source, "a").is_of_one_file()
+            Error::file(source, "a").concerns_one_file()
         };
-        assert!(of_storage(400, "BadDigest"));
-        assert!(!of_storage(403, "AccessDenied"), "the next file would meet the same");
+        assert!(concerns_one_file(400, "BadDigest"));
+        assert!(!concerns_one_file(403, "AccessDenied"), "the next file would fail with the same error");
     }
 }

@@ -2,24 +2,25 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Config, Error, talk};
+use super::output::{print_data, print_note};
+use super::{Config, Error};
 use crate::auth::{self, Grant, Scope};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The tenant that it is bound to
+    /// The tenant that the token belongs to
     #[arg(long)]
     tenant: String,
-    /// What it allows, of lfs:write, lfs:read and lfs:admin; may repeat
+    /// A scope: lfs:write, lfs:read or lfs:admin; may repeat
     #[arg(long = "scope", required = true, value_delimiter = ' ', value_parser = scope)]
     scopes: Vec<Scope>,
-    /// A topic that it is for, a trailing * is a wildcard; may repeat
+    /// A topic that the token allows, with an optional trailing * as a wildcard; may repeat
     #[arg(long = "topic")]
     topics: Vec<String>,
-    /// How long it is good: seconds, or a number with s, m, h or d
+    /// How long the token is valid: seconds, or a number with s, m, h or d
     #[arg(long, default_value = "1h", value_parser = ttl)]
     ttl: Duration,
-    /// Who holds it
+    /// The subject of the token: who uses it
     #[arg(long, default_value = "lfs-broker-cli")]
     subject: String,
     #[command(flatten)]
@@ -35,22 +36,22 @@ fn ttl(text: &str) -> Result<Duration, String> {
         Some(number) => (number, &text[number.len()..]),
         None => (text, "s"),
     };
-    let each = match unit {
+    let unit_seconds = match unit {
         "m" => 60,
         "h" => 3600,
         "d" => 86_400,
         _ => 1,
     };
-    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(each)).filter(|seconds| *seconds > 0) {
+    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit_seconds)).filter(|seconds| *seconds > 0) {
         Some(seconds) => Ok(Duration::from_secs(seconds)),
-        None => Err("a time is like 90s, 15m, 8h or 30d".to_owned()),
+        None => Err("a duration is written like 90s, 15m, 8h or 30d".to_owned()),
     }
 }
 
 pub(super) fn token(arguments: Arguments) -> Result<(), Error> {
     let settings = arguments.config.load_auth()?;
     if arguments.topics.is_empty() && arguments.scopes.iter().any(|scope| *scope != Scope::Admin) {
-        talk::note("note: without --topic this token opens, reads and resolves nothing");
+        print_note("note: without --topic this token cannot open, read or resolve any upload");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let grant = Grant {
@@ -60,7 +61,7 @@ pub(super) fn token(arguments: Arguments) -> Result<(), Error> {
         topics: arguments.topics,
         expires_at: now.saturating_add(arguments.ttl.as_secs()),
     };
-    talk::data(&auth::issue(&settings, grant)?)
+    print_data(&auth::issue(&settings, grant)?)
 }
 
 #[cfg(test)]
@@ -68,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_have_units_and_sense() {
+    fn a_token_lifetime_is_a_positive_number_with_an_optional_unit() {
         for (text, seconds) in [("90", 90), ("90s", 90), ("15m", 900), ("8h", 28_800), ("30d", 2_592_000)] {
             assert_eq!(ttl(text), Ok(Duration::from_secs(seconds)), "{text}");
         }

@@ -1,28 +1,29 @@
-//! `topics`: policies through the API of any broker.
+//! `topics`: topic policies, through the API of a broker.
 
 use clap::Subcommand;
 use lfs_broker_client::Client;
 use lfs_broker_client::api::{ListTopics, Policy};
 
-use super::{Error, talk};
+use super::Error;
+use super::output::{print_data, to_json};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The broker
+    /// The URL of the broker
     #[arg(long, env = "LFS_BROKER_URL", default_value = "http://127.0.0.1:8080", global = true)]
     broker: String,
     /// A bearer token
     #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true, global = true)]
     token: Option<String>,
-    /// Print JSON for machines, which is what it prints anyway
+    /// Accepted for consistency with other commands; the output is always JSON
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    verb: Verb,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum Verb {
+enum Command {
     /// List stored policies, one JSON line each
     List,
     /// Print a topic's policy
@@ -30,15 +31,15 @@ enum Verb {
         /// The topic
         topic: String,
     },
-    /// Store a topic's policy, given as JSON; what is left out gets its default
+    /// Store a topic's policy, given as JSON; missing members get their defaults
     Set {
         /// The topic
         topic: String,
-        /// The policy
+        /// The policy as JSON
         #[arg(default_value = "{}")]
         policy: String,
     },
-    /// Forget a topic's policy
+    /// Delete a topic's policy
     Delete {
         /// The topic
         topic: String,
@@ -50,13 +51,13 @@ pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
     if let Some(token) = arguments.token {
         client = client.with_token(token);
     }
-    match arguments.verb {
-        Verb::List => {
+    match arguments.command {
+        Command::List => {
             let mut cursor = None;
             loop {
                 let page = client.topics(&ListTopics { limit: None, cursor }).await?;
                 for item in page.items {
-                    talk::data(&talk::json(&item))?;
+                    print_data(&to_json(&item))?;
                 }
                 cursor = page.next_cursor;
                 if cursor.is_none() {
@@ -64,14 +65,14 @@ pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
                 }
             }
         }
-        Verb::Get { topic } => talk::data(&talk::json(&client.topic(&topic).await?))?,
-        Verb::Set { topic, policy } => {
+        Command::Get { topic } => print_data(&to_json(&client.topic(&topic).await?))?,
+        Command::Set { topic, policy } => {
             let policy: serde_json::Value =
-                serde_json::from_str(&policy).map_err(|error| Error::Usage(format!("the policy is not JSON: {error}")))?;
+                serde_json::from_str(&policy).map_err(|error| Error::Usage(format!("the policy is not valid JSON: {error}")))?;
             let stored: Policy = client.put_topic(&topic, &policy).await?;
-            talk::data(&talk::json(&stored))?;
+            print_data(&to_json(&stored))?;
         }
-        Verb::Delete { topic } => client.delete_topic(&topic).await?,
+        Command::Delete { topic } => client.delete_topic(&topic).await?,
     }
     Ok(())
 }

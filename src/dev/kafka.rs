@@ -1,7 +1,7 @@
-//! A Kafka for one machine: librdkafka's mock cluster, which clients based on librdkafka produce to and consume from.
+//! The embedded Kafka: librdkafka's mock cluster. Clients based on librdkafka can produce to it and consume from it.
 //!
-//! It lives in memory, keeps the newest 5 MB of a partition, and accepts transactions without their meaning: what is
-//! aborted stays visible. So `dev` publishes at least once, and puts back from the session table what was published.
+//! It keeps the newest 5 MB of a partition in memory. It accepts transactions without their guarantees: aborted records
+//! stay visible. So `dev` delivers at least once, and restores published records from the session table when it starts.
 
 use std::sync::mpsc;
 use std::time::Duration;
@@ -16,71 +16,75 @@ use tokio::sync::oneshot;
 
 use crate::kafka::Record;
 
-/// The header of a record that only keeps an offset taken; it has neither key nor value.
+/// The header of a record that only fills a missing offset. The record has neither key nor value.
 pub const GAP_HEADER: &str = "lfs-dev-gap";
 
-/// As many partitions as the mock cluster gives a topic that is made on first use.
+/// The number of partitions that the mock cluster gives a topic on first use.
 const PARTITIONS: i32 = 4;
 
-/// A partition that has lost more than this is not what `dev` is for.
-const MOST_GAPS: i64 = 1_000_000;
+/// The most consecutive missing offsets that are filled. Partitions with more missing offsets do not occur in
+/// development.
+const MAX_GAP_RECORDS: i64 = 1_000_000;
 
-/// Records that are put back at a time: librdkafka's queue holds 100,000.
-const RESTORED_AT_A_TIME: usize = 10_000;
+/// How many records are sent before their deliveries are awaited. librdkafka's queue holds 100,000.
+const RESTORE_BATCH_RECORDS: usize = 10_000;
 
-/// The server is in this process, so it answers in milliseconds or not at all.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// The request timeout. The server runs in this process, so it answers within milliseconds or not at all.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why the embedded Kafka failed.
+/// An error of the embedded Kafka.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The mock cluster's thread is gone.
+    /// The thread of the mock cluster has ended.
     #[error("the embedded kafka has stopped")]
     Stopped,
-    /// librdkafka said no.
+    /// librdkafka returned an error.
     #[error("embedded kafka: {0}")]
     Kafka(#[from] KafkaError),
-    /// Records are put back before anything else is published, in the order of their offsets.
-    #[error("cannot put offset {offset} back into {topic}/{partition}: the next offset is {next}")]
-    Taken {
+    /// A record's offset is below the end of the partition. Records must be restored before any other record is
+    /// published, in the order of their offsets.
+    #[error("cannot restore offset {offset} of {topic}/{partition}: the next offset is already {next}")]
+    OffsetConflict {
         /// The topic.
         topic: String,
         /// Its partition.
         partition: i32,
         /// The record's offset.
         offset: i64,
-        /// Where the partition ends already.
+        /// The next offset of the partition.
         next: i64,
     },
-    /// Too many records would have to be made up.
-    #[error("{topic}/{partition} starts at offset {offset}, too far from {next} (at most {MOST_GAPS} are made up)")]
-    Gap {
+    /// Too many offsets are missing between the partition's end and the record.
+    #[error(
+        "cannot restore offset {offset} of {topic}/{partition}: the next offset is {next}, and at most {MAX_GAP_RECORDS} missing offsets are filled"
+    )]
+    GapTooLarge {
         /// The topic.
         topic: String,
         /// Its partition.
         partition: i32,
         /// The record's offset.
         offset: i64,
-        /// Where the partition ends.
+        /// The next offset of the partition.
         next: i64,
     },
 }
 
-/// A record that was published before the embedded Kafka was started anew.
+/// A record that was published before the embedded Kafka was restarted.
 #[derive(Debug, Clone)]
-pub struct Kept {
-    /// Where it was.
+pub struct SavedRecord {
+    /// Its offset.
     pub offset: i64,
-    /// Its time in milliseconds since 1970.
+    /// Its timestamp in milliseconds since 1970.
     pub timestamp_ms: i64,
-    /// What it was. Its topic and partition are those it is put back into.
+    /// The record. [`Server::restore`] decides its topic and partition.
     pub record: Record,
 }
 
 type Cluster = MockCluster<'static, DefaultProducerContext>;
 type Command = Box<dyn FnOnce(&Cluster) + Send>;
 
-/// The embedded Kafka. It stops when this is dropped.
+/// A running embedded Kafka. It stops when it is dropped.
 pub struct Server {
     bootstrap_servers: String,
     commands: mpsc::Sender<Command>,
@@ -88,14 +92,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it on a free port of 127.0.0.1.
+    /// Starts the server on a free port of 127.0.0.1.
     pub fn start() -> Result<Self, Error> {
         let (commands, received) = mpsc::channel::<Command>();
         let (started, starting) = mpsc::channel();
-        // The cluster is bound to the thread that made it.
+        // The cluster can be used only on the thread that created it.
         let thread = std::thread::spawn(move || match MockCluster::new(1) {
             Ok(cluster) => {
-                // Whoever waits may be gone already; then `received` ends at once.
+                // The receiver may already be dropped. Then `received` ends at once.
                 drop(started.send(Ok(cluster.bootstrap_servers())));
                 received.iter().for_each(|command| command(&cluster));
             }
@@ -110,7 +114,7 @@ impl Server {
         self.bootstrap_servers.clone()
     }
 
-    /// Makes a topic; one that exists stays as it is.
+    /// Creates a topic. An existing topic is not changed.
     pub async fn create_topic(&self, name: &str, partitions: i32) -> Result<(), Error> {
         let name = name.to_owned();
         match self.run(move |cluster| cluster.create_topic(&name, partitions, 1)).await {
@@ -119,28 +123,28 @@ impl Server {
         }
     }
 
-    /// Puts records back at their offsets, which must ascend. An offset that is missing between them gets a record
-    /// without a value and with the header [`GAP_HEADER`]. A topic that is missing gets four partitions.
-    pub async fn restore(&self, topic: &str, partition: i32, records: Vec<Kept>) -> Result<(), Error> {
+    /// Restores records at their offsets, which must be ascending. Each missing offset between them gets a record without
+    /// a value and with the header [`GAP_HEADER`]. A missing topic is created with four partitions.
+    pub async fn restore(&self, topic: &str, partition: i32, records: Vec<SavedRecord>) -> Result<(), Error> {
         self.create_topic(topic, PARTITIONS).await?;
         let producer = self.client().create::<FutureProducer>()?;
-        let mut next = self.end(topic, partition).await?;
-        let mut waiting = Vec::new();
-        for kept in records {
-            let (topic, offset) = (topic.to_owned(), kept.offset);
+        let mut next = self.end_offset(topic, partition).await?;
+        let mut deliveries = Vec::new();
+        for saved in records {
+            let (topic, offset) = (topic.to_owned(), saved.offset);
             if offset < next {
-                return Err(Error::Taken { topic, partition, offset, next });
+                return Err(Error::OffsetConflict { topic, partition, offset, next });
             }
-            if offset - next > MOST_GAPS {
-                return Err(Error::Gap { topic, partition, offset, next });
+            if offset - next > MAX_GAP_RECORDS {
+                return Err(Error::GapTooLarge { topic, partition, offset, next });
             }
             for _ in next..offset {
                 let header = OwnedHeaders::new().insert(Header { key: GAP_HEADER, value: Some("") });
                 let gap = FutureRecord::<(), ()>::to(&topic).partition(partition).headers(header);
-                waiting.push(producer.send_result(gap.timestamp(kept.timestamp_ms)).map_err(|(error, _)| error)?);
-                settle(&mut waiting, RESTORED_AT_A_TIME).await?;
+                deliveries.push(producer.send_result(gap.timestamp(saved.timestamp_ms)).map_err(|(error, _)| error)?);
+                await_deliveries(&mut deliveries, RESTORE_BATCH_RECORDS).await?;
             }
-            let headers = kept
+            let headers = saved
                 .record
                 .headers
                 .iter()
@@ -148,35 +152,35 @@ impl Server {
             let record = FutureRecord {
                 topic: &topic,
                 partition: Some(partition),
-                payload: Some(&kept.record.value),
-                key: kept.record.key.as_ref(),
-                timestamp: Some(kept.timestamp_ms),
+                payload: Some(&saved.record.value),
+                key: saved.record.key.as_ref(),
+                timestamp: Some(saved.timestamp_ms),
                 headers: Some(headers),
             };
-            waiting.push(producer.send_result(record).map_err(|(error, _)| error)?);
-            settle(&mut waiting, RESTORED_AT_A_TIME).await?;
+            deliveries.push(producer.send_result(record).map_err(|(error, _)| error)?);
+            await_deliveries(&mut deliveries, RESTORE_BATCH_RECORDS).await?;
             next = offset + 1;
         }
-        settle(&mut waiting, 1).await
+        await_deliveries(&mut deliveries, 1).await
     }
 
-    /// Ends all connections and refuses new ones, as a Kafka that was stopped. What it holds is kept.
+    /// Closes all connections and refuses new ones, like a stopped Kafka. The records are kept.
     pub async fn down(&self) -> Result<(), Error> {
         self.run(|cluster| cluster.broker_down(-1)).await
     }
 
-    /// Comes back from [`Server::down`].
+    /// Accepts connections again after [`Server::down`].
     pub async fn up(&self) -> Result<(), Error> {
         self.run(|cluster| cluster.broker_up(-1)).await
     }
 
-    /// Takes a partition's leader away, as when the only broker that holds it is gone, or gives it one back.
-    pub async fn lead(&self, topic: &str, partition: i32, led: bool) -> Result<(), Error> {
+    /// Removes a partition's leader, as when its only replica is down, or gives the partition a leader again.
+    pub async fn set_leader(&self, topic: &str, partition: i32, has_leader: bool) -> Result<(), Error> {
         let topic = topic.to_owned();
-        self.run(move |cluster| cluster.partition_leader(&topic, partition, led.then_some(1))).await
+        self.run(move |cluster| cluster.partition_leader(&topic, partition, has_leader.then_some(1))).await
     }
 
-    /// Refuses a topic to everybody, as a Kafka with ACLs does, or takes it again.
+    /// Denies all clients a topic, as a Kafka with ACLs does, or allows it again.
     pub async fn refuse_topic(&self, topic: &str, refused: bool) -> Result<(), Error> {
         use rdkafka::types::RDKafkaRespErr::{RD_KAFKA_RESP_ERR_NO_ERROR, RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED};
         let error = if refused { RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED } else { RD_KAFKA_RESP_ERR_NO_ERROR };
@@ -184,7 +188,7 @@ impl Server {
         self.run(move |cluster| cluster.topic_error(&topic, error)).await
     }
 
-    /// Stops it; everything in it is gone.
+    /// Stops the server. Its records are lost.
     pub fn stop(self) {
         drop(self);
     }
@@ -193,28 +197,28 @@ impl Server {
     where
         F: FnOnce(&Cluster) -> Result<(), KafkaError> + Send + 'static,
     {
-        let (answer, answered) = oneshot::channel();
-        // Nobody waiting for the answer is no reason not to do it.
-        let command: Command = Box::new(move |cluster| drop(answer.send(command(cluster))));
+        let (result_sender, result_receiver) = oneshot::channel();
+        // The command runs even if the caller no longer waits for its result.
+        let command: Command = Box::new(move |cluster| drop(result_sender.send(command(cluster))));
         self.commands.send(command).map_err(|_| Error::Stopped)?;
-        Ok(answered.await.map_err(|_| Error::Stopped)??)
+        Ok(result_receiver.await.map_err(|_| Error::Stopped)??)
     }
 
-    async fn end(&self, topic: &str, partition: i32) -> Result<i64, Error> {
+    async fn end_offset(&self, topic: &str, partition: i32) -> Result<i64, Error> {
         let (config, topic) = (self.client(), topic.to_owned());
-        let end = tokio::task::spawn_blocking(move || {
+        let end_offset = tokio::task::spawn_blocking(move || {
             let consumer = config.create::<BaseConsumer>()?;
-            consumer.fetch_watermarks(&topic, partition, ANSWER_WITHIN).map(|(_, end)| end)
+            consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT).map(|(_, end_offset)| end_offset)
         });
-        Ok(end.await.map_err(|_| Error::Stopped)??)
+        Ok(end_offset.await.map_err(|_| Error::Stopped)??)
     }
 
     fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config
             .set("bootstrap.servers", &self.bootstrap_servers)
-            .set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string())
-            // In the order they are sent, also when one has to be sent again: their offsets are promised.
+            .set("message.timeout.ms", REQUEST_TIMEOUT.as_millis().to_string())
+            // Idempotence keeps the order of records when one is sent again. Restored offsets depend on the order.
             .set("enable.idempotence", "true");
         config
     }
@@ -222,7 +226,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // The thread ends with its last command; joining it makes "stopped" mean stopped.
+        // The thread ends after its last command. Joining it ensures that the server has stopped.
         self.commands = mpsc::channel().0;
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
@@ -230,10 +234,10 @@ impl Drop for Server {
     }
 }
 
-/// Awaits the acknowledgements once there are `enough` of them.
-async fn settle(waiting: &mut Vec<rdkafka::producer::DeliveryFuture>, enough: usize) -> Result<(), Error> {
-    if waiting.len() >= enough {
-        for delivery in waiting.drain(..) {
+/// Awaits the deliveries once there are at least `count` of them.
+async fn await_deliveries(deliveries: &mut Vec<rdkafka::producer::DeliveryFuture>, count: usize) -> Result<(), Error> {
+    if deliveries.len() >= count {
+        for delivery in deliveries.drain(..) {
             delivery.await.map_err(|_| Error::Stopped)?.map_err(|(error, _)| error)?;
         }
     }
@@ -247,11 +251,11 @@ mod tests {
 
     use super::*;
 
-    /// A plain consumer of a group, as anybody would write one.
+    /// Consumes with a plain consumer of a group.
     fn consume(server: &Server, topic: &str, count: usize) -> Vec<OwnedMessage> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", server.bootstrap_servers())
-            .set("group.id", "anybody")
+            .set("group.id", "test")
             .set("auto.offset.reset", "earliest")
             .create()
             .unwrap();
@@ -267,7 +271,7 @@ mod tests {
         found
     }
 
-    fn kept(offset: i64) -> Kept {
+    fn saved(offset: i64) -> SavedRecord {
         let record = Record {
             upload_id: Uuid::now_v7(),
             topic: "videos".into(),
@@ -276,13 +280,13 @@ mod tests {
             value: format!("pointer {offset}").into_bytes(),
             headers: vec![("lfs-upload-id".into(), b"id".to_vec())],
         };
-        Kept { offset, timestamp_ms: 1_700_000_000_000 + offset, record }
+        SavedRecord { offset, timestamp_ms: 1_700_000_000_000 + offset, record }
     }
 
     #[tokio::test]
-    async fn records_are_put_back_where_they_were() {
+    async fn records_are_restored_at_their_offsets() {
         let server = Server::start().unwrap();
-        server.restore("videos", 2, vec![kept(3), kept(4), kept(7)]).await.unwrap();
+        server.restore("videos", 2, vec![saved(3), saved(4), saved(7)]).await.unwrap();
         let found = consume(&server, "videos", 8);
         for (offset, message) in found.iter().enumerate() {
             assert_eq!((message.partition(), message.offset()), (2, offset as i64));
@@ -298,16 +302,16 @@ mod tests {
                 }
             }
         }
-        let taken = server.restore("videos", 2, vec![kept(7)]).await;
-        assert!(matches!(taken, Err(Error::Taken { next: 8, .. })), "{taken:?}");
-        let far = server.restore("videos", 0, vec![kept(MOST_GAPS + 1)]).await;
-        assert!(matches!(far, Err(Error::Gap { next: 0, .. })), "{far:?}");
+        let conflict = server.restore("videos", 2, vec![saved(7)]).await;
+        assert!(matches!(conflict, Err(Error::OffsetConflict { next: 8, .. })), "{conflict:?}");
+        let gap = server.restore("videos", 0, vec![saved(MAX_GAP_RECORDS + 1)]).await;
+        assert!(matches!(gap, Err(Error::GapTooLarge { next: 0, .. })), "{gap:?}");
     }
 
     #[tokio::test]
-    async fn what_it_holds_survives_an_outage() {
+    async fn records_survive_an_outage() {
         let server = Server::start().unwrap();
-        server.restore("videos", 0, vec![kept(0)]).await.unwrap();
+        server.restore("videos", 0, vec![saved(0)]).await.unwrap();
         server.down().await.unwrap();
         assert!(std::net::TcpStream::connect(server.bootstrap_servers()).is_err());
         server.up().await.unwrap();

@@ -1,7 +1,7 @@
-//! A real PostgreSQL for one machine, run from the programs that are installed, with its files beside the other data.
+//! Runs a real PostgreSQL from the installed programs, with its files in the data directory.
 //!
-//! The server dies with this process, however that ends: a shell between the two waits for the end of a pipe that only
-//! this process holds, and then shuts the server down.
+//! The server stops when this process ends, even if the process is killed. A shell between the two reads from a pipe
+//! whose write end only this process has. When the pipe closes, the shell shuts the server down.
 
 use std::fs;
 use std::io;
@@ -14,30 +14,30 @@ use sqlx::{Connection, Executor, PgConnection};
 use tokio::process::Child;
 use tracing::{debug, info};
 
-mod place;
+mod data_dir;
 mod programs;
 
-use place::Place;
+use data_dir::DataDir;
 use programs::Programs;
 
 const USER: &str = "lfs";
 const DATABASE: &str = "lfs_broker";
 
-/// A start takes a tenth of a second, recovery after a crash longer.
-const START_WITHIN: Duration = Duration::from_secs(60);
+/// The start timeout. A start takes 0.1 s; recovery after a crash takes longer.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A fast shutdown ends sessions and writes a checkpoint.
-const STOP_WITHIN: Duration = Duration::from_secs(30);
+/// The stop timeout. A fast shutdown ends sessions and writes a checkpoint.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A server that this process's predecessor left behind is still shutting down for a moment.
-const PREDECESSOR_ENDS_WITHIN: Duration = Duration::from_secs(10);
+/// How long to wait until the server of an earlier process has shut down.
+const PREVIOUS_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Between two looks at a server that is starting.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// The pause between two connection attempts while the server starts.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Runs the server ("$@") and stops it when standard input ends, by SIGINT: a fast shutdown, which does not wait for
-/// clients. Once it has stopped in order, `$0` is removed, unless it is empty.
-const KEEPER: &str = r#"
+/// Runs the server ("$@"), and stops it when standard input closes. SIGINT requests a fast shutdown, which does not wait
+/// for clients. After a clean stop, the script removes the directory `$0`, unless it is empty.
+const SUPERVISOR_SCRIPT: &str = r#"
 exec 3<&0 </dev/null
 "$@" 3<&- &
 server=$!
@@ -51,54 +51,54 @@ kill "$watcher" 2>/dev/null
 exit "$status"
 "#;
 
-/// Why there is no PostgreSQL.
+/// An error of the PostgreSQL server.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No programs on this machine.
+    /// The programs of PostgreSQL are not installed.
     #[error("PostgreSQL is not installed; hint: `apt-get install postgresql`, or `brew install postgresql`")]
     NotInstalled,
-    /// The programs are of another major version than the data.
+    /// The programs have another major version than the data.
     #[error(
-        "{data} was made by PostgreSQL {made_by}, but {found} is installed; hint: install {made_by}, or use another data directory"
+        "{data} was created by PostgreSQL {created_by}, but version {found} is installed; hint: install {created_by}, or use another data directory"
     )]
     Version {
         /// The data directory.
         data: PathBuf,
-        /// The major version that made it.
-        made_by: String,
-        /// The major version there is.
+        /// The major version that created the data.
+        created_by: String,
+        /// The installed major version.
         found: String,
     },
-    /// The server programs refuse to run as root, and there is nobody else to run them.
+    /// The server programs refuse to run as root, and no other user was found.
     #[error("PostgreSQL does not run as root, and /etc/passwd has neither `postgres` nor `nobody`")]
     NoUser,
-    /// A file could not be read, written or handed over.
+    /// A file could not be read or written, or its owner could not be changed.
     #[error("{path}: {source}")]
     File {
-        /// Which one.
+        /// Its name.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A program could not be run, or failed.
+    /// A program did not run, or failed.
     #[error("{program} failed: {reason}")]
     Program {
-        /// Which one.
+        /// Its name.
         program: String,
-        /// Its last words.
+        /// The end of its output.
         reason: String,
     },
-    /// The port that was asked for is in use.
+    /// The requested port is in use.
     #[error("port {0} of 127.0.0.1 is in use")]
-    Port(u16),
-    /// It runs, but does not let us in.
-    #[error("PostgreSQL did not let us in: {0}")]
-    Silent(String),
-    /// It answered with an error.
+    PortInUse(u16),
+    /// The server runs, but no connection could be opened.
+    #[error("cannot connect to PostgreSQL: {0}")]
+    NoConnection(String),
+    /// The server answered with an error.
     #[error("PostgreSQL: {0}")]
     Sql(#[from] sqlx::Error),
-    /// It did not stop in time.
-    #[error("PostgreSQL did not stop within {} s", STOP_WITHIN.as_secs())]
+    /// The server did not stop in time.
+    #[error("PostgreSQL did not stop within {} s", STOP_TIMEOUT.as_secs())]
     StillRunning,
 }
 
@@ -109,83 +109,83 @@ impl Error {
     }
 }
 
-/// How the server runs.
+/// Settings of the server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where its files are; made when missing.
+    /// The directory of its files. A missing directory is created.
     pub data_dir: PathBuf,
-    /// The port on 127.0.0.1; otherwise the last one, or a free one.
+    /// The port on 127.0.0.1. When absent, the last port if it is free, or any free port.
     pub port: Option<u16>,
-    /// Whether a commit waits for the disk. Without it tests are faster, and a power cut may spoil the data.
+    /// Whether a commit waits for the disk. Without it tests are faster, and a power failure may damage the data.
     pub fsync: bool,
-    /// The files go when the server stops.
+    /// Whether the files are removed when the server stops.
     pub ephemeral: bool,
 }
 
 impl Settings {
-    /// A lasting server on any port.
+    /// Settings of a server that keeps its files, on any port.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self { data_dir: data_dir.into(), port: None, fsync: true, ephemeral: false }
     }
 }
 
-/// A running PostgreSQL. It stops when this is dropped, [`Server::stop`] waits for it.
+/// A running PostgreSQL. Dropping it stops the server; [`Server::stop`] also waits for the end.
 pub struct Server {
-    /// The shell that keeps the server; its standard input is the pipe whose end is the server's.
-    keeper: Child,
-    place: Place,
+    /// The shell that supervises the server. The server stops when the shell's standard input is closed.
+    supervisor: Child,
+    data_dir: DataDir,
     port: u16,
     password: String,
 }
 
 impl Server {
-    /// Starts the server, after making its data directory and database when they are missing.
+    /// Starts the server. A missing data directory or database is created.
     pub async fn start(settings: &Settings) -> Result<Self, Error> {
-        let place = Place::find(&settings.data_dir, settings.ephemeral)?;
-        let is_fresh = place.made_by().is_none();
-        let started = Self::start_at(&place, settings).await;
-        if started.is_err() && is_fresh {
-            place.clean_up();
+        let data_dir = DataDir::find(&settings.data_dir, settings.ephemeral)?;
+        let is_new = data_dir.created_by().is_none();
+        let started = Self::start_at(&data_dir, settings).await;
+        if started.is_err() && is_new {
+            data_dir.remove_if_ephemeral();
         }
         started
     }
 
-    async fn start_at(place: &Place, settings: &Settings) -> Result<Self, Error> {
-        let programs = Programs::find(place.made_by().as_deref())?;
-        let password = match place.password()? {
+    async fn start_at(data_dir: &DataDir, settings: &Settings) -> Result<Self, Error> {
+        let programs = Programs::find(data_dir.created_by().as_deref())?;
+        let password = match data_dir.password()? {
             Some(password) => password,
-            None => init(&programs, place, settings.fsync).await?,
+            None => init(&programs, data_dir, settings.fsync).await?,
         };
-        if let Some(made_by) = place.made_by().filter(|made_by| *made_by != programs.version) {
-            return Err(Error::Version { data: place.data(), made_by, found: programs.version });
+        if let Some(created_by) = data_dir.created_by().filter(|created_by| *created_by != programs.version) {
+            return Err(Error::Version { data: data_dir.data(), created_by, found: programs.version });
         }
-        let deadline = Instant::now() + PREDECESSOR_ENDS_WITHIN;
+        let deadline = Instant::now() + PREVIOUS_SERVER_TIMEOUT;
         loop {
-            let port = pick_port(settings.port, place.port())?;
-            let started = Self::start_on(&programs, place, settings, port, &password).await;
-            // Another process took the port, or the predecessor has not let go of the data yet.
+            let port = pick_port(settings.port, data_dir.port())?;
+            let started = Self::start_on(&programs, data_dir, settings, port, &password).await;
+            // Another process took the port, or the server of an earlier process still uses the data.
             match started {
-                Err(Error::Program { reason, .. }) if Instant::now() < deadline && is_passing(&reason) => {
-                    debug!("postgres does not start yet: {reason}");
-                    tokio::time::sleep(LOOK_AGAIN * 5).await;
+                Err(Error::Program { reason, .. }) if Instant::now() < deadline && is_temporary(&reason) => {
+                    debug!("PostgreSQL did not start, retrying in {} ms: {reason}", (POLL_INTERVAL * 5).as_millis());
+                    tokio::time::sleep(POLL_INTERVAL * 5).await;
                 }
                 Err(error) => return Err(error),
                 Ok(server) => {
-                    place.remember_port(port)?;
+                    data_dir.save_port(port)?;
                     server.create_database(DATABASE).await?;
-                    info!(port, data = %place.data().display(), "started PostgreSQL {}", programs.version);
+                    info!(port, data = %data_dir.data().display(), "started PostgreSQL {}", programs.version);
                     return Ok(server);
                 }
             }
         }
     }
 
-    /// The broker's database, its password included.
+    /// The URL of the broker's database, with the password.
     pub fn url(&self) -> String {
         self.url_of(DATABASE)
     }
 
-    /// The database from which others are made.
+    /// The URL of the database that is used to create other databases.
     pub fn admin_url(&self) -> String {
         self.url_of("postgres")
     }
@@ -195,12 +195,12 @@ impl Server {
         format!("postgres://{USER}:{}@127.0.0.1:{}/{database}", self.password, self.port)
     }
 
-    /// Makes a database, unless it is there, and gives its URL.
+    /// Creates a database if it does not exist, and returns its URL.
     pub async fn create_database(&self, name: &str) -> Result<String, Error> {
         let mut connection = PgConnection::connect(&self.admin_url()).await?;
         let exists = sqlx::query("select 1 from pg_database where datname = $1").bind(name);
         if exists.fetch_optional(&mut connection).await?.is_none() {
-            // A name cannot be a parameter here.
+            // A database name cannot be a query parameter.
             let quoted = format!("create database \"{}\"", name.replace('"', "\"\""));
             connection.execute(sqlx::AssertSqlSafe(quoted)).await?;
         }
@@ -208,52 +208,58 @@ impl Server {
         Ok(self.url_of(name))
     }
 
-    /// Where the server's files are, its log among them.
-    pub fn home(&self) -> &Path {
-        self.place.home()
+    /// The directory of the server's files, including its log.
+    pub fn data_dir(&self) -> &Path {
+        self.data_dir.path()
     }
 
-    /// Stops the server and waits until it has written everything.
+    /// Stops the server and waits until it has ended.
     pub async fn stop(mut self) -> Result<(), Error> {
-        drop(self.keeper.stdin.take());
-        match tokio::time::timeout(STOP_WITHIN, self.keeper.wait()).await {
+        drop(self.supervisor.stdin.take());
+        match tokio::time::timeout(STOP_TIMEOUT, self.supervisor.wait()).await {
             Ok(ended) => drop(ended.map_err(Error::file(Path::new("sh")))?),
             Err(_) => return Err(Error::StillRunning),
         }
-        self.place.clean_up();
+        self.data_dir.remove_if_ephemeral();
         Ok(())
     }
 
-    /// Starts the server and waits until it lets us in.
-    async fn start_on(programs: &Programs, place: &Place, settings: &Settings, port: u16, password: &str) -> Result<Self, Error> {
-        let mut keeper = keep(programs, place, settings, port)?;
+    /// Starts the server and waits until it accepts connections.
+    async fn start_on(
+        programs: &Programs,
+        data_dir: &DataDir,
+        settings: &Settings,
+        port: u16,
+        password: &str,
+    ) -> Result<Self, Error> {
+        let mut supervisor = start_supervisor(programs, data_dir, settings, port)?;
         let url = format!("postgres://{USER}:{password}@127.0.0.1:{port}/postgres");
-        let deadline = Instant::now() + START_WITHIN;
+        let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            if keeper.try_wait().map_err(Error::file(Path::new("sh")))?.is_some() {
-                return Err(Error::Program { program: "postgres".into(), reason: place.last_words() });
+            if supervisor.try_wait().map_err(Error::file(Path::new("sh")))?.is_some() {
+                return Err(Error::Program { program: "postgres".into(), reason: data_dir.log_tail() });
             }
             match PgConnection::connect(&url).await {
                 Ok(connection) => {
                     connection.close().await?;
                     break;
                 }
-                Err(error) if Instant::now() > deadline => return Err(Error::Silent(error.to_string())),
-                Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+                Err(error) if Instant::now() > deadline => return Err(Error::NoConnection(error.to_string())),
+                Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
             }
         }
-        Ok(Self { keeper, place: place.clone(), port, password: password.to_owned() })
+        Ok(Self { supervisor, data_dir: data_dir.clone(), port, password: password.to_owned() })
     }
 }
 
-/// Makes the data directory; the password is written last, so that one without it is made anew.
-async fn init(programs: &Programs, place: &Place, fsync: bool) -> Result<String, Error> {
+/// Creates the data directory. The password is written last: a directory without it is incomplete and is created again.
+async fn init(programs: &Programs, data_dir: &DataDir, fsync: bool) -> Result<String, Error> {
     let password = uuid::Uuid::new_v4().simple().to_string();
-    let password_file = place.begin(&password)?;
-    let mut command = place.command(&programs.initdb);
+    let password_file = data_dir.begin_init(&password)?;
+    let mut command = data_dir.command(&programs.initdb);
     command
         .arg("--pgdata")
-        .arg(place.data())
+        .arg(data_dir.data())
         .args(["--username", USER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"])
         .arg("--pwfile")
         .arg(&password_file)
@@ -266,32 +272,32 @@ async fn init(programs: &Programs, place: &Place, fsync: bool) -> Result<String,
         let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(Error::Program { program: "initdb".into(), reason });
     }
-    place.finish(&password, &password_file)?;
+    data_dir.finish_init(&password, &password_file)?;
     Ok(password)
 }
 
-/// Starts the shell that runs the server and ends it when our end of the pipe closes, by us or by our death.
-fn keep(programs: &Programs, place: &Place, settings: &Settings, port: u16) -> Result<Child, Error> {
-    let log = fs::File::create(place.log()).map_err(Error::file(&place.log()))?;
-    let mut command = place.command(Path::new("/bin/sh"));
-    command.arg("-c").arg(KEEPER);
-    command.arg(if settings.ephemeral { place.data().into_os_string() } else { "".into() });
-    command.arg(&programs.postgres).arg("-D").arg(place.data()).arg("-p").arg(port.to_string());
+/// Starts the shell that supervises the server.
+fn start_supervisor(programs: &Programs, data_dir: &DataDir, settings: &Settings, port: u16) -> Result<Child, Error> {
+    let log = fs::File::create(data_dir.log()).map_err(Error::file(&data_dir.log()))?;
+    let mut command = data_dir.command(Path::new("/bin/sh"));
+    command.arg("-c").arg(SUPERVISOR_SCRIPT);
+    command.arg(if settings.ephemeral { data_dir.data().into_os_string() } else { "".into() });
+    command.arg(&programs.postgres).arg("-D").arg(data_dir.data()).arg("-p").arg(port.to_string());
     let options = [
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
-        // Tests open a pool each, many at a time.
+        // Many tests run concurrently, and each opens a pool.
         "max_connections=300",
     ];
-    let risky = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"];
-    for option in options.iter().chain(risky.iter().filter(|_| !settings.fsync)) {
+    let unsafe_options = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"];
+    for option in options.iter().chain(unsafe_options.iter().filter(|_| !settings.fsync)) {
         command.arg("-c").arg(option);
     }
     command
         .stdin(Stdio::piped())
-        .stdout(log.try_clone().map_err(Error::file(&place.log()))?)
+        .stdout(log.try_clone().map_err(Error::file(&data_dir.log()))?)
         .stderr(log)
-        // A Ctrl-C in the terminal is for us: we stop the server when we no longer need it.
+        // A Ctrl-C in the terminal must reach only this process, which stops the server when it no longer needs it.
         .process_group(0)
         .spawn()
         .map_err(Error::file(Path::new("/bin/sh")))
@@ -299,7 +305,7 @@ fn keep(programs: &Programs, place: &Place, settings: &Settings, port: u16) -> R
 
 fn pick_port(wanted: Option<u16>, last: Option<u16>) -> Result<u16, Error> {
     if let Some(port) = wanted {
-        return if is_free(port) { Ok(port) } else { Err(Error::Port(port)) };
+        return if is_free(port) { Ok(port) } else { Err(Error::PortInUse(port)) };
     }
     match last.filter(|port| is_free(*port)) {
         Some(port) => Ok(port),
@@ -314,7 +320,7 @@ fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
 
-fn is_passing(reason: &str) -> bool {
+fn is_temporary(reason: &str) -> bool {
     reason.contains("postmaster.pid") || reason.contains("Address already in use") || reason.contains("shared memory block")
 }
 

@@ -1,44 +1,48 @@
-//! File descriptors: each connection takes one, and whoever has none left serves nobody.
+//! File descriptors: each connection needs one, so the limit of open files bounds the number of connections.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
-/// Kept for PostgreSQL (20), Kafka, files, S3 (two for each of 256 uploads that are completed), and the connections that ask
-/// for health beyond all seats (64).
-const RESERVED: u64 = 640;
-/// What macOS allows where the hard limit says that there is none.
-const OPEN_MAX: u64 = 10_240;
+/// Reserved for PostgreSQL (20), Kafka, files, S3 (two for each of 256 concurrent completions), and the connections that are
+/// kept free for health checks (64).
+const RESERVED_FILES: u64 = 640;
+/// The largest limit that macOS accepts, even if its hard limit is "unlimited".
+const MACOS_MAX_FILES: u64 = 10_240;
 
-/// Raises the soft limit to the hard one. Systems start programs with 1,024 for the sake of `select`, which is not used here.
-pub(crate) fn raise() {
+/// Raises the soft limit to the hard limit. The usual soft limit of 1,024 exists for programs that use `select`.
+pub(crate) fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {
         return;
     }
     let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-    if let Err(error) = raised.or_else(|_| setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_MAX), ..limit })) {
-        warn!(%error, limit = limit.current, "cannot raise the limit of open files: {error}");
+    if let Err(error) = raised.or_else(|_| setrlimit(Resource::Nofile, Rlimit { current: Some(MACOS_MAX_FILES), ..limit })) {
+        let current = limit.current.unwrap_or(u64::MAX);
+        warn!(%error, limit = limit.current, "cannot raise the limit of open files above {current}: {error}");
     }
 }
 
-/// How many connections of those wanted the limit has room for.
-pub(super) fn room(wanted: usize) -> usize {
+/// How many connections fit within the limit of open files, at most `wanted`.
+pub(super) fn connections_within_limit(wanted: usize) -> usize {
     let limit = getrlimit(Resource::Nofile).current;
-    // The parent process may have left files open.
+    // The process may have inherited open files from its parent.
     let open = std::fs::read_dir("/dev/fd").map_or(0, Iterator::count);
     let free = limit.map(|limit| limit.saturating_sub(u64::try_from(open).unwrap_or(u64::MAX)));
-    let fits = room_under(free, wanted);
-    if fits < wanted {
-        warn!(fits, wanted, limit, open, "the limit of open files has room for {fits} connections only: raise it (ulimit -n)");
+    let capacity = capacity_under(free, wanted);
+    if capacity < wanted {
+        warn!(
+            fits = capacity,
+            wanted, limit, open, "the limit of open files allows {capacity} of {wanted} connections: raise it (ulimit -n)"
+        );
     }
-    fits
+    capacity
 }
 
-fn room_under(limit: Option<u64>, wanted: usize) -> usize {
+fn capacity_under(limit: Option<u64>, wanted: usize) -> usize {
     let Some(limit) = limit else { return wanted };
-    // Half of a very small limit, which is for trying things out.
-    let most = limit.saturating_sub(RESERVED).max(limit / 2).max(1);
-    wanted.min(usize::try_from(most).unwrap_or(usize::MAX))
+    // A very small limit is for experiments: then half of it may be connections.
+    let capacity = limit.saturating_sub(RESERVED_FILES).max(limit / 2).max(1);
+    wanted.min(usize::try_from(capacity).unwrap_or(usize::MAX))
 }
 
 #[cfg(test)]
@@ -46,11 +50,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_leave_descriptors_for_the_rest() {
-        assert_eq!(room_under(None, 4096), 4096);
-        assert_eq!(room_under(Some(1 << 20), 4096), 4096);
-        assert_eq!(room_under(Some(1024), 4096), 512);
-        assert_eq!(room_under(Some(4096), 4096), 3456);
-        assert_eq!((room_under(Some(100), 4096), room_under(Some(1), 4), room_under(Some(1024), 4)), (50, 1, 4));
+    fn connections_leave_descriptors_for_other_uses() {
+        assert_eq!(capacity_under(None, 4096), 4096);
+        assert_eq!(capacity_under(Some(1 << 20), 4096), 4096);
+        assert_eq!(capacity_under(Some(1024), 4096), 512);
+        assert_eq!(capacity_under(Some(4096), 4096), 3456);
+        assert_eq!((capacity_under(Some(100), 4096), capacity_under(Some(1), 4), capacity_under(Some(1024), 4)), (50, 1, 4));
     }
 }

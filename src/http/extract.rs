@@ -1,4 +1,4 @@
-//! What handlers are given: who asks, for which upload, with what body and query. Each refusal is a [`Problem`].
+//! Extractors: give handlers the caller, the upload id, the body and the query. Each rejection is a [`Problem`].
 
 use std::collections::HashSet;
 use std::fmt;
@@ -21,32 +21,31 @@ use uuid::Uuid;
 use super::App;
 use super::problem::Problem;
 use crate::auth::{Caller, Scope};
-use crate::policy::wrong;
 
-/// All headers of a request together, names and values, in bytes.
-const HEADERS_BYTES: usize = 16 << 10;
-/// The largest body, in bytes: a request is a few hundred.
-const BODY_BYTES: usize = 64 << 10;
-/// The largest body where part hashes come: 10,000 of them have 670,000 characters.
-const HASHES_BYTES: usize = 1 << 20;
+/// The largest total size of a request's headers, names and values, in bytes.
+const MAX_HEADERS_BYTES: usize = 16 << 10;
+/// The largest body, in bytes. Most requests have a few hundred.
+const MAX_BODY_BYTES: usize = 64 << 10;
+/// The largest body with part hashes, in bytes: 10,000 hashes have 670,000 characters.
+const MAX_HASHES_BODY_BYTES: usize = 1 << 20;
 
-/// What a body may hold before it needs a share of the memory of all: nearly every request fits.
-const FREE_BYTES: usize = 8 << 10;
-/// By so much a body's memory grows at most.
-const STEP_BYTES: usize = 64 << 10;
+/// How many bytes a body may use without a share of the memory for all bodies. Nearly every request fits.
+const UNRESERVED_BYTES: usize = 8 << 10;
+/// The largest step by which a body's buffer grows.
+const MAX_GROWTH_BYTES: usize = 64 << 10;
 
-/// The largest body that the matched route takes.
+/// The largest body that the matched route accepts.
 fn body_limit(extensions: &Extensions) -> usize {
     match extensions.get::<MatchedPath>().map(MatchedPath::as_str) {
-        Some("/lfs/uploads" | "/lfs/uploads/{id}/parts") => HASHES_BYTES,
-        _ => BODY_BYTES,
+        Some("/lfs/uploads" | "/lfs/uploads/{id}/parts") => MAX_HASHES_BODY_BYTES,
+        _ => MAX_BODY_BYTES,
     }
 }
 
-/// A request that is not too large: its headers, and its body where it tells the length before.
-pub(super) struct Fits;
+/// A request whose headers and `Content-Length` are within the limits.
+pub(super) struct SizeChecked;
 
-impl FromRequestParts<App> for Fits {
+impl FromRequestParts<App> for SizeChecked {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Problem> {
@@ -56,8 +55,8 @@ impl FromRequestParts<App> for Fits {
 
 fn check_sizes(parts: &Parts) -> Result<(), Problem> {
     let bytes: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    if bytes > HEADERS_BYTES {
-        let detail = format!("the headers have {bytes} bytes, at most {HEADERS_BYTES} are allowed");
+    if bytes > MAX_HEADERS_BYTES {
+        let detail = format!("the headers have {bytes} bytes, at most {MAX_HEADERS_BYTES} are allowed");
         return Err(Problem::new(ErrorCode::HeadersTooLarge, detail));
     }
     let limit = body_limit(&parts.extensions);
@@ -67,41 +66,47 @@ fn check_sizes(parts: &Parts) -> Result<(), Problem> {
 }
 
 /// A caller who may write.
-pub(super) struct Writer(pub(super) Caller);
+pub(super) struct CanWrite(pub(super) Caller);
 /// A caller who may write or read.
-pub(super) struct Reader(pub(super) Caller);
+pub(super) struct CanRead(pub(super) Caller);
 /// A caller who may resolve.
-pub(super) struct Resolver(pub(super) Caller);
+pub(super) struct CanResolve(pub(super) Caller);
 /// A caller who may administer.
 pub(super) struct Admin(pub(super) Caller);
-/// Anyone who was let in.
-pub(super) struct Anyone(#[expect(dead_code, reason = "that they were let in is what matters")] pub(super) Caller);
+/// Any authenticated caller.
+pub(super) struct Authenticated(#[expect(dead_code, reason = "the handlers need only the check")] pub(super) Caller);
 
-async fn let_in(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
+async fn authorize(parts: &Parts, app: &App, scopes: &[Scope]) -> Result<Caller, Problem> {
     check_sizes(parts)?;
     let caller = app.caller(parts).await?;
     if scopes.is_empty() || scopes.iter().any(|scope| caller.has(*scope)) {
-        return app.admit(caller);
+        return app.check_rate_limit(caller);
     }
     let names: Vec<&str> = scopes.iter().map(|scope| scope.name()).collect();
     Err(Problem::new(ErrorCode::InsufficientScope, format!("this route needs {}", names.join(" or "))))
 }
 
-macro_rules! caller {
+macro_rules! caller_extractors {
     ($($name:ident: $scopes:expr),+) => {$(
         impl FromRequestParts<App> for $name {
             type Rejection = Problem;
 
             async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-                let_in(parts, app, &$scopes).await.map(Self)
+                authorize(parts, app, &$scopes).await.map(Self)
             }
         }
     )+};
 }
 
-caller!(Writer: [Scope::Write], Reader: [Scope::Write, Scope::Read], Resolver: [Scope::Read], Admin: [Scope::Admin], Anyone: []);
+caller_extractors!(
+    CanWrite: [Scope::Write],
+    CanRead: [Scope::Write, Scope::Read],
+    CanResolve: [Scope::Read],
+    Admin: [Scope::Admin],
+    Authenticated: []
+);
 
-/// The upload that the path names. What is not a UUID names none, as the nil UUID does.
+/// The upload id of the path. A malformed id becomes the nil UUID, which no upload has.
 pub(super) struct UploadId(pub(super) Uuid);
 
 impl FromRequestParts<App> for UploadId {
@@ -113,7 +118,7 @@ impl FromRequestParts<App> for UploadId {
     }
 }
 
-/// A query of known members.
+/// The query parameters.
 pub(super) struct Query<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
@@ -122,7 +127,7 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         match AxumQuery::<T>::from_request_parts(parts, app).await {
             Ok(AxumQuery(query)) => Ok(Self(query)),
-            Err(rejection) => Err(Problem::invalid(vec![wrong(
+            Err(rejection) => Err(Problem::invalid(vec![FieldError::new(
                 "",
                 std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string),
             )])),
@@ -130,7 +135,7 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
     }
 }
 
-/// The filters of a list, where `state` may repeat.
+/// The filters of a list request. The parameter `state` may repeat.
 pub(super) struct Filters(pub(super) ListUploads);
 
 impl FromRequestParts<App> for Filters {
@@ -147,34 +152,34 @@ fn filters(pairs: Vec<(String, String)>) -> Result<ListUploads, Vec<FieldError>>
     let mut errors = Vec::new();
     let mut seen = HashSet::new();
     for (name, value) in pairs {
-        let taken = match name != "state" && !seen.insert(name.clone()) {
+        let outcome = match name != "state" && !seen.insert(name.clone()) {
             true => Err("is given twice"),
             false => filter(&mut list, &name, value),
         };
-        errors.extend(taken.err().map(|why| wrong(&format!("/{name}"), why)));
+        errors.extend(outcome.err().map(|reason| FieldError::new(&format!("/{name}"), reason)));
     }
     if errors.is_empty() { Ok(list) } else { Err(errors) }
 }
 
 fn filter(list: &mut ListUploads, name: &str, value: String) -> Result<(), &'static str> {
-    // An offset can carry a time beyond the years that a time has.
+    // Converting to UTC can move a time out of the supported years.
     let in_utc = |at: OffsetDateTime| at.checked_to_offset(UtcOffset::UTC).filter(|at| (0..=9999).contains(&at.year()));
     let time = |value: &str| {
         let at = OffsetDateTime::parse(value, &Rfc3339).ok().and_then(in_utc);
-        at.ok_or("not an RFC 3339 time of the years 0 to 9999; a + in it is written %2B")
+        at.ok_or("not an RFC 3339 time in the years 0 to 9999; in a query, write + as %2B")
     };
     match name {
-        // PostgreSQL has no text with it, so nothing can match.
-        _ if value.contains('\0') => return Err("has a NUL character"),
+        // PostgreSQL cannot store a NUL in a text, so no row could match.
+        _ if value.contains('\0') => return Err("contains a NUL character"),
         "topic" => list.topic = Some(value),
         "key_prefix" => list.key_prefix = Some(value),
         "tenant" => list.tenant = Some(value),
         "cursor" => list.cursor = Some(value),
         "state" => {
             let state = UploadState::ALL.into_iter().find(|state| state.name() == value);
-            list.state.push(state.ok_or("not a state")?);
+            list.state.push(state.ok_or("not an upload state")?);
         }
-        "limit" => list.limit = Some(value.parse().map_err(|_| "1 to 200")?),
+        "limit" => list.limit = Some(value.parse().map_err(|_| "not a number from 1 to 200")?),
         "created_after" => list.created_after = Some(time(&value)?),
         "created_before" => list.created_before = Some(time(&value)?),
         _ => return Err("no such filter"),
@@ -184,17 +189,17 @@ fn filter(list: &mut ListUploads, name: &str, value: String) -> Result<(), &'sta
 
 /// A JSON body.
 pub(super) struct Body<T>(pub(super) T);
-/// A JSON body that may be left out.
+/// An optional JSON body.
 pub(super) struct MaybeBody<T>(pub(super) T);
-/// The bytes of a JSON body, to be read elsewhere.
-pub(super) struct RawJson(pub(super) Held);
+/// The bytes of a valid JSON body, for a handler that parses them.
+pub(super) struct RawJson(pub(super) BufferedBody);
 
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         check_media_type(request.headers())?;
-        parse(&read(request, app).await?).map(Self)
+        parse(&read_body(request, app).await?).map(Self)
     }
 }
 
@@ -202,13 +207,13 @@ impl<T: DeserializeOwned + Default> FromRequest<App> for MaybeBody<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
-        let of_json = check_media_type(request.headers());
-        let bytes = read(request, app).await?;
+        let media_type = check_media_type(request.headers());
+        let bytes = read_body(request, app).await?;
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
-        of_json?;
-        // How a generated client writes that it has none.
+        media_type?;
+        // Generated clients send `null` for an absent body.
         if bytes.trim_ascii() == b"null" {
             return Ok(Self(T::default()));
         }
@@ -221,7 +226,7 @@ impl FromRequest<App> for RawJson {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         check_media_type(request.headers())?;
-        let bytes = read(request, app).await?;
+        let bytes = read_body(request, app).await?;
         check_json(&bytes).map(|()| Self(bytes))
     }
 }
@@ -231,17 +236,17 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let is_json = essence == "application/json" || (essence.contains('/') && essence.ends_with("+json"));
-    if is_json { Ok(()) } else { Err(Problem::new(ErrorCode::UnsupportedMediaType, "the body must be application/json")) }
+    if is_json { Ok(()) } else { Err(Problem::new(ErrorCode::UnsupportedMediaType, "Content-Type must be application/json")) }
 }
 
-/// A body, and its share of the memory that all may hold together.
+/// A body, with its share of the memory for all bodies.
 #[derive(Default)]
-pub(super) struct Held {
+pub(super) struct BufferedBody {
     bytes: Vec<u8>,
-    share: Option<OwnedSemaphorePermit>,
+    memory_permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Deref for Held {
+impl Deref for BufferedBody {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -249,51 +254,51 @@ impl Deref for Held {
     }
 }
 
-impl Held {
-    /// Takes what has arrived; an error where the memory that it needs was not free in time.
-    async fn take(&mut self, piece: &[u8], app: &App, deadline: Instant) -> Result<(), Problem> {
-        let needed = self.bytes.len() + piece.len();
-        let mut capacity = self.bytes.capacity().max(FREE_BYTES);
+impl BufferedBody {
+    /// Appends a chunk. Fails if the memory for it does not become free before the deadline.
+    async fn append(&mut self, chunk: &[u8], app: &App, deadline: Instant) -> Result<(), Problem> {
+        let needed = self.bytes.len() + chunk.len();
+        let mut capacity = self.bytes.capacity().max(UNRESERVED_BYTES);
         while capacity < needed {
-            capacity += capacity.min(STEP_BYTES);
+            capacity += capacity.min(MAX_GROWTH_BYTES);
         }
-        let has = self.share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let wants = (capacity - FREE_BYTES) >> 10;
-        if wants > has {
-            let more = u32::try_from(wants - has).expect("a body has at most 1 MiB");
-            let more = timeout_at(deadline, Arc::clone(&app.bodies).acquire_many_owned(more)).await;
+        let reserved_kib = self.memory_permit.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let needed_kib = (capacity - UNRESERVED_BYTES) >> 10;
+        if needed_kib > reserved_kib {
+            let more = u32::try_from(needed_kib - reserved_kib).expect("a body has at most 1 MiB");
+            let more = timeout_at(deadline, Arc::clone(&app.body_memory).acquire_many_owned(more)).await;
             let Ok(Ok(more)) = more else {
-                let detail = "request bodies hold as much memory as they may; ask again";
+                let detail = "the memory for request bodies is in use; retry";
                 return Err(Problem::new(ErrorCode::DependencyUnavailable, detail));
             };
-            match &mut self.share {
-                Some(share) => share.merge(more),
-                None => self.share = Some(more),
+            match &mut self.memory_permit {
+                Some(permit) => permit.merge(more),
+                None => self.memory_permit = Some(more),
             }
         }
-        // By what has arrived, not by what was announced.
+        // The buffer grows with the received bytes. A large `Content-Length` alone reserves nothing.
         self.bytes.reserve_exact(capacity - self.bytes.len());
-        self.bytes.extend_from_slice(piece);
+        self.bytes.extend_from_slice(chunk);
         Ok(())
     }
 }
 
-async fn read(request: Request, app: &App) -> Result<Held, Problem> {
-    let (limit, patience) = (body_limit(request.extensions()), app.settings.body_time);
-    let (mut body, mut held, deadline) = (request.into_body(), Held::default(), Instant::now() + patience);
+async fn read_body(request: Request, app: &App) -> Result<BufferedBody, Problem> {
+    let (limit, timeout) = (body_limit(request.extensions()), app.settings.body_timeout);
+    let (mut body, mut buffered, deadline) = (request.into_body(), BufferedBody::default(), Instant::now() + timeout);
     loop {
         match timeout_at(deadline, body.frame()).await {
             Ok(Some(Ok(frame))) => match frame.into_data() {
-                Ok(piece) if held.len() + piece.len() > limit => return Err(too_large(limit)),
-                Ok(piece) if piece.is_empty() => {}
-                Ok(piece) => held.take(&piece, app, deadline).await?,
-                // Trailers say nothing here.
+                Ok(chunk) if buffered.len() + chunk.len() > limit => return Err(too_large(limit)),
+                Ok(chunk) if chunk.is_empty() => {}
+                Ok(chunk) => buffered.append(&chunk, app, deadline).await?,
+                // Trailers are ignored.
                 Err(_) => {}
             },
-            Ok(Some(Err(_))) => return Err(Problem::new(ErrorCode::MalformedJson, "the body broke off")),
-            Ok(None) => return Ok(held),
+            Ok(Some(Err(_))) => return Err(Problem::new(ErrorCode::MalformedJson, "the body is incomplete")),
+            Ok(None) => return Ok(buffered),
             Err(_) => {
-                let detail = format!("the body did not arrive within {} s", patience.as_secs_f32());
+                let detail = format!("the body did not arrive within {} s", timeout.as_secs_f32());
                 return Err(Problem::new(ErrorCode::RequestTimeout, detail));
             }
         }
@@ -305,20 +310,22 @@ fn too_large(limit: usize) -> Problem {
 }
 
 fn check_json(bytes: &[u8]) -> Result<(), Problem> {
-    serde_json::from_slice::<Strict>(bytes).map(|_| ()).map_err(|error| Problem::new(ErrorCode::MalformedJson, error.to_string()))
+    serde_json::from_slice::<StrictJson>(bytes)
+        .map(|_| ())
+        .map_err(|error| Problem::new(ErrorCode::MalformedJson, error.to_string()))
 }
 
-/// Two passes: first whether it is JSON without repeated members, then whether it is the JSON that is wanted.
+/// Parses in two passes: the first checks for valid JSON without repeated members, the second for the expected fields.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     check_json(bytes)?;
-    // Left to itself serde also reads a struct from an array, by position.
+    // By default, serde also reads a struct from an array, by position.
     if bytes.trim_ascii_start().first() != Some(&b'{') {
-        return Err(Problem::invalid(vec![wrong("", "the body must be an object")]));
+        return Err(Problem::invalid(vec![FieldError::new("", "the body must be an object")]));
     }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let pointer: String = error.path().iter().map(segment).collect();
-        Problem::invalid(vec![wrong(&pointer, error.inner().to_string())])
+        Problem::invalid(vec![FieldError::new(&pointer, error.inner().to_string())])
     })
 }
 
@@ -331,64 +338,64 @@ fn segment(segment: &serde_path_to_error::Segment) -> String {
     }
 }
 
-/// Any JSON whose objects name each member once: two parsers must not read two requests.
-struct Strict;
+/// Any JSON without repeated members. Two parsers could read a repeated member differently.
+struct StrictJson;
 
-impl<'de> Deserialize<'de> for Strict {
+impl<'de> Deserialize<'de> for StrictJson {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Walk;
-        impl<'de> Visitor<'de> for Walk {
-            type Value = Strict;
+        struct StrictVisitor;
+        impl<'de> Visitor<'de> for StrictVisitor {
+            type Value = StrictJson;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("JSON")
             }
 
-            fn visit_bool<E>(self, _: bool) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_bool<E>(self, _: bool) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_i64<E>(self, _: i64) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_i64<E>(self, _: i64) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_u64<E>(self, _: u64) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_u64<E>(self, _: u64) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_f64<E>(self, _: f64) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_f64<E>(self, _: f64) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_str<E>(self, _: &str) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_str<E>(self, _: &str) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_unit<E>(self) -> Result<Strict, E> {
-                Ok(Strict)
+            fn visit_unit<E>(self) -> Result<StrictJson, E> {
+                Ok(StrictJson)
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Strict, A::Error> {
-                while seq.next_element::<Strict>()?.is_some() {}
-                Ok(Strict)
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<StrictJson, A::Error> {
+                while seq.next_element::<StrictJson>()?.is_some() {}
+                Ok(StrictJson)
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Strict, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<StrictJson, A::Error> {
                 let mut names = HashSet::new();
                 while let Some(name) = map.next_key::<String>()? {
-                    map.next_value::<Strict>()?;
+                    map.next_value::<StrictJson>()?;
                     if let Some(name) = names.replace(name) {
                         return Err(serde::de::Error::custom(format!("member {name:?} is repeated")));
                     }
                 }
-                Ok(Strict)
+                Ok(StrictJson)
             }
         }
-        deserializer.deserialize_any(Walk)
+        deserializer.deserialize_any(StrictVisitor)
     }
 }
 
-/// The path as the client wrote it, for a policy's topic that may hold anything.
+/// The topic name of the path. It may contain any characters.
 pub(super) struct TopicName(pub(super) String);
 
 impl FromRequestParts<App> for TopicName {
@@ -421,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_and_invalid_json_are_told_apart() {
+    fn malformed_json_and_invalid_requests_get_different_codes() {
         assert_eq!(code(r#"{"topic":"t","size":1}"#), "ok");
         assert_eq!(code(r#"{"topic":"t","size":1"#), "malformed-json ");
         assert_eq!(code(r#"{"topic":"t","size":1,"size":2}"#), "malformed-json ");
@@ -445,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn filters_are_read_or_named() {
+    fn list_filters_are_parsed_and_errors_name_the_filter() {
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let list = filters(vec![pair("state", "open"), pair("state", "verified"), pair("created_after", "2026-11-21T00:00:00Z")])
             .unwrap();
@@ -460,7 +467,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_filter_makes_the_parser_panic(
+        fn no_filter_causes_a_panic(
             name in "topic|key_prefix|tenant|cursor|state|limit|created_after|created_before|[ -~]{0,9}",
             value in "\\PC{0,40}|[0-9]{4}-[01][0-9]-[0-3][0-9]T[012][0-9]:[0-5][0-9]:[0-6][0-9](Z|[+-][0-2][0-9]:[0-5][0-9])",
         ) {
@@ -471,7 +478,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn no_body_causes_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse::<OpenUpload>(&bytes);
         }
     }

@@ -1,24 +1,24 @@
-//! The door: routes, and nothing but routes. A handler extracts, calls one verb of the broker, and wraps the answer.
+//! The HTTP API. A handler extracts the request, calls one method of the broker, and wraps the result in a response.
 
-mod address;
+mod admin;
+pub(crate) mod allowed_hosts;
+mod client_ip;
+mod connection_limits;
 mod descriptors;
-mod docs;
-mod document;
-mod edge;
 mod extract;
-pub(crate) mod local;
-mod operate;
-mod pages;
+mod long_polls;
+mod middleware;
+mod monitored_io;
+mod openapi;
 mod pointers;
-mod polls;
 mod problem;
-mod rates;
-mod seats;
+mod public_routes;
+mod rate_limits;
 mod serve;
+mod swagger_ui;
 pub mod tls;
 mod topics;
 mod uploads;
-mod wire;
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -40,59 +40,60 @@ use uuid::Uuid;
 
 use crate::auth::{self, Auth, Caller};
 use crate::broker::Broker;
-use crate::telemetry::foreign;
-use address::ClientAddress;
-pub(crate) use descriptors::raise as raise_descriptors;
-pub use local::Local;
-use polls::Polls;
+use crate::telemetry::sanitize;
+pub use allowed_hosts::AllowedHosts;
+use client_ip::ClientIp;
+pub(crate) use descriptors::raise_limit as raise_file_limit;
+use long_polls::LongPolls;
 use problem::Problem;
-use rates::Rates;
+use rate_limits::RateLimits;
 pub(crate) use serve::serve;
 pub(crate) use tls::Tls;
 
-/// What [`Settings::body_memory_bytes`] may be: at least one whole body, at most what permits can count.
+/// The valid values of [`Settings::body_memory_bytes`]: at least one whole body, at most what the semaphore can count.
 pub const BODY_MEMORY: RangeInclusive<usize> = 1 << 20..=1 << 40;
 
-/// How patient the door is, and for how many.
+/// Timeouts and limits of the HTTP server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `LFS_BROKER_HEADER_SECONDS`: how long a request's head may take to arrive, and a TLS handshake.
-    pub header_time: Duration,
-    /// `LFS_BROKER_BODY_SECONDS`: how long a body may take to arrive: one of 64 KiB takes as much on 50 kbit/s.
-    pub body_time: Duration,
-    /// `LFS_BROKER_REQUEST_SECONDS`: how long a request may take in all: more than the longest wait, which is 30 s.
-    pub request_time: Duration,
-    /// `LFS_BROKER_IDLE_SECONDS`: how long a connection may wait for its next request: longer than proxies keep theirs
-    /// (60 s is common), or they send a request into a connection that is being closed.
-    pub idle_time: Duration,
-    /// How long a client may take nothing of its answer.
-    pub write_time: Duration,
-    /// `LFS_BROKER_CONNECTIONS`: how many are served at once. A request on one more waits 1 s, then 503; health checks do not.
+    /// `LFS_BROKER_HEADER_SECONDS`: time limit for a request head, and for a TLS handshake.
+    pub header_timeout: Duration,
+    /// `LFS_BROKER_BODY_SECONDS`: time limit for a body. 64 KiB take 10 s at 50 kbit/s.
+    pub body_timeout: Duration,
+    /// `LFS_BROKER_REQUEST_SECONDS`: time limit for a whole request. It must be longer than the longest wait, 30 s.
+    pub request_timeout: Duration,
+    /// `LFS_BROKER_IDLE_SECONDS`: how long a connection may be idle between requests. It must be longer than the timeout of
+    /// proxies (60 s is common). Otherwise a proxy may send a request while the broker closes the connection.
+    pub idle_timeout: Duration,
+    /// How long a client may read nothing from a response.
+    pub write_timeout: Duration,
+    /// `LFS_BROKER_CONNECTIONS`: how many connections are served at once. A request on a further connection waits 1 s, then gets
+    /// 503. Health checks are always answered.
     pub connections: usize,
-    /// `LFS_BROKER_CONNECTIONS_PER_ADDRESS`: how many of them one address may hold, trusted proxies aside; 0: no limit. Half of
-    /// all: an office behind one address has room, and nobody takes everything.
+    /// `LFS_BROKER_CONNECTIONS_PER_ADDRESS`: connections of one client address; 0: no limit. Trusted proxies have no limit. The
+    /// default is half of all: enough for an office behind one address, but one address cannot take all connections.
     pub connections_per_address: usize,
-    /// `LFS_BROKER_TENANT_LONG_POLLS`: how many reads of a tenant may wait at once (`?wait=`); 0: no limit. A quarter of all
-    /// connections, for each holds one for up to 30 s.
+    /// `LFS_BROKER_TENANT_LONG_POLLS`: how many reads of one tenant may wait at once (`?wait=`); 0: no limit. The default is a
+    /// quarter of all connections, because each read occupies one for up to 30 s.
     pub tenant_long_polls: usize,
-    /// `LFS_BROKER_BODY_MEMORY_BYTES`: what all request bodies together may hold beyond the first 8 KiB of each: 64 with 1 MiB of
-    /// part hashes at once.
+    /// `LFS_BROKER_BODY_MEMORY_BYTES`: memory for all request bodies together, beyond the first 8 KiB of each. The default is
+    /// enough for 64 bodies with 1 MiB of part hashes.
     pub body_memory_bytes: usize,
-    /// `LFS_BROKER_SHUTDOWN_DELAY_SECONDS`: how long everything is still served once the end was asked for, while `/readyz` says
-    /// that it is near: load balancers look every few seconds.
+    /// `LFS_BROKER_SHUTDOWN_DELAY_SECONDS`: how long the broker still serves after the shutdown signal, while `/readyz` answers
+    /// 503. Load balancers need a few seconds to notice that.
     pub shutdown_delay: Duration,
-    /// `LFS_BROKER_SHUTDOWN_GRACE_SECONDS`: how long what is under way may take to end after that. With the delay it stays
-    /// below the 30 s after which Kubernetes kills.
+    /// `LFS_BROKER_SHUTDOWN_GRACE_SECONDS`: how long running work may take after the delay. Both together stay below 30 s, after
+    /// which Kubernetes kills the process.
     pub shutdown_grace: Duration,
-    /// The certificate; none: no TLS.
+    /// The certificate; `None`: no TLS.
     pub tls: Option<tls::Settings>,
-    /// `LFS_BROKER_TRUSTED_PROXIES`: whose `X-Forwarded-For` is believed.
+    /// `LFS_BROKER_TRUSTED_PROXIES`: proxies whose `X-Forwarded-For` header is used.
     pub trusted_proxies: Vec<IpNet>,
-    /// Whether a broker without tokens answers only under names of this machine; none: under any.
-    pub local: Option<Local>,
-    /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`: 0: no limit. Without tokens there is none.
+    /// The hosts and origins that a broker without tokens accepts; `None`: all.
+    pub allowed_hosts: Option<AllowedHosts>,
+    /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`; 0: no limit. Without tokens there is no limit.
     pub tenant_requests_per_second: u32,
-    /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`: tokens that are not valid, by the client's address; 0: no limit.
+    /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`: invalid tokens from one client address; 0: no limit.
     pub failed_logins_per_minute: u32,
 }
 
@@ -100,11 +101,11 @@ impl Default for Settings {
     fn default() -> Self {
         let seconds = Duration::from_secs;
         Self {
-            header_time: seconds(10),
-            body_time: seconds(10),
-            request_time: seconds(60),
-            idle_time: seconds(75),
-            write_time: seconds(30),
+            header_timeout: seconds(10),
+            body_timeout: seconds(10),
+            request_timeout: seconds(60),
+            idle_timeout: seconds(75),
+            write_timeout: seconds(30),
             connections: 4096,
             connections_per_address: 2048,
             tenant_long_polls: 1024,
@@ -113,7 +114,7 @@ impl Default for Settings {
             shutdown_grace: seconds(20),
             tls: None,
             trusted_proxies: Vec::new(),
-            local: None,
+            allowed_hosts: None,
             tenant_requests_per_second: 1000,
             failed_logins_per_minute: 600,
         }
@@ -121,9 +122,10 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The same with as many connections as the limit of open files has room for, and its shares of them.
-    pub(crate) fn fitted(self) -> Self {
-        let connections = descriptors::room(self.connections);
+    /// These settings with no more connections than the limit of open files allows. The limits that are shares of the
+    /// connections shrink in proportion.
+    pub(crate) fn limited_by_open_files(self) -> Self {
+        let connections = descriptors::connections_within_limit(self.connections);
         if connections == self.connections {
             return self;
         }
@@ -137,124 +139,125 @@ impl Settings {
     }
 }
 
-/// Whether the broker is about to end.
+/// The state of the shutdown.
 #[derive(Clone)]
-pub(crate) struct Ending {
-    near: Arc<AtomicBool>,
-    /// True once no new request is taken.
+pub(crate) struct Shutdown {
+    announced: Arc<AtomicBool>,
+    /// True once new requests are no longer accepted.
     pub(crate) stopped: watch::Receiver<bool>,
 }
 
-impl Ending {
+impl Shutdown {
     pub(crate) fn new(stopped: watch::Receiver<bool>) -> Self {
-        Self { near: Arc::default(), stopped }
+        Self { announced: Arc::default(), stopped }
     }
 
-    /// From now on the broker says that it is not ready, and every answer ends its connection.
+    /// Announces the shutdown: `/readyz` answers 503 from now on, and every response closes its connection.
     pub(crate) fn announce(&self) {
-        self.near.store(true, Ordering::Relaxed);
+        self.announced.store(true, Ordering::Relaxed);
     }
 
-    fn is_near(&self) -> bool {
-        self.near.load(Ordering::Relaxed)
+    fn is_announced(&self) -> bool {
+        self.announced.load(Ordering::Relaxed)
     }
 }
 
-/// What every handler may use.
+/// The state that all handlers share.
 #[derive(Clone)]
-pub(crate) struct App(Arc<Parts>);
+pub(crate) struct App(Arc<AppState>);
 
-pub(crate) struct Parts {
+pub(crate) struct AppState {
     pub(crate) broker: Broker,
     auth: Auth,
-    /// Base of `Location`, without a slash at its end; empty for a path alone.
+    /// Base URL of the `Location` header, without a trailing slash. If empty, `Location` is a path.
     public_url: String,
-    /// Its path: base of what is linked to in answers.
+    /// The path of `public_url`: the prefix of links in responses.
     pub(crate) base_path: String,
     settings: Settings,
-    rates: Rates,
-    polls: Polls,
-    /// What request bodies may hold together, in KiB.
-    bodies: Arc<Semaphore>,
-    ending: Ending,
+    rate_limits: RateLimits,
+    long_polls: LongPolls,
+    /// Memory for request bodies; one permit is 1 KiB.
+    body_memory: Arc<Semaphore>,
+    shutdown: Shutdown,
 }
 
 impl std::ops::Deref for App {
-    type Target = Parts;
+    type Target = AppState;
 
-    fn deref(&self) -> &Parts {
+    fn deref(&self) -> &AppState {
         &self.0
     }
 }
 
 impl App {
-    pub(crate) fn new(broker: Broker, auth: Auth, public_url: &str, settings: Settings, ending: Ending) -> Self {
-        let per_second = if auth.tells_tenants_apart() { settings.tenant_requests_per_second } else { 0 };
-        let rates = Rates::new(per_second, settings.failed_logins_per_minute);
+    pub(crate) fn new(broker: Broker, auth: Auth, public_url: &str, settings: Settings, shutdown: Shutdown) -> Self {
+        let per_second = if auth.has_tenants() { settings.tenant_requests_per_second } else { 0 };
+        let rate_limits = RateLimits::new(per_second, settings.failed_logins_per_minute);
         let public_url = public_url.trim_end_matches('/').to_owned();
         let base_path = base_path(&public_url).to_owned();
-        let (polls, bodies) =
-            (Polls::new(settings.tenant_long_polls), Arc::new(Semaphore::new(settings.body_memory_bytes >> 10)));
-        Self(Arc::new(Parts { broker, auth, public_url, base_path, settings, rates, polls, bodies, ending }))
+        let (long_polls, body_memory) =
+            (LongPolls::new(settings.tenant_long_polls), Arc::new(Semaphore::new(settings.body_memory_bytes >> 10)));
+        Self(Arc::new(AppState { broker, auth, public_url, base_path, settings, rate_limits, long_polls, body_memory, shutdown }))
     }
 
-    /// Who asks. Whoever comes with a valid token is let in, however many others failed at the same address.
+    /// Authenticates the caller. A valid token is always accepted, even after many invalid ones from the same address.
     async fn caller(&self, parts: &request::Parts) -> Result<Caller, Problem> {
         let token = parts.headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
         self.auth.caller(token).await.map_err(|error| match error {
             auth::Error::Unauthenticated => Problem::new(ErrorCode::Unauthenticated, "the request has no bearer token"),
             auth::Error::Invalid(reason) => self.failed_login(parts, reason, reason),
-            auth::Error::Refused(cause) => self.failed_login(parts, "the token is not valid here", &cause),
-            auth::Error::Unavailable => {
-                Problem::new(ErrorCode::DependencyUnavailable, "the keys of tokens cannot be fetched now")
-            }
+            auth::Error::VerificationFailed(cause) => self.failed_login(parts, "the token is not valid here", &cause),
+            auth::Error::Unavailable => Problem::new(ErrorCode::DependencyUnavailable, "the token keys cannot be fetched; retry"),
         })
     }
 
-    /// Reads an upload. One that waits for a change is counted, and answered as it stands when the broker ends.
+    /// Reads an upload. A read that waits for a change counts as a long poll. On shutdown it returns the upload as it is.
     async fn read(&self, caller: &Caller, id: Uuid, options: &ReadUpload) -> Result<Upload, Problem> {
-        let mut stopped = self.ending.stopped.clone();
-        let ends = async { drop(stopped.wait_for(|stopped| *stopped).await) };
+        let mut stopped = self.shutdown.stopped.clone();
+        let shutdown = async { drop(stopped.wait_for(|stopped| *stopped).await) };
         let waits = options.wait.unwrap_or(0) > 0;
-        let poll = waits.then(|| self.polls.begin(&caller.tenant));
-        if let Some(None) = poll {
-            let most = self.polls.most;
-            return Err(limited(1, &format!("the tenant has {most} reads that wait for a change, as many as it may")));
+        let permit = waits.then(|| self.long_polls.try_acquire(&caller.tenant));
+        if let Some(None) = permit {
+            let limit = self.long_polls.max_per_tenant;
+            return Err(rate_limited(1, &format!("the tenant has {limit} waiting reads, which is the limit")));
         }
         tokio::select! {
             read = self.broker.read(caller, id, options) => Ok(read?),
-            () = ends => Ok(self.broker.read(caller, id, &ReadUpload::default()).await?),
+            () = shutdown => Ok(self.broker.read(caller, id, &ReadUpload::default()).await?),
         }
     }
 
-    /// Counts a token that is not valid. What is answered 429 is not logged: a flood of tokens must not flood the log.
-    fn failed_login(&self, parts: &request::Parts, told: &str, cause: &str) -> Problem {
-        let counted = parts.extensions.get::<ClientAddress>().map(|client| self.rates.failed_login(client.0));
+    /// Counts an invalid token. A 429 answer is not logged, so that many invalid tokens do not flood the log.
+    fn failed_login(&self, parts: &request::Parts, detail: &str, cause: &str) -> Problem {
+        let counted = parts.extensions.get::<ClientIp>().map(|client| self.rate_limits.failed_login(client.0));
         match counted {
-            Some(Err(seconds)) => limited(seconds, "too many tokens that are not valid come from this address"),
+            Some(Err(seconds)) => rate_limited(seconds, "too many invalid tokens from this address"),
             _ => {
-                info!(error = %foreign(cause), "refused a token");
-                Problem::new(ErrorCode::InvalidToken, told)
+                info!(error = %sanitize(cause), "refused a token: {}", sanitize(cause));
+                Problem::new(ErrorCode::InvalidToken, detail)
             }
         }
     }
 
-    /// Counts what the caller asks.
-    fn admit(&self, caller: Caller) -> Result<Caller, Problem> {
-        match self.rates.request(&caller.tenant) {
+    /// Counts the caller's request against the tenant's rate limit.
+    fn check_rate_limit(&self, caller: Caller) -> Result<Caller, Problem> {
+        match self.rate_limits.request(&caller.tenant) {
             Ok(()) => Ok(caller),
-            Err(seconds) => Err(limited(seconds, "the tenant sends more requests than it may")),
+            Err(seconds) => {
+                let limit = self.settings.tenant_requests_per_second;
+                Err(rate_limited(seconds, &format!("the tenant sends more than {limit} requests per second")))
+            }
         }
     }
 }
 
-/// The path of a URL without a slash at its end, such as `/api`; mostly empty.
+/// The path of a URL, such as `/api`. Usually empty.
 fn base_path(url: &str) -> &str {
-    let place = url.split_once("://").map_or(url, |(_, place)| place);
-    place.find('/').map_or("", |path| &place[path..])
+    let authority_and_path = url.split_once("://").map_or(url, |(_, rest)| rest);
+    authority_and_path.find('/').map_or("", |start| &authority_and_path[start..])
 }
 
-fn limited(seconds: u64, detail: &str) -> Problem {
+fn rate_limited(seconds: u64, detail: &str) -> Problem {
     Problem { retry_after_seconds: seconds.max(1), ..Problem::new(ErrorCode::RateLimited, detail) }
 }
 
@@ -262,62 +265,63 @@ fn limited(seconds: u64, detail: &str) -> Problem {
 #[openapi(
     info(
         title = "lfs-broker",
-        description = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka.",
+        description = "The claim check pattern for Kafka: clients upload files directly to S3, and the broker publishes verified pointers to Kafka.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     security(("bearer" = [])),
     tags(
-        (name = "uploads", description = "Open, put, complete"),
-        (name = "pointers", description = "From the record in Kafka back to the bytes"),
-        (name = "topics", description = "What is allowed on a topic"),
-        (name = "operations", description = "Health and help"),
+        (name = "uploads", description = "Open, upload and complete"),
+        (name = "pointers", description = "From a Kafka record to the file"),
+        (name = "topics", description = "The policy of each topic"),
+        (name = "operations", description = "Health, documentation and administration"),
     )
 )]
-struct Document;
+struct ApiDocument;
 
 fn api() -> OpenApiRouter<App> {
-    OpenApiRouter::with_openapi(Document::openapi())
+    OpenApiRouter::with_openapi(ApiDocument::openapi())
         .merge(uploads::routes())
         .merge(pointers::routes())
         .merge(topics::routes())
-        .merge(operate::routes())
-        .merge(pages::routes())
+        .merge(admin::routes())
+        .merge(public_routes::routes())
 }
 
 fn cors(origins: &[String]) -> CorsLayer {
-    // No cookie is involved, and no answer is for whoever has no token: any origin may be let in.
+    // The API uses no cookies, so a page of any origin gets nothing without a token. Any origin may be allowed.
     let origins = match origins.iter().any(|origin| origin == "*") {
         true => AllowOrigin::any(),
         false => AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse().ok())),
     };
-    let asked = [
+    let request_headers = [
         header::AUTHORIZATION,
         header::CONTENT_TYPE,
         HeaderName::from_static("idempotency-key"),
         HeaderName::from_static("traceparent"),
     ];
-    let answer = [header::LOCATION, header::RETRY_AFTER, HeaderName::from_static("x-request-id")];
+    let response_headers = [header::LOCATION, header::RETRY_AFTER, HeaderName::from_static("x-request-id")];
     let methods = [Method::GET, Method::POST, Method::PUT, Method::DELETE];
-    CorsLayer::new().allow_origin(origins).allow_methods(methods).allow_headers(asked).expose_headers(answer)
+    CorsLayer::new().allow_origin(origins).allow_methods(methods).allow_headers(request_headers).expose_headers(response_headers)
 }
 
 /// The OpenAPI 3.1 document of these routes.
 pub fn openapi() -> utoipa::openapi::OpenApi {
     let (_, mut document) = api().split_for_parts();
-    document::Finish.modify(&mut document);
+    openapi::PostProcess.modify(&mut document);
     document
 }
 
-/// The whole service.
+/// The router of the whole service.
 ///
-/// Pages of `cors_origins` may call it from a browser; an origin that is not one is left out.
+/// Browsers may call it from pages of `cors_origins`. Invalid origins are ignored.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let routes = routes.merge(docs::routes(&app.base_path)).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
-    // The layer answers every OPTIONS, whether there is such a route or not.
+    let routes =
+        routes.merge(swagger_ui::routes(&app.base_path)).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
+    // The CORS layer answers every OPTIONS request, even for unknown routes. So add it only if it is needed.
     let routes = if cors_origins.is_empty() { routes } else { routes.layer(cors(cors_origins)) };
     routes
-        .layer(CatchPanicLayer::custom(edge::panicked))
-        .layer(axum::middleware::from_fn_with_state(app.clone(), edge::edge))
+        .layer(CatchPanicLayer::custom(middleware::panic_response))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), middleware::request_context))
         .with_state(app)
 }

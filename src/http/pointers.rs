@@ -1,4 +1,4 @@
-//! Pointers: resolved into a signed GET.
+//! Pointers: resolves a pointer to a presigned GET.
 
 use axum::Json;
 use axum::extract::State;
@@ -8,7 +8,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
-use super::extract::{Query, RawJson, Resolver};
+use super::extract::{CanResolve, Query, RawJson};
 use super::problem::Problem;
 
 /// The routes of this file.
@@ -18,19 +18,19 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 
 /// Resolve a pointer
 ///
-/// The body is the record's value. The answer is a presigned GET of the bytes, or with `validate` whether the
-/// pointer is sound. No upload need be known: older pointers and KafScale's resolve too.
+/// The request body is the value of the Kafka record. The answer is a presigned GET for the file, or with `validate` the result
+/// of checking the pointer. Pointers without a known upload work too, such as old ones and those of KafScale.
 #[utoipa::path(
     post, path = "/lfs/resolve", operation_id = "resolvePointer", tag = "pointers", request_body = Pointer, params(ResolveOptions),
     responses(
-        (status = 200, description = "The request that yields the bytes, or the verdict", body = ResolveAnswer),
+        (status = 200, description = "The request that downloads the file, or the result of the check", body = ResolveAnswer),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn resolve_pointer(
     State(app): State<App>,
-    Resolver(caller): Resolver,
+    CanResolve(caller): CanResolve,
     Query(options): Query<ResolveOptions>,
     RawJson(value): RawJson,
 ) -> Result<Json<ResolveAnswer>, Problem> {

@@ -1,8 +1,8 @@
-//! Serving: accepts connections up to a limit, each with its own timeouts.
+//! The HTTP server: accepts connections up to a limit, each with its own timeouts.
 //!
-//! Beyond the limit a small reserve of connections is accepted, which may ask for the broker's health only. The server
-//! speaks HTTP/1.1 alone: no bytes of an upload pass through it, so HTTP/2 would save nothing, and a connection carries
-//! one request at a time. The limit of connections is therefore the limit of requests.
+//! Beyond the limit, the server accepts a small reserve of connections for health checks. It speaks only HTTP/1.1: uploads do
+//! not flow through it, so HTTP/2 would have no benefit. Each connection carries one request at a time, so the limit of
+//! connections is also the limit of concurrent requests.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -25,189 +25,200 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::edge::{Refused, last_answer};
+use super::connection_limits::{ConnectionLimits, ConnectionPermit, LimitReached, RESERVE_CONNECTIONS};
+use super::middleware::{RefusedRequest, final_response};
+use super::monitored_io::{ConnectionActivity, ConnectionPhase, ConnectionTimeouts, MonitoredBody, MonitoredIo};
 use super::problem::Problem;
-use super::seats::{NoSeat, Place, RESERVE, Seats};
 use super::tls::Tls;
-use super::wire::{Answer, Limits, Phase, Pulse, Wire};
-use super::{Ending, Settings, limited};
+use super::{Settings, Shutdown, rate_limited};
 
-/// The largest head that is parsed, and so much of a body is read ahead of whoever takes it: each connection may hold it.
-/// What is above 16 KiB is refused after, by name.
-const HEAD_BYTES: usize = 32 << 10;
-/// Most headers of a request.
-const HEADERS: usize = 100;
-/// How long to wait when the system has no more sockets.
-const PAUSE: Duration = Duration::from_millis(200);
-/// How long a head may take on a connection without a seat: it holds what health checks need.
-const STANDING_HEAD: Duration = Duration::from_secs(2);
+/// hyper's buffer: the largest request head that is parsed, and how much of a body is read ahead. Each connection may use it.
+/// A head above 16 KiB is refused later, with an error code.
+const MAX_HEAD_BYTES: usize = 32 << 10;
+/// The largest number of headers of a request.
+const MAX_HEADERS: usize = 100;
+/// How long to wait after `accept` failed, for example because there are no more file descriptors.
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long a request head may take on a connection in the reserve, and during the shutdown.
+const RESERVE_HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who is at the other end of the connection.
+/// The IP address of the TCP peer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub(super) IpAddr);
+pub(super) struct PeerIp(pub(super) IpAddr);
 
-/// What every connection needs.
+/// Serves connections. It holds what all of them share.
 #[derive(Clone)]
-struct Door {
+struct ConnectionHandler {
     router: Router,
-    /// Base of what is linked to in answers.
+    /// The path prefix of links in responses.
     base_path: Arc<str>,
     tls: Option<Tls>,
-    limits: Limits,
-    seats: Arc<Seats>,
-    ending: Ending,
+    timeouts: ConnectionTimeouts,
+    limits: Arc<ConnectionLimits>,
+    shutdown: Shutdown,
 }
 
-/// Serves until the end is asked for, and then what is under way. Dropped, it drops every connection.
+/// Serves until the shutdown, and then finishes the running requests. Dropping this future drops every connection.
 pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     base_path: String,
     tls: Option<Tls>,
     settings: Settings,
-    ending: Ending,
+    shutdown: Shutdown,
 ) {
-    let limits = Limits { head: settings.header_time, idle: settings.idle_time, write: settings.write_time };
-    let room = Arc::new(Semaphore::new(settings.connections + RESERVE));
-    let seats = Arc::new(Seats::new(settings.connections, settings.connections_per_address, settings.trusted_proxies));
-    let mut stopped = ending.stopped.clone();
-    let door = Door { router, base_path: base_path.into(), tls, limits, seats, ending };
-    let mut guests = JoinSet::new();
+    let timeouts =
+        ConnectionTimeouts { head: settings.header_timeout, idle: settings.idle_timeout, write: settings.write_timeout };
+    let capacity = Arc::new(Semaphore::new(settings.connections + RESERVE_CONNECTIONS));
+    let limits =
+        Arc::new(ConnectionLimits::new(settings.connections, settings.connections_per_address, settings.trusted_proxies));
+    let mut stopped = shutdown.stopped.clone();
+    let handler = ConnectionHandler { router, base_path: base_path.into(), tls, timeouts, limits, shutdown };
+    let mut connections = JoinSet::new();
     loop {
-        // A set keeps what has ended until somebody looks.
-        while guests.try_join_next().is_some() {}
-        // Without room the client waits in the system's queue, and costs nothing here.
+        // Remove finished tasks: a `JoinSet` keeps them until they are joined.
+        while connections.try_join_next().is_some() {}
+        // At the limit, further clients wait in the kernel's accept queue, which costs the broker nothing.
         let next = async {
-            let room = Arc::clone(&room).acquire_owned().await.expect("nobody closes it");
-            listener.accept().await.map(|(stream, peer)| (stream, peer, room))
+            let capacity = Arc::clone(&capacity).acquire_owned().await.expect("the semaphore is never closed");
+            listener.accept().await.map(|(stream, peer)| (stream, peer, capacity))
         };
         let next = tokio::select! {
             next = next => next,
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         match next {
-            Ok((stream, peer, room)) => {
-                let receiving = door.receive(stream, peer);
-                guests.spawn(async move {
-                    receiving.await;
-                    drop(room);
+            Ok((stream, peer, capacity)) => {
+                let served = handler.accept_connection(stream, peer);
+                connections.spawn(async move {
+                    served.await;
+                    drop(capacity);
                 });
             }
             Err(error) => {
-                warn!(%error, "cannot accept a connection: {error}");
-                tokio::time::sleep(PAUSE).await;
+                warn!(%error, "cannot accept a connection: {error}; retrying in {} ms", ACCEPT_RETRY_PAUSE.as_millis());
+                tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
-    // What the system has taken in already is served: closing the listener would reset it.
+    // Serve the connections in the accept queue too: closing the listener would reset them.
     tokio::task::yield_now().await;
     while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
-        guests.spawn(door.receive(stream, peer));
+        connections.spawn(handler.accept_connection(stream, peer));
     }
     drop(listener);
-    while guests.join_next().await.is_some() {}
+    while connections.join_next().await.is_some() {}
 }
 
-impl Door {
+impl ConnectionHandler {
     /// Registers a connection and returns the future that serves it. Connections are registered in the order in which they
     /// are accepted, because the oldest one is closed first; the runtime starts tasks in any order.
-    fn receive(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
-        let pulse = Arc::new(Pulse::new());
-        let place = self.seats.enter(peer.ip().to_canonical(), Arc::clone(&pulse));
-        self.clone().shake_hands(stream, peer, pulse, place)
+    fn accept_connection(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
+        let activity = Arc::new(ConnectionActivity::new());
+        let permit = self.limits.register(peer.ip().to_canonical(), Arc::clone(&activity));
+        self.clone().accept_tls(stream, peer, activity, permit)
     }
 
-    async fn shake_hands(mut self, stream: TcpStream, peer: SocketAddr, pulse: Arc<Pulse>, place: Place) {
-        // An answer is one small packet: it is not held back for another.
+    async fn accept_tls(
+        mut self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        activity: Arc<ConnectionActivity>,
+        permit: ConnectionPermit,
+    ) {
+        // A response is one small packet. It must not wait for more data (Nagle's algorithm).
         let _ = stream.set_nodelay(true);
-        if place.is_late {
-            self.limits.head = self.limits.head.min(STANDING_HEAD);
+        if permit.in_reserve {
+            self.timeouts.head = self.timeouts.head.min(RESERVE_HEAD_TIMEOUT);
         }
-        let Some(tls) = self.tls.clone() else { return self.converse(stream, peer, pulse, place).await };
+        let Some(tls) = self.tls.clone() else { return self.serve_http1(stream, peer, activity, permit).await };
         let handshake = tokio::select! {
-            handshake = tokio::time::timeout(self.limits.head, tls.accept(stream)) => handshake,
-            () = place.dismissed() => return debug!(%peer, "closed a TLS handshake: others need its place"),
+            handshake = tokio::time::timeout(self.timeouts.head, tls.accept(stream)) => handshake,
+            () = permit.close_requested() => {
+                return debug!(%peer, "closed a connection during the TLS handshake to make room for others");
+            }
         };
         match handshake {
-            Ok(Ok(stream)) => self.converse(stream, peer, pulse, place).await,
-            Ok(Err(error)) => debug!(%peer, %error, "a TLS handshake failed"),
-            Err(_) => debug!(%peer, "a TLS handshake took too long"),
+            Ok(Ok(stream)) => self.serve_http1(stream, peer, activity, permit).await,
+            Ok(Err(error)) => debug!(%peer, %error, "the TLS handshake with {peer} failed: {error}"),
+            Err(_) => debug!(%peer, "the TLS handshake with {peer} timed out after {} s", self.timeouts.head.as_secs_f32()),
         }
     }
 
-    async fn converse<S>(mut self, stream: S, peer: SocketAddr, pulse: Arc<Pulse>, place: Place)
+    async fn serve_http1<S>(mut self, stream: S, peer: SocketAddr, activity: Arc<ConnectionActivity>, permit: ConnectionPermit)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let place = Arc::new(place);
-        let (door, served, guest) = (self.clone(), Arc::clone(&pulse), Arc::clone(&place));
+        let permit = Arc::new(permit);
+        let (handler, requests, admission) = (self.clone(), Arc::clone(&activity), Arc::clone(&permit));
         let service = service_fn(move |mut request: Request<Incoming>| {
-            let (serving, door, place) = (served.serve(), door.clone(), Arc::clone(&guest));
-            request.extensions_mut().insert(Peer(peer.ip().to_canonical()));
+            let (guard, handler, permit) = (requests.begin_request(), handler.clone(), Arc::clone(&admission));
+            request.extensions_mut().insert(PeerIp(peer.ip().to_canonical()));
             Box::pin(async move {
-                let mut response = door.answer(request, &place).await;
-                // Whoever was served comes again behind those who wait, and to another replica where this one ends.
-                if place.is_late || door.ending.is_near() || door.seats.is_full() {
+                let mut response = handler.answer(request, &permit).await;
+                // Close the keep-alive connection while others wait, or when this replica shuts down.
+                if permit.in_reserve || handler.shutdown.is_announced() || handler.limits.is_saturated() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(response.map(|body| Answer { body, _serving: serving }))
+                Ok::<_, Infallible>(response.map(|body| MonitoredBody { body, _guard: guard }))
             })
         });
-        let wire = TokioIo::new(Wire::new(stream, Arc::clone(&pulse)));
+        let io = TokioIo::new(MonitoredIo::new(stream, Arc::clone(&activity)));
         let mut http = http1::Builder::new();
-        http.header_read_timeout(None).max_headers(HEADERS).max_buf_size(HEAD_BYTES);
-        let mut connection = http.serve_connection(wire, service);
-        let mut leaving = false;
-        let overdue = loop {
+        http.header_read_timeout(None).max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD_BYTES);
+        let mut connection = http.serve_connection(io, service);
+        let mut draining = false;
+        let timed_out = loop {
             tokio::select! {
-                // First: a request that has arrived is read before its connection is taken for idle or too slow.
+                // `biased`: read an arrived request before the connection counts as idle or timed out.
                 biased;
                 ended = &mut connection => {
                     if let Err(error) = ended {
-                        debug!(%peer, %error, "a connection ended badly");
+                        debug!(%peer, %error, "the connection with {peer} failed: {error}");
                     }
                     break false;
                 }
-                () = pulse.overdue(self.limits) => break true,
-                () = place.dismissed() => {
-                    if pulse.may_end() || (place.is_late && matches!(pulse.phase(), Phase::Fresh | Phase::Head)) {
-                        return debug!(%peer, "closed an idle connection: others need its place");
+                () = activity.timed_out(self.timeouts) => break true,
+                () = permit.close_requested() => {
+                    let is_before_request = matches!(activity.phase(), ConnectionPhase::New | ConnectionPhase::ReadingHead);
+                    if activity.may_close() || (permit.in_reserve && is_before_request) {
+                        return debug!(%peer, "closed an idle connection to make room for others");
                     }
                 }
-                _ = self.ending.stopped.wait_for(|stopped| *stopped), if !leaving => {
-                    leaving = true;
-                    self.limits.head = self.limits.head.min(STANDING_HEAD);
-                    // A request that has begun to arrive is answered: hyper would take it for none.
-                    if matches!(pulse.phase(), Phase::Idle | Phase::Busy) {
+                _ = self.shutdown.stopped.wait_for(|stopped| *stopped), if !draining => {
+                    draining = true;
+                    self.timeouts.head = self.timeouts.head.min(RESERVE_HEAD_TIMEOUT);
+                    // A request that has begun to arrive is still answered; hyper's graceful shutdown would drop it.
+                    if matches!(activity.phase(), ConnectionPhase::Idle | ConnectionPhase::Serving) {
                         std::pin::Pin::new(&mut connection).graceful_shutdown();
                     }
                 }
             }
         };
-        let wire = connection.into_parts().io.into_inner();
-        let problem = match (wire.kept_back(), overdue.then(|| pulse.phase())) {
-            (Some(400), _) => Problem::new(ErrorCode::MalformedRequest, "this is not a request of HTTP/1.1"),
+        let io = connection.into_parts().io.into_inner();
+        let problem = match (io.suppressed_status(), timed_out.then(|| activity.phase())) {
+            (Some(400), _) => Problem::new(ErrorCode::MalformedRequest, "this is not an HTTP/1.1 request"),
             (Some(_), _) => Problem::new(
                 ErrorCode::HeadersTooLarge,
-                format!("the request has more than {HEADERS} headers, or more than 16 KiB of them"),
+                format!("the request has more than {MAX_HEADERS} headers, or more than 16 KiB of them"),
             ),
-            (None, Some(Phase::Head)) => {
-                let seconds = self.limits.head.as_secs_f32();
-                Problem::new(ErrorCode::RequestTimeout, format!("the request's head did not arrive within {seconds} s"))
+            (None, Some(ConnectionPhase::ReadingHead)) => {
+                let seconds = self.timeouts.head.as_secs_f32();
+                Problem::new(ErrorCode::RequestTimeout, format!("the request head did not arrive within {seconds} s"))
             }
             _ => return,
         };
-        debug!(%peer, code = %problem.code, "refused what was not a request");
-        wire.last_word(&last_answer(problem, &self.base_path)).await;
+        debug!(%peer, code = %problem.code, "refused an invalid or incomplete request: {}", problem.code);
+        io.write_final_response(&final_response(problem, &self.base_path)).await;
     }
 
-    /// Answers a request, or says why there is no seat for it.
-    async fn answer(&self, mut request: Request<Incoming>, place: &Place) -> axum::response::Response {
+    /// Answers a request, or refuses it if the connection is not admitted.
+    async fn answer(&self, mut request: Request<Incoming>, permit: &ConnectionPermit) -> axum::response::Response {
         let asks_for_health = matches!(request.uri().path(), "/healthz" | "/readyz");
-        if !(place.is_late && asks_for_health)
-            && let Err(why) = place.seat().await
+        if !(permit.in_reserve && asks_for_health)
+            && let Err(reason) = permit.wait_until_admitted().await
         {
-            request.extensions_mut().insert(Refused(no_seat(why)));
+            request.extensions_mut().insert(RefusedRequest(limit_problem(reason)));
         }
         match TowerToHyperService::new(self.router.clone()).call(request).await {
             Ok(response) => response,
@@ -216,9 +227,11 @@ impl Door {
     }
 }
 
-fn no_seat(why: NoSeat) -> Problem {
-    match why {
-        NoSeat::Full => Problem::new(ErrorCode::DependencyUnavailable, "the broker has as many connections as it may; ask again"),
-        NoSeat::Address(most) => limited(1, &format!("this address has {most} connections, as many as it may")),
+fn limit_problem(reason: LimitReached) -> Problem {
+    match reason {
+        LimitReached::Total => Problem::new(ErrorCode::DependencyUnavailable, "the broker is at its limit of connections; retry"),
+        LimitReached::PerAddress(limit) => {
+            rate_limited(1, &format!("this address is at its limit of {limit} connections; retry"))
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! TLS: a certificate and its key, read again when their files change.
+//! TLS: the certificate and its key are reloaded when their files change.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -15,42 +15,42 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{error, info};
 
-/// Where the certificate is.
+/// The files of the certificate and its key.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `LFS_BROKER_TLS_CERTIFICATE_FILE`: PEM, the broker's own first, then those between it and the root.
+    /// `LFS_BROKER_TLS_CERTIFICATE_FILE`: PEM; the server certificate first, then the intermediate certificates.
     pub certificate_file: PathBuf,
     /// `LFS_BROKER_TLS_KEY_FILE`: PEM.
     pub key_file: PathBuf,
-    /// How often the files are looked at: whoever renews them does it days before the old one ends.
-    pub look_every: Duration,
+    /// How often the files are checked. Certificates are usually renewed days before they expire.
+    pub check_interval: Duration,
 }
 
 impl Settings {
-    /// These two files, looked at every five seconds.
+    /// These two files, checked every five seconds.
     pub fn new(certificate_file: impl Into<PathBuf>, key_file: impl Into<PathBuf>) -> Self {
-        Self { certificate_file: certificate_file.into(), key_file: key_file.into(), look_every: Duration::from_secs(5) }
+        Self { certificate_file: certificate_file.into(), key_file: key_file.into(), check_interval: Duration::from_secs(5) }
     }
 }
 
 /// Why a certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file is not there.
+    /// A file cannot be read.
     #[error("cannot read {0}: {1}")]
     File(PathBuf, std::io::Error),
-    /// A file is not what it should be.
-    #[error("{0} is not PEM of a {1}: {2}")]
+    /// A file does not hold the expected PEM.
+    #[error("{0} does not hold a {1} in PEM format: {2}")]
     Pem(PathBuf, &'static str, rustls::pki_types::pem::Error),
-    /// There is nothing to show.
+    /// The certificate file is empty.
     #[error("{0} has no certificate")]
-    Empty(PathBuf),
-    /// They do not belong together, or are of a kind that is not known.
+    NoCertificate(PathBuf),
+    /// The key does not match the certificate, or its type is not supported.
     #[error("the certificate and the key cannot be used: {0}")]
     Unusable(#[from] rustls::Error),
 }
 
-/// The two files as they were read.
+/// The contents of both files.
 #[derive(PartialEq, Eq)]
 struct Files {
     certificate: Vec<u8>,
@@ -63,81 +63,81 @@ impl Files {
         Ok(Self { certificate: read(&settings.certificate_file)?, key: read(&settings.key_file)? })
     }
 
-    fn pair(&self, settings: &Settings) -> Result<CertifiedKey, Error> {
+    fn certified_key(&self, settings: &Settings) -> Result<CertifiedKey, Error> {
         let (certificate_file, key_file) = (settings.certificate_file.clone(), settings.key_file.clone());
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&self.certificate).collect();
         let chain = chain.map_err(|error| Error::Pem(certificate_file.clone(), "certificate", error))?;
         if chain.is_empty() {
-            return Err(Error::Empty(certificate_file));
+            return Err(Error::NoCertificate(certificate_file));
         }
         let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| Error::Pem(key_file, "private key", error))?;
         Ok(CertifiedKey::from_der(chain, key, &default_provider())?)
     }
 }
 
-/// What is shown to clients at this moment.
+/// The certificate that new connections get.
 #[derive(Debug)]
-struct Shown(RwLock<Arc<CertifiedKey>>);
+struct CurrentCertificate(RwLock<Arc<CertifiedKey>>);
 
-impl ResolvesServerCert for Shown {
+impl ResolvesServerCert for CurrentCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
-/// Takes TLS off a connection.
+/// Accepts TLS connections.
 #[derive(Clone)]
 pub(crate) struct Tls {
     acceptor: TlsAcceptor,
-    shown: Arc<Shown>,
-    seen: Arc<Files>,
+    current: Arc<CurrentCertificate>,
+    files: Arc<Files>,
 }
 
 impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// When they cannot be used.
+    /// If they cannot be used.
     pub(crate) fn open(settings: &Settings) -> Result<Self, Error> {
         let files = Files::read(settings)?;
-        let shown = Arc::new(Shown(RwLock::new(Arc::new(files.pair(settings)?))));
+        let current = Arc::new(CurrentCertificate(RwLock::new(Arc::new(files.certified_key(settings)?))));
         let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(default_provider()))
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
-            .with_cert_resolver(Arc::clone(&shown) as Arc<dyn ResolvesServerCert>);
+            .with_cert_resolver(Arc::clone(&current) as Arc<dyn ResolvesServerCert>);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), shown, seen: Arc::new(files) })
+        Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), current, files: Arc::new(files) })
     }
 
     pub(super) async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
         self.acceptor.accept(stream).await
     }
 
-    /// Shows a new pair as soon as its files make one; until then the old one is shown, and the log says why.
-    pub(crate) async fn keep_current(self, settings: Settings, mut stopped: watch::Receiver<bool>) {
-        let mut seen = self.seen;
+    /// Uses a new certificate and key as soon as both files match. Until then the old ones stay in use, and the log says why.
+    pub(crate) async fn reload_on_change(self, settings: Settings, mut stopped: watch::Receiver<bool>) {
+        let mut known = self.files;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(settings.look_every) => {}
+                () = tokio::time::sleep(settings.check_interval) => {}
                 _ = stopped.wait_for(|stopped| *stopped) => return,
             }
             let found = match Files::read(&settings) {
-                Ok(found) if found == *seen => continue,
+                Ok(found) if found == *known => continue,
                 Ok(found) => found,
                 Err(error) => {
-                    // They may be between two names; each failure is another line.
-                    error!(%error, "keeping the old certificate: {error}");
+                    // The files may be in the middle of a replacement. Each failure is logged.
+                    error!(%error, "the certificate cannot be reloaded, so the old one stays in use: {error}");
                     continue;
                 }
             };
-            match found.pair(&settings) {
-                Ok(pair) => {
-                    *self.shown.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(pair);
-                    info!("the certificate was renewed");
+            match found.certified_key(&settings) {
+                Ok(renewed) => {
+                    *self.current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(renewed);
+                    info!("the certificate was reloaded");
                 }
-                Err(error) => error!(%error, "keeping the old certificate: {error}"),
+                Err(error) => error!(%error, "the certificate cannot be reloaded, so the old one stays in use: {error}"),
             }
-            seen = Arc::new(found);
+            known = Arc::new(found);
         }
     }
 }

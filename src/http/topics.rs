@@ -1,4 +1,4 @@
-//! Topics: their policies.
+//! Topic policies.
 
 use axum::Json;
 use axum::extract::State;
@@ -9,7 +9,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
-use super::extract::{Admin, Anyone, Body, Query, TopicName, parse};
+use super::extract::{Admin, Authenticated, Body, Query, TopicName, parse};
 use super::problem::Problem;
 
 /// The routes of this file.
@@ -19,7 +19,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 
 /// List topic policies
 ///
-/// Those that an administrator stored, by name.
+/// The policies that an administrator stored, ordered by topic name.
 #[utoipa::path(
     get, path = "/lfs/topics", operation_id = "listTopics", tag = "topics", params(ListTopics),
     responses(
@@ -28,13 +28,17 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
-async fn list_topics(State(app): State<App>, _: Anyone, Query(query): Query<ListTopics>) -> Result<Json<TopicPage>, Problem> {
+async fn list_topics(
+    State(app): State<App>,
+    _: Authenticated,
+    Query(query): Query<ListTopics>,
+) -> Result<Json<TopicPage>, Problem> {
     Ok(Json(app.broker.topics(&query).await?))
 }
 
 /// Read a topic's policy
 ///
-/// 404 where none is stored: the broker's default holds.
+/// 404 if none is stored: then the broker's default policy applies.
 #[utoipa::path(
     get, path = "/lfs/topics/{topic}", operation_id = "getTopic", tag = "topics",
     params(("topic" = String, Path, description = "The topic")),
@@ -44,13 +48,13 @@ async fn list_topics(State(app): State<App>, _: Anyone, Query(query): Query<List
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
-async fn get_topic(State(app): State<App>, _: Anyone, TopicName(topic): TopicName) -> Result<Json<Policy>, Problem> {
+async fn get_topic(State(app): State<App>, _: Authenticated, TopicName(topic): TopicName) -> Result<Json<Policy>, Problem> {
     Ok(Json(app.broker.topic(&topic).await?))
 }
 
 /// Store a topic's policy
 ///
-/// Replaces the whole; an absent member gets its default. It holds at once, on every replica.
+/// Replaces the whole policy. An absent member gets its default. The new policy applies at once, on every replica.
 #[utoipa::path(
     put, path = "/lfs/topics/{topic}", operation_id = "putTopic", tag = "topics", request_body = Policy,
     params(("topic" = String, Path, description = "The topic")),
@@ -66,22 +70,22 @@ async fn put_topic(
     TopicName(topic): TopicName,
     Body(members): Body<Map<String, Value>>,
 ) -> Result<Json<Policy>, Problem> {
-    let mut whole = serde_json::to_value(app.broker.base_policy()).expect("a policy has only strings and numbers");
-    if let Value::Object(base) = &mut whole {
+    let mut merged = serde_json::to_value(app.broker.base_policy()).expect("a policy has only strings and numbers");
+    if let Value::Object(base) = &mut merged {
         base.extend(members);
     }
-    let policy = parse(whole.to_string().as_bytes())?;
+    let policy = parse(merged.to_string().as_bytes())?;
     Ok(Json(app.broker.put_topic(&topic, policy).await?))
 }
 
-/// Forget a topic's policy
+/// Delete a topic's policy
 ///
-/// Forgetting what is not stored is no error.
+/// The answer is also 204 if no policy is stored.
 #[utoipa::path(
     delete, path = "/lfs/topics/{topic}", operation_id = "deleteTopic", tag = "topics",
     params(("topic" = String, Path, description = "The topic")),
     responses(
-        (status = 204, description = "Forgotten"),
+        (status = 204, description = "Deleted"),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )

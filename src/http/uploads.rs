@@ -12,8 +12,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
-use super::document::Completed;
-use super::extract::{Body, Filters, MaybeBody, Query, Reader, UploadId, Writer};
+use super::extract::{Body, CanRead, CanWrite, Filters, MaybeBody, Query, UploadId};
+use super::openapi::Completed;
 use super::problem::Problem;
 use crate::broker::OpenContext;
 
@@ -29,8 +29,8 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 
 /// Open an upload
 ///
-/// Stores the promise and answers with what puts the bytes straight into S3: one presigned PUT, or presigned parts.
-/// With an `Idempotency-Key` asking again gives the same upload with fresh URLs.
+/// Stores the declared size and checksum. The answer has presigned URLs to upload directly to S3: one PUT, or several parts.
+/// With an `Idempotency-Key`, repeating the request returns the same upload with fresh URLs.
 #[utoipa::path(
     post, path = "/lfs/uploads", operation_id = "openUpload", tag = "uploads", request_body = OpenUpload,
     params((
@@ -39,28 +39,28 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     )),
     responses(
         (status = 201, description = "Opened", body = Upload, headers(("Location" = String, description = "The upload"))),
-        (status = 200, description = "Opened before under this Idempotency-Key", body = Upload),
+        (status = 200, description = "Already opened with this Idempotency-Key", body = Upload),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn open_upload(
     State(app): State<App>,
-    Writer(caller): Writer,
+    CanWrite(caller): CanWrite,
     headers: HeaderMap,
     Body(request): Body<OpenUpload>,
 ) -> Result<Response, Problem> {
     let context = OpenContext { idempotency_key: idempotency_key(&headers), traceparent: traceparent(&headers) };
     let opened = app.broker.open(&caller, request, context).await?;
-    let status = if opened.fresh { StatusCode::CREATED } else { StatusCode::OK };
+    let status = if opened.is_new { StatusCode::CREATED } else { StatusCode::OK };
     let location = format!("{}/lfs/uploads/{}", app.public_url, opened.upload.id);
     Ok((status, [(header::LOCATION, location)], Json(opened.upload)).into_response())
 }
 
 /// Read an upload
 ///
-/// The whole state without URLs: which parts S3 holds, what to do next, the pointer once there is one. With `wait`
-/// the answer comes as soon as the upload changes.
+/// The whole state without URLs: the parts that S3 holds, the next step, and the pointer once it exists. With `wait`, the answer
+/// comes as soon as the upload changes.
 #[utoipa::path(
     get, path = "/lfs/uploads/{id}", operation_id = "getUpload", tag = "uploads",
     params(("id" = Uuid, Path, description = "The upload"), ReadUpload),
@@ -72,7 +72,7 @@ async fn open_upload(
 )]
 async fn get_upload(
     State(app): State<App>,
-    Reader(caller): Reader,
+    CanRead(caller): CanRead,
     UploadId(id): UploadId,
     Query(options): Query<ReadUpload>,
 ) -> Result<Json<Upload>, Problem> {
@@ -81,7 +81,7 @@ async fn get_upload(
 
 /// List uploads
 ///
-/// Newest first. A cursor goes on with the filters that it came from.
+/// Newest first. A cursor is valid only with the filters of the request that returned it.
 #[utoipa::path(
     get, path = "/lfs/uploads", operation_id = "listUploads", tag = "uploads", params(ListUploads),
     responses(
@@ -92,16 +92,15 @@ async fn get_upload(
 )]
 async fn list_uploads(
     State(app): State<App>,
-    Reader(caller): Reader,
+    CanRead(caller): CanRead,
     Filters(query): Filters,
 ) -> Result<Json<UploadPage>, Problem> {
     Ok(Json(app.broker.list(&caller, &query).await?))
 }
 
-/// Tell an upload's history
+/// Read an upload's history
 ///
-/// Every transition, oldest first. Of transitions that repeat themselves the first and the last round are kept, and at
-/// most 1,000 in all.
+/// All transitions, oldest first. If transitions repeat, only the first and the last round are kept. There are at most 1,000.
 #[utoipa::path(
     get, path = "/lfs/uploads/{id}/history", operation_id = "getUploadHistory", tag = "uploads",
     params(("id" = Uuid, Path, description = "The upload"), ReadHistory),
@@ -113,7 +112,7 @@ async fn list_uploads(
 )]
 async fn get_upload_history(
     State(app): State<App>,
-    Reader(caller): Reader,
+    CanRead(caller): CanRead,
     UploadId(id): UploadId,
     Query(query): Query<ReadHistory>,
 ) -> Result<Json<History>, Problem> {
@@ -122,7 +121,7 @@ async fn get_upload_history(
 
 /// Sign parts
 ///
-/// Fresh URLs for up to 100 parts, again or for the first time. Slides the upload's end.
+/// Fresh URLs for up to 100 parts, for the first time or again. This extends the upload's deadline.
 #[utoipa::path(
     post, path = "/lfs/uploads/{id}/parts", operation_id = "signParts", tag = "uploads", request_body = SignParts,
     params(("id" = Uuid, Path, description = "The upload")),
@@ -134,7 +133,7 @@ async fn get_upload_history(
 )]
 async fn sign_parts(
     State(app): State<App>,
-    Writer(caller): Writer,
+    CanWrite(caller): CanWrite,
     UploadId(id): UploadId,
     Body(request): Body<SignParts>,
 ) -> Result<Json<SignedParts>, Problem> {
@@ -143,23 +142,23 @@ async fn sign_parts(
 
 /// Complete an upload
 ///
-/// Checks the object in S3 against the promise and hands its pointer to Kafka. 200 says where the pointer is; 202
-/// `verified` promises that it will reach Kafka; 202 `completing` promises nothing yet. Asking again gives the same answer.
-/// A list of parts, as other APIs want one, is accepted as `parts` and ignored: the broker asks S3.
+/// Compares the object in S3 with the declared size and checksum, and publishes its pointer to Kafka. 200 returns the position of
+/// the record. 202 `verified`: the pointer is queued and will be published. 202 `completing`: the object is still being checked.
+/// Repeating the request is safe. A list of `parts`, which other APIs require, is accepted and ignored: the broker asks S3.
 #[utoipa::path(
     post, path = "/lfs/uploads/{id}/complete", operation_id = "completeUpload", tag = "uploads",
-    request_body(content = Option<CompleteUpload>, description = "May be left out where open brought the checksum"),
+    request_body(content = Option<CompleteUpload>, description = "Optional if the checksum was declared at open"),
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "Published: the pointer is in Kafka", body = Completed),
-        (status = 202, description = "Verified: the pointer will reach Kafka. Completing: ask again", body = Completed, headers(("Retry-After" = u64, description = "Seconds"))),
+        (status = 202, description = "Verified: the pointer will be published to Kafka. Completing: retry", body = Completed, headers(("Retry-After" = u64, description = "Seconds"))),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn complete_upload(
     State(app): State<App>,
-    Writer(caller): Writer,
+    CanWrite(caller): CanWrite,
     UploadId(id): UploadId,
     headers: HeaderMap,
     MaybeBody(request): MaybeBody<CompleteUpload>,
@@ -173,22 +172,22 @@ async fn complete_upload(
 
 /// Abort an upload
 ///
-/// What S3 holds of it is removed. Aborting what is over already is no error.
+/// Removes the data of the upload from S3. The answer is also 204 if the upload has already ended.
 #[utoipa::path(
     delete, path = "/lfs/uploads/{id}", operation_id = "abortUpload", tag = "uploads",
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
-        (status = 204, description = "Aborted, or over already"),
+        (status = 204, description = "Aborted, or already ended"),
         (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
         (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
-async fn abort_upload(State(app): State<App>, Writer(caller): Writer, UploadId(id): UploadId) -> Result<StatusCode, Problem> {
+async fn abort_upload(State(app): State<App>, CanWrite(caller): CanWrite, UploadId(id): UploadId) -> Result<StatusCode, Problem> {
     app.broker.abort(&caller, id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// The key as the client means it: bare, or as an RFC 8941 string. `Some(None)`: there is one of the wrong shape.
+/// The `Idempotency-Key`, bare or as an RFC 8941 string. `Some(None)`: the header is malformed or repeated.
 fn idempotency_key(headers: &HeaderMap) -> Option<Option<String>> {
     let mut values = headers.get_all("idempotency-key").iter();
     let first = values.next()?;
@@ -200,7 +199,7 @@ fn idempotency_key(headers: &HeaderMap) -> Option<Option<String>> {
     Some(bare.filter(|key| (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())).map(str::to_owned))
 }
 
-/// The W3C trace context, where it has the shape of version 00.
+/// The W3C trace context, if it has the format of version 00.
 fn traceparent(headers: &HeaderMap) -> Option<String> {
     let value = headers.get("traceparent")?.to_str().ok()?;
     let fields: Vec<&str> = value.split('-').collect();
@@ -227,7 +226,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_key_is_visible_ascii_bare_or_quoted(key in "[!-~]{1,255}", any in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn an_idempotency_key_is_visible_ascii_bare_or_quoted(key in "[!-~]{1,255}", any in proptest::collection::vec(any::<u8>(), 0..300)) {
             let bare = !(key.len() > 1 && key.starts_with('"') && key.ends_with('"'));
             let read = |value: &[u8]| with("idempotency-key", value).and_then(|headers| idempotency_key(&headers));
             prop_assert_eq!(read(format!("\"{key}\"").as_bytes()), Some(Some(key.clone())));
@@ -238,12 +237,12 @@ mod tests {
         }
 
         #[test]
-        fn a_trace_is_taken_whole_or_not_at_all(any in "[ -~]{0,60}", ids in "[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}") {
+        fn a_traceparent_is_accepted_unchanged_or_ignored(any in "[ -~]{0,60}", ids in "[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}") {
             let read = |value: &str| with("traceparent", value.as_bytes()).and_then(|headers| traceparent(&headers));
-            let sound = format!("00-{ids}");
-            prop_assert_eq!(read(&sound), Some(sound.clone()));
-            prop_assert_eq!(read(&sound.to_uppercase()).is_some(), sound == sound.to_uppercase());
-            prop_assert!(read(&any).is_none_or(|taken| taken == any));
+            let valid = format!("00-{ids}");
+            prop_assert_eq!(read(&valid), Some(valid.clone()));
+            prop_assert_eq!(read(&valid.to_uppercase()).is_some(), valid == valid.to_uppercase());
+            prop_assert!(read(&any).is_none_or(|accepted| accepted == any));
         }
     }
 }

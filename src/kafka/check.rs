@@ -1,7 +1,7 @@
-//! The check: does Kafka let this deployment publish, and if not, why?
+//! The readiness check: can this deployment publish to Kafka, and if not, why?
 //!
-//! It does what a shard does, under a transactional id of its own: with exactly-once delivery a transaction with one
-//! record for the marker topic, which is aborted; else one tombstone there, which compaction removes.
+//! It writes as a shard does, under its own transactional id. With exactly-once delivery it sends one record to the marker
+//! topic in a transaction and aborts the transaction. Otherwise it sends one tombstone, which compaction removes.
 
 use std::time::Duration;
 
@@ -11,44 +11,46 @@ use rdkafka::producer::{FutureRecord, Producer as _};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
-use super::{Delivery, Error, Kafka, MARKER_TOPIC, Settings, blocking, client, drop_aside};
+use super::{Delivery, Error, Kafka, MARKER_TOPIC, Settings, client, drop_blocking, run_blocking};
 
-/// One step of the check. A Kafka that takes longer holds every upload up.
-const STEP: Duration = Duration::from_secs(5);
-/// The same as librdkafka takes it. Also how long a check whose broker died may hide later markers from readers.
-const STEP_MS: &str = "5000";
-/// Connecting takes a millisecond in a data centre.
-const CONNECT: Duration = Duration::from_secs(2);
-/// So many addresses are tried, and named, at most.
-const ADDRESSES: usize = 10;
+/// The limit for one step of the check. A Kafka that takes longer would delay every upload.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// [`STEP_TIMEOUT`] for librdkafka. If the broker dies during a check, the open transaction hides later markers this long.
+const STEP_TIMEOUT_MS: &str = "5000";
+/// A connection takes about a millisecond in a data centre.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How many addresses are tried and listed.
+const MAX_ADDRESSES: usize = 10;
 
-/// Why pointers would not be published.
+/// Why publishing would fail.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    /// The broker's principal lacks a right.
+    /// The Kafka user of this broker lacks a right.
     #[error("missing ACL {operation} on {resource}")]
     MissingAcl {
-        /// What it may not do.
+        /// The operation that is not allowed.
         operation: &'static str,
-        /// With what.
+        /// The resource of the operation.
         resource: &'static str,
     },
-    /// Addresses that Kafka advertises, or that the settings name, cannot be connected to.
+    /// No connection to these addresses, which Kafka advertises or the settings contain.
     #[error("these Kafka addresses cannot be reached from here: {}", .0.join(", "))]
     Unreachable(Vec<String>),
-    /// Anything else.
+    /// Any other failure.
     #[error("{0}")]
     Kafka(#[from] Error),
 }
 
 impl CheckError {
-    /// What may be shown to anybody: no address, and no words of Kafka's, which can hold one.
+    /// The reason for unauthenticated clients. It contains no address and no text from Kafka, which may contain one.
     pub(crate) fn public_reason(&self) -> String {
         match self {
             Self::MissingAcl { .. } => self.to_string(),
-            Self::Unreachable(_) => "an address that Kafka advertises cannot be reached; the log names it".to_owned(),
-            Self::Kafka(Error::Unreachable(_)) => "a record could not be written in time; the log has more".to_owned(),
-            Self::Kafka(_) => "Kafka refused what publishing needs; the log has more".to_owned(),
+            Self::Unreachable(_) => "an address that Kafka advertises cannot be reached; the log contains it".to_owned(),
+            Self::Kafka(Error::Unreachable(_)) => {
+                format!("a record could not be written within {} s; the log contains the error", STEP_TIMEOUT.as_secs())
+            }
+            Self::Kafka(_) => "Kafka refused a request that publishing needs; the log contains the error".to_owned(),
         }
     }
 
@@ -70,50 +72,50 @@ impl CheckError {
 }
 
 impl Kafka {
-    /// Tries what publishing needs, in one of the marker topic's partitions; each time in another.
+    /// Writes as publishing does, to a random partition of the marker topic.
     ///
     /// # Errors
-    /// What keeps pointers from being published, by its cause where that can be found out.
+    /// Why publishing would fail, with the cause if it is known.
     pub async fn check(&self, deployment: Uuid) -> Result<(), CheckError> {
-        match self.try_to_write(deployment).await {
+        match self.write_probe(deployment).await {
             Err(CheckError::Kafka(Error::Unreachable(reason))) => {
-                let unreachable = self.unreachable().await;
+                let unreachable = self.unreachable_addresses().await;
                 match unreachable.is_empty() {
                     true => Err(CheckError::Kafka(Error::Unreachable(reason))),
                     false => Err(CheckError::Unreachable(unreachable)),
                 }
             }
-            tried => tried,
+            result => result,
         }
     }
 
-    async fn try_to_write(&self, deployment: Uuid) -> Result<(), CheckError> {
-        // The relay makes the topic when it takes its first shard; until then there is nothing to write to.
-        let layout = match self.ask_layout(MARKER_TOPIC).await {
+    async fn write_probe(&self, deployment: Uuid) -> Result<(), CheckError> {
+        // The relay creates the topic before it takes over its first shard. Until then there is no partition to write to.
+        let metadata = match self.query_topic_metadata(MARKER_TOPIC).await {
             Err(Error::Refused(reason)) if reason.contains("authoriz") => {
                 return Err(CheckError::MissingAcl { operation: "Describe", resource: "Topic lfs-broker-markers" });
             }
-            asked => asked?,
+            answer => answer?,
         };
-        if layout.is_some() {
+        if metadata.is_some() {
             self.check_marker_policy().await?;
         }
-        let partition = layout.map(|layout| fastrand::i32(0..layout.partitions.max(1)));
+        let partition = metadata.map(|metadata| fastrand::i32(0..metadata.partitions.max(1)));
         let mut settings = self.settings().clone();
         settings.properties.remove("delivery.timeout.ms");
-        // librdkafka wants a transaction to outlast a request.
+        // librdkafka requires that a transaction's timeout is not shorter than a request's.
         for name in ["transaction.timeout.ms", "message.timeout.ms", "socket.timeout.ms"] {
-            settings.properties.insert(name.to_owned(), STEP_MS.to_owned());
+            settings.properties.insert(name.to_owned(), STEP_TIMEOUT_MS.to_owned());
         }
         let id = format!("lfs-broker.{deployment}.check");
-        blocking(move || Ok(write(&settings, &id, partition))).await?
+        run_blocking(move || Ok(write_probe_record(&settings, &id, partition))).await?
     }
 
-    /// The addresses of Kafka that cannot be connected to: those that it advertises, else those of the settings.
-    async fn unreachable(&self) -> Vec<String> {
-        let advertised = self.observe(|observer| {
-            self.ask(move |time_left| {
-                let metadata = observer.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
+    /// The Kafka addresses without a connection, among those that Kafka advertises, or else those in the settings.
+    async fn unreachable_addresses(&self) -> Vec<String> {
+        let advertised = self.with_metadata_client(|client| {
+            self.query(move |time_left| {
+                let metadata = client.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
                 Ok(metadata.brokers().iter().map(|broker| format!("{}:{}", broker.host(), broker.port())).collect())
             })
         });
@@ -121,21 +123,21 @@ impl Kafka {
             Ok(advertised) => advertised,
             Err(_) => self.settings().bootstrap_servers.split(',').map(|address| address.trim().to_owned()).collect(),
         };
-        let tries = addresses.into_iter().take(ADDRESSES).map(|address| async move {
-            let is_reached = matches!(tokio::time::timeout(CONNECT, TcpStream::connect(&address)).await, Ok(Ok(_)));
-            (!is_reached).then_some(address)
+        let attempts = addresses.into_iter().take(MAX_ADDRESSES).map(|address| async move {
+            let is_reachable = matches!(tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&address)).await, Ok(Ok(_)));
+            (!is_reachable).then_some(address)
         });
-        futures_util::future::join_all(tries).await.into_iter().flatten().collect()
+        futures_util::future::join_all(attempts).await.into_iter().flatten().collect()
     }
 }
 
-/// Blocks.
-fn write(settings: &Settings, id: &str, partition: Option<i32>) -> Result<(), CheckError> {
+/// Writes the record of the check. Blocks.
+fn write_probe_record(settings: &Settings, id: &str, partition: Option<i32>) -> Result<(), CheckError> {
     let transactional_id = (settings.delivery == Delivery::ExactlyOnce).then_some(id);
     let producer = client::producer(settings, transactional_id)?;
     let record = || {
         let Some(partition) = partition else { return Ok(()) };
-        // No value: a tombstone.
+        // A record without a value is a tombstone.
         let record = FutureRecord::<str, [u8]>::to(MARKER_TOPIC).partition(partition).key(id);
         let sent = producer.send_result(record).map_err(|(error, _)| error)?;
         match tokio::runtime::Handle::current().block_on(sent) {
@@ -146,22 +148,22 @@ fn write(settings: &Settings, id: &str, partition: Option<i32>) -> Result<(), Ch
     };
     let written = match transactional_id {
         Some(_) => producer
-            .init_transactions(STEP)
+            .init_transactions(STEP_TIMEOUT)
             .and_then(|()| producer.begin_transaction())
             .and_then(|()| record())
-            .and_then(|()| producer.abort_transaction(STEP)),
+            .and_then(|()| producer.abort_transaction(STEP_TIMEOUT)),
         None => record(),
     };
-    // Another replica that checks at the same moment fences this one: it could write, so this one could.
-    let is_fenced = written.is_err() && producer.client().fatal_error().is_some_and(|(code, _)| is_fence(code));
-    drop_aside(producer);
+    // Another replica that checks at the same moment fences this producer. That replica can write, so this one can too.
+    let is_fenced = written.is_err() && producer.client().fatal_error().is_some_and(|(code, _)| is_fencing_code(code));
+    drop_blocking(producer);
     match written {
         Err(error) if !is_fenced => Err(CheckError::from_kafka(&error)),
         _ => Ok(()),
     }
 }
 
-fn is_fence(code: RDKafkaErrorCode) -> bool {
+fn is_fencing_code(code: RDKafkaErrorCode) -> bool {
     use RDKafkaErrorCode as Code;
     matches!(code, Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
 }
@@ -171,12 +173,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_right_that_is_missing_is_named_with_its_resource() {
+    fn a_missing_acl_is_reported_with_its_operation_and_resource() {
         use RDKafkaErrorCode as Code;
-        let named = |code| CheckError::from_kafka(&KafkaError::MessageProduction(code)).to_string();
+        let text = |code| CheckError::from_kafka(&KafkaError::MessageProduction(code)).to_string();
         let ids = "missing ACL Write on TransactionalId lfs-broker.*";
-        assert_eq!(named(Code::TransactionalIdAuthorizationFailed), ids);
-        assert_eq!(named(Code::TopicAuthorizationFailed), "missing ACL Write on Topic lfs-broker-markers");
-        assert_eq!(named(Code::ClusterAuthorizationFailed), "missing ACL IdempotentWrite on Cluster");
+        assert_eq!(text(Code::TransactionalIdAuthorizationFailed), ids);
+        assert_eq!(text(Code::TopicAuthorizationFailed), "missing ACL Write on Topic lfs-broker-markers");
+        assert_eq!(text(Code::ClusterAuthorizationFailed), "missing ACL IdempotentWrite on Cluster");
     }
 }

@@ -1,4 +1,4 @@
-//! How a librdkafka client is set up: which properties are ours, which are the operator's, and where its log goes.
+//! Creates librdkafka clients: the properties that this broker sets, the properties of the operator, and the log.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::{Error, Settings};
 
-/// Set by this broker for the promises to hold; a property that changes one of them is refused at start.
+/// Properties that this broker sets, because delivery depends on them. `connect` rejects settings that contain one.
 const RESERVED: [&str; 17] = [
     "acks",
     "allow.auto.create.topics",
@@ -34,11 +34,11 @@ const RESERVED: [&str; 17] = [
     "transactional.id",
 ];
 
-/// A crashed owner's transaction hides what others wrote after it for at most this long.
-const LONGEST_TRANSACTION_MS: u64 = 60_000;
+/// A transaction of a crashed owner hides later records from consumers for at most this time.
+const MAX_TRANSACTION_MS: u64 = 60_000;
 
-/// Defaults an operator may change, each with its other name in librdkafka. Connections give up and come back
-/// within seconds, because requests wait for Kafka no longer than that.
+/// Defaults that an operator may change: name, alias in librdkafka, value. Connections time out and reconnect within
+/// seconds, because requests wait for Kafka no longer than that.
 const DEFAULTS: [(&str, &str, &str); 8] = [
     ("client.id", "", "lfs-broker"),
     ("group.id", "", "lfs-broker"),
@@ -47,11 +47,11 @@ const DEFAULTS: [(&str, &str, &str); 8] = [
     ("socket.connection.setup.timeout.ms", "", "3000"),
     ("socket.timeout.ms", "", "10000"),
     ("socket.keepalive.enable", "", "true"),
-    // A partition that was added is in use soon: `partitions` knows it within ten seconds too.
+    // A new partition is used within ten seconds. `partition_count` has the same delay.
     ("topic.metadata.refresh.interval.ms", "", "10000"),
 ];
 
-/// The same for producers. Waiting for more records only adds latency: the relay sends whole batches.
+/// The same for producers. Waiting for more records would only add latency, because the relay sends whole batches.
 const PRODUCER_DEFAULTS: [(&str, &str, &str); 5] = [
     ("linger.ms", "queue.buffering.max.ms", "0"),
     ("message.timeout.ms", "delivery.timeout.ms", "10000"),
@@ -60,16 +60,18 @@ const PRODUCER_DEFAULTS: [(&str, &str, &str); 5] = [
     ("transaction.timeout.ms", "", "60000"),
 ];
 
-/// Routes what librdkafka says to `tracing`; otherwise it writes to stderr.
+/// Sends librdkafka's logs to `tracing`. Without it, librdkafka writes to stderr.
 #[derive(Clone)]
 pub(super) struct Context;
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        // A lost connection is logged by whoever needed it; librdkafka repeats it at every attempt of every client.
-        let expected = matches!(facility, "FAIL" | "ERROR" | "CONFWARN" | "TXNERR" | "ADDPARTS" | "MAXPOLL");
+        // The caller that needs a connection logs its loss. librdkafka would repeat it at every attempt of every client.
+        let is_expected = matches!(facility, "FAIL" | "ERROR" | "CONFWARN" | "TXNERR" | "ADDPARTS" | "MAXPOLL");
         match level {
-            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error if !expected => {
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error
+                if !is_expected =>
+            {
                 warn!(facility, "librdkafka: {message}");
             }
             _ => debug!(facility, "librdkafka: {message}"),
@@ -79,11 +81,11 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, PartitionEOF, Resolve};
         match error.rdkafka_error_code() {
-            // The end of a partition is told to the reader too, which waits for it.
+            // Readers also receive the end of a partition as an event, so it needs no warning.
             Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | PartitionEOF | Resolve) => {
                 debug!("kafka connection: {error}: {reason}");
             }
-            _ => warn!("kafka client: {error}: {reason}"),
+            _ => warn!("kafka client error: {error}: {reason}"),
         }
     }
 
@@ -94,16 +96,15 @@ impl ClientContext for Context {
 
 impl ConsumerContext for Context {}
 
-/// Refuses properties that would break a promise, and numbers that would wait for ever.
+/// Rejects properties that this broker sets itself, and timeouts that are too long.
 pub(super) fn check(properties: &BTreeMap<String, String>) -> Result<(), Error> {
     for (key, value) in properties {
         if RESERVED.contains(&key.as_str()) {
             return Err(Error::Reserved(key.clone()));
         }
-        let bounded = ["transaction.timeout.ms", "message.timeout.ms", "delivery.timeout.ms"];
-        if bounded.contains(&key.as_str()) && !value.parse().is_ok_and(|value: u64| (1..=LONGEST_TRANSACTION_MS).contains(&value))
-        {
-            return Err(Error::Limit { key: key.clone(), value: value.clone(), limit: LONGEST_TRANSACTION_MS });
+        let limited = ["transaction.timeout.ms", "message.timeout.ms", "delivery.timeout.ms"];
+        if limited.contains(&key.as_str()) && !value.parse().is_ok_and(|value: u64| (1..=MAX_TRANSACTION_MS).contains(&value)) {
+            return Err(Error::Limit { key: key.clone(), value: value.clone(), limit: MAX_TRANSACTION_MS });
         }
     }
     Ok(())
@@ -123,16 +124,16 @@ fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig 
     config
 }
 
-/// A producer that is idempotent and, with an id, transactional.
+/// An idempotent producer. With an id it is transactional.
 pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> Result<FutureProducer<Context>, Error> {
     let mut config = config(settings, &PRODUCER_DEFAULTS);
     config.remove("group.id");
     config
         .set("acks", "all")
         .set("enable.idempotence", "true")
-        // What Java's default partitioner does, so a key keeps its partition whoever produces it.
+        // The same as Java's default partitioner, so a key gets the same partition from every producer.
         .set("partitioner", "murmur2_random")
-        // A topic that was deleted stays deleted, also where brokers make topics on first use.
+        // A deleted topic stays deleted, even if the Kafka cluster creates topics on first use.
         .set("allow.auto.create.topics", "false");
     if let Some(id) = transactional_id {
         config.set("transactional.id", id);
@@ -140,19 +141,19 @@ pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> R
     config.create_with_context(Context).map_err(Error::settings)
 }
 
-/// A client that only asks questions. Of the client types, consumers alone can promise not to create what they ask for.
-pub(super) fn observer(settings: &Settings, create_topics: bool) -> Result<BaseConsumer<Context>, Error> {
+/// A client for queries only. It is a consumer, because only consumers can ask for a topic without creating it.
+pub(super) fn metadata_client(settings: &Settings, create_topics: bool) -> Result<BaseConsumer<Context>, Error> {
     let mut config = config(settings, &[]);
-    // Without a group it needs no coordinator and leaves nothing behind.
+    // A consumer without a group needs no coordinator and leaves no state in Kafka.
     config.remove("group.id");
     config
         .set("allow.auto.create.topics", create_topics.to_string())
-        // The end of a log is asked with open transactions counted in; see `marker`.
+        // `marker` needs the end of the log including open transactions.
         .set("isolation.level", "read_uncommitted");
     config.create_with_context(Context).map_err(Error::settings)
 }
 
-/// Reads committed records of partitions that it is told; it never joins its group.
+/// A consumer of committed records for assigned partitions. It never joins its group.
 pub(super) fn reader(settings: &Settings) -> Result<BaseConsumer<Context>, Error> {
     let mut config = config(settings, &[]);
     config
@@ -166,17 +167,17 @@ pub(super) fn reader(settings: &Settings) -> Result<BaseConsumer<Context>, Error
     config.create_with_context(Context).map_err(Error::settings)
 }
 
-/// A consumer that follows a topic, for `consume`. A file may take hours to save, and the group waits for it;
-/// a member that died is given up within seconds.
-pub(super) fn follower(
+/// The consumer of `lfs-broker consume`. A member may take hours to save a file and stays in the group meanwhile.
+/// The group drops a dead member within seconds.
+pub(super) fn topic_consumer(
     settings: &Settings,
     group: Option<&str>,
-    from_the_beginning: bool,
+    from_beginning: bool,
 ) -> Result<BaseConsumer<Context>, Error> {
     let mut config = config(settings, &[("max.poll.interval.ms", "", "86400000"), ("session.timeout.ms", "", "10000")]);
     config
         .set("allow.auto.create.topics", "false")
-        .set("auto.offset.reset", if from_the_beginning { "earliest" } else { "latest" })
+        .set("auto.offset.reset", if from_beginning { "earliest" } else { "latest" })
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
         .set("isolation.level", "read_committed");
@@ -186,7 +187,7 @@ pub(super) fn follower(
     config.create_with_context(Context).map_err(Error::settings)
 }
 
-/// For what only an administrator's client can do: creating topics.
+/// An admin client, to create topics and to read their configuration.
 pub(super) fn admin(settings: &Settings) -> Result<rdkafka::admin::AdminClient<Context>, Error> {
     let mut config = config(settings, &[]);
     config.remove("group.id");

@@ -1,4 +1,4 @@
-//! What topics' configurations say, as far as Kafka tells: remembered for a while, and never worth a long wait.
+//! Topic configurations, cached for a while. No caller waits long for one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -8,64 +8,64 @@ use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use super::client::{self, Context};
-use super::{Kafka, blocking, drop_aside};
+use super::{Kafka, drop_blocking, run_blocking};
 
-/// An answer takes milliseconds. An open waits for it no longer than this, and then goes on without.
-const ANSWER_WITHIN: Duration = Duration::from_millis(300);
-/// As long as what Kafka's metadata says of a topic.
-const KNOWN_FOR: Duration = Duration::from_secs(10);
-/// How long nothing is asked of a Kafka that did not answer, and of one that does not know the question.
-const SILENT_FOR: Duration = Duration::from_secs(10);
-const UNSUPPORTED_FOR: Duration = Duration::from_secs(600);
-/// Topic names come from requests, so what is remembered of them is bounded.
-const MOST_TOPICS: usize = 10_000;
+/// An answer takes milliseconds. An upload that is opened waits at most this long, and then continues without the limits.
+const QUERY_TIMEOUT: Duration = Duration::from_millis(300);
+/// The same lifetime as that of cached topic metadata.
+const CACHE_TTL: Duration = Duration::from_secs(10);
+/// How long no configuration is queried after Kafka did not answer, or does not support the request.
+const UNANSWERED_PAUSE: Duration = Duration::from_secs(10);
+const UNSUPPORTED_PAUSE: Duration = Duration::from_secs(600);
+/// The cache is limited, because topic names come from requests.
+const MAX_CACHED_TOPICS: usize = 10_000;
 
-/// Which records a topic never takes. What Kafka does not tell is no limit.
+/// Which records a topic never accepts. A setting that Kafka does not report is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RecordLimits {
-    /// It is compacted: a record needs a key.
+    /// The topic is compacted, so every record needs a key.
     pub needs_key: bool,
-    /// `max.message.bytes`: the largest batch, that of a single record included.
+    /// `max.message.bytes`: the largest record batch. A batch with one record counts too.
     pub max_bytes: Option<usize>,
 }
 
-/// What is remembered, and who asks.
+/// The cached record limits, and the client that queries them.
 #[derive(Default)]
-pub(super) struct Configs {
-    known: HashMap<String, (RecordLimits, Instant)>,
-    silent_until: Option<Instant>,
+pub(super) struct ConfigCache {
+    limits: HashMap<String, (RecordLimits, Instant)>,
+    paused_until: Option<Instant>,
     client: Option<Arc<Client>>,
 }
 
-/// Always there, except while dropping, which is done aside: librdkafka joins its threads.
+/// `None` only during drop. Dropping needs a thread of its own, because librdkafka joins its threads.
 struct Client(Option<AdminClient<Context>>);
 
 impl Drop for Client {
     fn drop(&mut self) {
         if let Some(client) = self.0.take() {
-            drop_aside(client);
+            drop_blocking(client);
         }
     }
 }
 
 impl Kafka {
-    /// Which records a topic never takes.
+    /// Which records a topic never accepts.
     pub async fn record_limits(&self, topic: &str) -> RecordLimits {
-        let remembered = {
-            let configs = &mut *self.configs();
-            let known = configs.known.get(topic).copied();
-            let remembered = known.map(|(limits, _)| limits).unwrap_or_default();
-            let is_fresh = known.is_some_and(|(_, at)| at.elapsed() < KNOWN_FOR);
-            if is_fresh || configs.silent_until.is_some_and(|until| Instant::now() < until) {
-                return remembered;
+        let cached_limits = {
+            let cache = &mut *self.config_cache();
+            let cached = cache.limits.get(topic).copied();
+            let cached_limits = cached.map(|(limits, _)| limits).unwrap_or_default();
+            let is_fresh = cached.is_some_and(|(_, at)| at.elapsed() < CACHE_TTL);
+            if is_fresh || cache.paused_until.is_some_and(|until| Instant::now() < until) {
+                return cached_limits;
             }
-            // One request asks; those that come meanwhile go by what is remembered.
-            remember(&mut configs.known, topic, remembered);
-            remembered
+            // Only one request queries Kafka. Caching the old limits again lets concurrent requests use them meanwhile.
+            cache_limits(&mut cache.limits, topic, cached_limits);
+            cached_limits
         };
-        match self.describe(topic, ANSWER_WITHIN).await {
+        match self.describe_topic(topic, QUERY_TIMEOUT).await {
             Some(config) => {
-                // What is compressed is smaller than it looks.
+                // With compression, the size of the record is no limit: the compressed batch is smaller.
                 let compresses = ["compression.type", "compression.codec"]
                     .iter()
                     .any(|key| self.settings().properties.get(*key).is_some_and(|codec| codec != "none"));
@@ -74,64 +74,64 @@ impl Kafka {
                     needs_key: config.get("cleanup.policy").is_some_and(|policy| policy.contains("compact")),
                     max_bytes: max_bytes.filter(|_| !compresses),
                 };
-                remember(&mut self.configs().known, topic, limits);
+                cache_limits(&mut self.config_cache().limits, topic, limits);
                 limits
             }
-            None => remembered,
+            None => cached_limits,
         }
     }
 
-    /// A topic's `cleanup.policy`, if Kafka tells.
+    /// A topic's `cleanup.policy`, if Kafka reports it.
     pub(super) async fn cleanup_policy(&self, topic: &str) -> Option<String> {
-        let is_silent = self.configs().silent_until.is_some_and(|until| Instant::now() < until);
-        if is_silent {
+        let is_paused = self.config_cache().paused_until.is_some_and(|until| Instant::now() < until);
+        if is_paused {
             return None;
         }
-        self.describe(topic, super::ANSWER_WITHIN).await?.remove("cleanup.policy")
+        self.describe_topic(topic, super::REQUEST_TIMEOUT).await?.remove("cleanup.policy")
     }
 
-    /// A topic's configuration; `None` where Kafka does not tell in time, or not us.
-    async fn describe(&self, topic: &str, within: Duration) -> Option<HashMap<String, String>> {
-        let client = self.configs_client().await?;
+    /// A topic's configuration; `None` if Kafka does not answer in time, or rejects the request.
+    async fn describe_topic(&self, topic: &str, timeout: Duration) -> Option<HashMap<String, String>> {
+        let client = self.admin_client().await?;
         let client = client.0.as_ref()?;
-        let options = AdminOptions::new().request_timeout(Some(within));
-        let asked = [ResourceSpecifier::Topic(topic)];
-        let answer = tokio::time::timeout(within, client.describe_configs(&asked, &options)).await;
-        let silent_for = match answer {
+        let options = AdminOptions::new().request_timeout(Some(timeout));
+        let resources = [ResourceSpecifier::Topic(topic)];
+        let answer = tokio::time::timeout(timeout, client.describe_configs(&resources, &options)).await;
+        let pause = match answer {
             Ok(Ok(resources)) => {
                 let config = resources.into_iter().flatten().next()?;
                 let entries = config.entries.into_iter();
                 return Some(entries.filter_map(|entry| Some((entry.name, entry.value?))).collect());
             }
-            Ok(Err(error)) if is_unsupported(&error) => UNSUPPORTED_FOR,
-            Ok(Err(_)) | Err(_) => SILENT_FOR,
+            Ok(Err(error)) if is_unsupported(&error) => UNSUPPORTED_PAUSE,
+            Ok(Err(_)) | Err(_) => UNANSWERED_PAUSE,
         };
-        self.configs().silent_until = Some(Instant::now() + silent_for);
+        self.config_cache().paused_until = Some(Instant::now() + pause);
         None
     }
 
-    async fn configs_client(&self) -> Option<Arc<Client>> {
-        if let Some(client) = &self.configs().client {
+    async fn admin_client(&self) -> Option<Arc<Client>> {
+        if let Some(client) = &self.config_cache().client {
             return Some(Arc::clone(client));
         }
         let settings = self.settings().clone();
-        let made = blocking(move || client::admin(&settings)).await.ok()?;
-        // Another may have been quicker; then its client is used.
-        Some(Arc::clone(self.configs().client.get_or_insert_with(|| Arc::new(Client(Some(made))))))
+        let created = run_blocking(move || client::admin(&settings)).await.ok()?;
+        // A concurrent request may have created a client first. Then that client is used.
+        Some(Arc::clone(self.config_cache().client.get_or_insert_with(|| Arc::new(Client(Some(created))))))
     }
 
-    fn configs(&self) -> MutexGuard<'_, Configs> {
-        // It is whole after every statement, so a panic elsewhere does not spoil it.
-        self.0.configs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn config_cache(&self) -> MutexGuard<'_, ConfigCache> {
+        // Each statement leaves the value complete, so it is still valid after a panic elsewhere.
+        self.0.config_cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn remember(known: &mut HashMap<String, (RecordLimits, Instant)>, topic: &str, limits: RecordLimits) {
-    if known.len() >= MOST_TOPICS {
-        known.retain(|_, (_, at)| at.elapsed() < KNOWN_FOR);
+fn cache_limits(cache: &mut HashMap<String, (RecordLimits, Instant)>, topic: &str, limits: RecordLimits) {
+    if cache.len() >= MAX_CACHED_TOPICS {
+        cache.retain(|_, (_, at)| at.elapsed() < CACHE_TTL);
     }
-    if known.len() < MOST_TOPICS {
-        known.insert(topic.to_owned(), (limits, Instant::now()));
+    if cache.len() < MAX_CACHED_TOPICS {
+        cache.insert(topic.to_owned(), (limits, Instant::now()));
     }
 }
 

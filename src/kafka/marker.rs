@@ -1,4 +1,4 @@
-//! The marker: what a shard's last committed transaction published, read back by whoever owns the shard next.
+//! The marker: what a shard's last committed transaction published. The next owner of the shard reads it.
 
 use std::time::{Duration, Instant};
 
@@ -8,42 +8,42 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use tracing::warn;
 
 use super::client::{self, Context};
-use super::{Delivered, Error, MARKER_TOPIC, Settings};
+use super::{Error, MARKER_TOPIC, RecordMetadata, Settings};
 
-/// Reading takes milliseconds. It takes longer while a transaction of another deployment is open in the partition.
-const READ_WITHIN: Duration = Duration::from_secs(10);
+/// Reading takes milliseconds, or longer while another deployment has an open transaction in the partition.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The first look goes this far back from the end, later looks 16 times as far: the last marker is nearly always
-/// among the last records, but a topic that was never compacted is long.
-const FIRST_LOOK: i64 = 256;
+/// The first scan starts this many offsets before the end, and each later scan 16 times as many. The last marker is
+/// nearly always among the last records, but a topic that was never compacted is long.
+const FIRST_SCAN_OFFSETS: i64 = 256;
 
 /// What one batch published. Its key in the marker topic is the shard's transactional id.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Marker {
-    /// The number that the batch's rows were stamped with.
+    /// The number under which the batch's rows were claimed.
     pub batch: i64,
-    /// Where each of the batch's pointers is.
-    pub published: Vec<Delivered>,
+    /// The records that the batch published.
+    pub published: Vec<RecordMetadata>,
 }
 
-/// The name under which a shard's pointers are published: its markers' key, and what Kafka fences by.
+/// The transactional id of a shard. Kafka fences producers by it, and it is the key of the shard's markers.
 pub fn transactional_id(deployment_id: uuid::Uuid, shard: i32) -> String {
     format!("lfs-broker.{deployment_id}.{shard}")
 }
 
 /// Reads the last committed marker of `transactional_id`. Blocks.
 ///
-/// Everything below the end of the log, as it is now, is looked at. A reader of committed records sees only up to the
-/// first open transaction, so this waits until no transaction older than now is open: a marker behind one would be
-/// missed, and its pointers sent twice.
-pub(super) fn last(
+/// It scans up to the current end of the log. A reader of committed records sees only the records before the first open
+/// transaction. So this waits until the transactions that are open now have ended. Otherwise it could miss a marker, and
+/// the marker's pointers would be sent twice.
+pub(super) fn read_last(
     settings: &Settings,
-    observer: &BaseConsumer<Context>,
+    metadata_client: &BaseConsumer<Context>,
     transactional_id: &str,
     partition: i32,
 ) -> Result<Option<Marker>, Error> {
-    let deadline = Instant::now() + READ_WITHIN;
-    let (start, end) = watermarks(observer, partition, deadline)?;
+    let deadline = Instant::now() + READ_TIMEOUT;
+    let (start, end) = watermarks(metadata_client, partition, deadline)?;
     if start >= end {
         return Ok(None);
     }
@@ -54,21 +54,23 @@ pub(super) fn last(
             break (start, stable);
         }
         if Instant::now() > deadline {
-            // Kafka ends what a dead owner left open when the new one comes. Where it does not, it has lost the end.
+            // Kafka aborts the open transaction of a dead owner when the new owner starts. If one stays open, Kafka lost its end.
             return Err(Error::Unreachable(format!(
-                "a transaction is open at {MARKER_TOPIC}-{partition}, offset {stable} of {end}: if it stays so, Kafka lost its end"
+                "a transaction is open in {MARKER_TOPIC}-{partition} at offset {stable} (end {end}) for more than {} s; \
+                 if it stays open, Kafka lost the transaction's commit or abort marker",
+                READ_TIMEOUT.as_secs()
             )));
         }
         std::thread::sleep(Duration::from_millis(50));
     };
-    let mut look = FIRST_LOOK;
+    let mut scan_offsets = FIRST_SCAN_OFFSETS;
     loop {
-        let from = start.max(stable.saturating_sub(look));
-        let found = look_from(&reader, transactional_id, partition, from, deadline)?;
+        let from = start.max(stable.saturating_sub(scan_offsets));
+        let found = scan_from(&reader, transactional_id, partition, from, deadline)?;
         if found.is_some() || from == start {
             return Ok(found);
         }
-        look = look.saturating_mul(16);
+        scan_offsets = scan_offsets.saturating_mul(16);
     }
 }
 
@@ -77,19 +79,19 @@ fn watermarks(client: &BaseConsumer<Context>, partition: i32, deadline: Instant)
     client.fetch_watermarks(MARKER_TOPIC, partition, time_left).map_err(|error| Error::from_kafka(&error))
 }
 
-/// The last marker with this key from `from` to the end of what is committed. What is no marker was written by somebody
-/// else, who has no business there: it is passed over.
-fn look_from(
+/// The last marker with this key, from `from` to the end of the committed records. A record that is not a marker was
+/// written by another program. It is skipped with a warning.
+fn scan_from(
     reader: &BaseConsumer<Context>,
     transactional_id: &str,
     partition: i32,
     from: i64,
     deadline: Instant,
 ) -> Result<Option<Marker>, Error> {
-    let mut place = TopicPartitionList::new();
-    place
+    let mut assignment = TopicPartitionList::new();
+    assignment
         .add_partition_offset(MARKER_TOPIC, partition, Offset::Offset(from))
-        .and_then(|()| reader.assign(&place))
+        .and_then(|()| reader.assign(&assignment))
         .map_err(|error| Error::from_kafka(&error))?;
     let mut last = None;
     while Instant::now() < deadline {
@@ -101,24 +103,24 @@ fn look_from(
                         transactional_id,
                         partition,
                         offset = record.offset(),
-                        "passed over the record at {MARKER_TOPIC}-{partition}, offset {}: it is no marker of {transactional_id} \
+                        "skipped the record at {MARKER_TOPIC}-{partition}, offset {}: it is not a marker of {transactional_id} \
                          ({error}); only lfs-broker may write to this topic",
                         record.offset()
                     ),
                 }
             }
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
-            Some(Err(error)) if !is_passing(&error) => return Err(Error::from_kafka(&error)),
-            // Another shard's record, nothing yet, or a lost connection that librdkafka restores.
+            Some(Err(error)) if !is_transient(&error) => return Err(Error::from_kafka(&error)),
+            // Another shard's record, no record yet, or a lost connection that librdkafka restores.
             _ => {}
         }
     }
-    Err(Error::Unreachable(format!("the markers could not be read within {} s", READ_WITHIN.as_secs())))
+    Err(Error::Unreachable(format!("could not read {MARKER_TOPIC}-{partition} within {} s", READ_TIMEOUT.as_secs())))
 }
 
-fn is_passing(error: &KafkaError) -> bool {
+fn is_transient(error: &KafkaError) -> bool {
     match Error::from_kafka(error) {
-        // The reader has a group's name but is no member, so what a coordinator says about it does not matter.
+        // The reader has a group id but never joins the group, so an error of the group does not matter.
         Error::Refused(_) => error.rdkafka_error_code() == Some(RDKafkaErrorCode::GroupAuthorizationFailed),
         _ => true,
     }

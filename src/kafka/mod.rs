@@ -1,7 +1,7 @@
-//! Everything that talks Kafka: which topics exist, and one producer a shard that publishes batches.
+//! The Kafka client: topic metadata, and one producer for each shard that publishes batches.
 //!
-//! Hidden here are librdkafka's settings, its blocking calls, its error codes and the marker topic by which a new owner
-//! of a shard finds out what its predecessor published.
+//! This module hides librdkafka's settings, its blocking calls, its error codes, and the marker topic. From the marker
+//! topic, a new owner of a shard finds out what the previous owner published.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,11 +15,11 @@ use uuid::Uuid;
 mod check;
 mod client;
 mod configs;
-mod follow;
+mod consumer;
 mod marker;
-mod place;
+mod partitioner;
 #[cfg(test)]
-mod real;
+mod real_kafka_tests;
 mod scan;
 mod shard;
 #[cfg(test)]
@@ -28,94 +28,94 @@ mod topics;
 
 pub use check::CheckError;
 use client::Context;
-use configs::Configs;
+use configs::ConfigCache;
 pub use configs::RecordLimits;
-pub use follow::{Follower, Incoming, Start};
+pub use consumer::{ConsumerRecord, StartOffset, TopicConsumer};
 pub use marker::{Marker, transactional_id};
-pub use place::Placing;
-pub use scan::{Batch, Scan, Seen};
-pub use shard::{PublishError, Refusal, Shard};
-use topics::Topics;
+pub use partitioner::PartitionedBatch;
+pub use scan::{Scan, ScannedRange, ScannedRecord};
+pub use shard::{PublishError, RecordRejection, ShardProducer};
+use topics::TopicCache;
 
-/// The compacted topic in which each shard writes what it published, inside the same transaction; with at-least-once
-/// delivery, the number of each batch before anything of it is sent.
+/// The compacted topic to which each shard writes what it published, in the same transaction. With at-least-once delivery,
+/// a shard writes the number of each batch there, before it sends any record of the batch.
 pub const MARKER_TOPIC: &str = "lfs-broker-markers";
 
-/// Whether a topic is Kafka's own or the broker's own: no upload's pointer is written there.
+/// Whether a topic is internal to Kafka or to this broker. No pointer is published to an internal topic.
 pub fn is_internal(topic: &str) -> bool {
     topic == MARKER_TOPIC || topic.starts_with("__")
 }
 
-/// One request to Kafka may hold an HTTP request no longer than this: the answer is due within two seconds.
-const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
+/// The limit for one request to Kafka. An HTTP request may wait for it and must be answered within two seconds.
+const REQUEST_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// While Kafka does not answer, a client that asks is made anew no more often than this.
-const GIVEN_UP_AFTER: Duration = Duration::from_secs(2);
+/// While Kafka does not answer, the metadata client is replaced at most once in this time.
+const REPLACE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Blocking questions at the same time. They share one connection, so more threads would only wait.
-const QUESTIONS: usize = 16;
+/// Blocking queries at the same time. They share one connection, so more threads would only wait.
+const MAX_CONCURRENT_QUERIES: usize = 16;
 
 /// Where Kafka is and how pointers are delivered to it.
 #[derive(Clone)]
 pub struct Settings {
     /// `host:port` of one or more brokers, separated by commas.
     pub bootstrap_servers: String,
-    /// Any librdkafka property (TLS, SASL, …), except those that the promises rest on.
+    /// Any librdkafka property (TLS, SASL, …), except those that the delivery guarantees depend on.
     pub properties: BTreeMap<String, String>,
     /// Whether a pointer may be published twice.
     pub delivery: Delivery,
-    /// A missing topic is made on first use. For `dev` only: elsewhere a topic that Kafka lacks is an error.
+    /// Creates a missing topic on first use. For `dev` only: otherwise a topic that Kafka lacks is an error.
     pub create_topics: bool,
 }
 
 /// How often a pointer may appear in its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Delivery {
-    /// Each pointer once, by transactions. Readers need `isolation.level=read_committed`.
+    /// Each pointer once, by transactions. Consumers need `isolation.level=read_committed`.
     #[default]
     ExactlyOnce,
     /// Each pointer at least once: for Kafka clusters without transactions, and for `dev`.
     AtLeastOnce,
 }
 
-/// One pointer on its way to Kafka.
+/// One pointer to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// The session whose pointer this is.
+    /// The session of the pointer.
     pub upload_id: Uuid,
-    /// Where it goes.
+    /// The topic to publish to.
     pub topic: String,
-    /// The partition the client asked for; otherwise the key decides, as in Java, or chance.
+    /// The partition that the client asked for. Without it the key decides, as in Java; without a key, it is random.
     pub partition: Option<i32>,
-    /// Without a key the record has none; an empty key is a key.
+    /// The record's key. An empty key is a key, and `None` is a record without a key.
     pub key: Option<Vec<u8>>,
     /// The pointer, in its final bytes.
     pub value: Vec<u8>,
-    /// In this order.
+    /// The record's headers, in this order.
     pub headers: Vec<(String, Vec<u8>)>,
 }
 
-/// Where a pointer has been written.
+/// Where a pointer was published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Delivered {
-    /// The session whose pointer this is.
+pub struct RecordMetadata {
+    /// The session of the pointer.
     pub upload_id: Uuid,
-    /// The partition it is in.
+    /// The record's partition.
     pub partition: i32,
-    /// Its place in the partition.
+    /// The record's offset in the partition.
     pub offset: i64,
-    /// The record's time in milliseconds since 1970.
+    /// The record's timestamp in milliseconds since 1970.
     pub timestamp_ms: i64,
 }
 
-/// Why Kafka could not be used.
+/// Why a call to Kafka failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No answer in time. Asking again later is right.
+    /// Kafka did not answer in time. The caller should retry later.
     #[error("kafka is unreachable: {0}")]
     Unreachable(String),
-    /// An answer, and it was no. Somebody has to change something.
-    #[error("kafka refused: {0}")]
+    /// Kafka answered with an error. A retry helps only after a change to Kafka or to the settings.
+    #[error("kafka refused the request: {0}")]
     Refused(String),
     /// A property that this broker sets itself.
     #[error("kafka property `{0}` is set by lfs-broker and cannot be changed")]
@@ -125,35 +125,35 @@ pub enum Error {
     Limit {
         /// The property.
         key: String,
-        /// What it was set to.
+        /// The configured value.
         value: String,
-        /// The largest value allowed.
+        /// The largest allowed value.
         limit: u64,
     },
     /// librdkafka does not accept the settings.
     #[error("kafka settings: {0}")]
     Settings(String),
-    /// The marker topic was made by somebody else, with too few partitions.
+    /// The marker topic has too few partitions, so this broker did not create it.
     #[error("topic {MARKER_TOPIC} has {found} partitions, but {wanted} shards need one each")]
     MarkerPartitions {
-        /// What Kafka has.
+        /// The partitions that the topic has.
         found: i32,
-        /// What this deployment needs.
+        /// The partitions that this deployment needs.
         wanted: i32,
     },
-    /// The marker topic drops records by age or size: a marker that is gone would mean a second publish.
+    /// The marker topic deletes records by age or size. A deleted marker could cause a second publish.
     #[error(
         "topic {MARKER_TOPIC} has cleanup.policy={found}, which deletes markers; set it to compact: \
          kafka-configs.sh --alter --entity-type topics --entity-name {MARKER_TOPIC} --add-config cleanup.policy=compact"
     )]
     MarkerPolicy {
-        /// What Kafka has.
+        /// The policy that the topic has.
         found: String,
     },
 }
 
 impl Error {
-    /// Whether Kafka answered, and the answer was no: asking again helps once somebody has changed something.
+    /// Whether Kafka answered with an error. Then a retry helps only after a change to Kafka or to the settings.
     pub(crate) fn is_refusal(&self) -> bool {
         !matches!(self, Self::Unreachable(_))
     }
@@ -162,7 +162,7 @@ impl Error {
         Self::Settings(error.to_string())
     }
 
-    /// Sorts what librdkafka says into "not now" and "not like this".
+    /// Classifies a librdkafka error: a retry may help (`Unreachable`), or it does not (`Refused`).
     fn from_kafka(error: &KafkaError) -> Self {
         match (error.rdkafka_error_code(), error) {
             (Some(code), _) => Self::from_code(code, error.to_string()),
@@ -196,104 +196,105 @@ impl Error {
     }
 }
 
-/// The client that asks questions.
-type Observer = Arc<BaseConsumer<Context>>;
+/// The client for queries: metadata, watermarks, offsets.
+type MetadataClient = Arc<BaseConsumer<Context>>;
 
 struct Inner {
     settings: Settings,
-    /// And when it was made.
-    observer: Mutex<(Observer, Instant)>,
-    topics: Mutex<Topics>,
-    configs: Mutex<Configs>,
-    /// Which cluster answered when the marker topic was last looked at.
+    /// The client, and when it was created.
+    metadata_client: Mutex<(MetadataClient, Instant)>,
+    topic_cache: Mutex<TopicCache>,
+    config_cache: Mutex<ConfigCache>,
+    /// The id of the cluster that answered when the marker topic was last checked.
     cluster_id: Mutex<Option<String>>,
-    questions: Semaphore,
+    query_permits: Semaphore,
 }
 
-/// A connection to Kafka. Cheap to clone.
+/// A client of one Kafka cluster. Cheap to clone.
 #[derive(Clone)]
 pub struct Kafka(Arc<Inner>);
 
 impl Kafka {
-    /// Checks the settings and returns at once; Kafka is spoken to when something is asked.
+    /// Checks the settings and returns at once. The first query connects to Kafka.
     pub fn connect(settings: &Settings) -> Result<Self, Error> {
         client::check(&settings.properties)?;
-        // A producer is never made here, but its settings are checked at start rather than at the first publish.
+        // Creating a producer checks its settings now, and not only at the first publish.
         drop(client::producer(settings, None)?);
-        let observer = observer(settings)?;
+        let metadata_client = metadata_client(settings)?;
         Ok(Self(Arc::new(Inner {
             settings: settings.clone(),
-            observer: Mutex::new((observer, Instant::now())),
-            topics: Mutex::new(Topics::default()),
-            configs: Mutex::new(Configs::default()),
+            metadata_client: Mutex::new((metadata_client, Instant::now())),
+            topic_cache: Mutex::new(TopicCache::default()),
+            config_cache: Mutex::new(ConfigCache::default()),
             cluster_id: Mutex::new(None),
-            questions: Semaphore::new(QUESTIONS),
+            query_permits: Semaphore::new(MAX_CONCURRENT_QUERIES),
         })))
     }
 
-    /// Whether records are delivered exactly once.
+    /// The configured delivery guarantee.
     pub fn delivery(&self) -> Delivery {
         self.0.settings.delivery
     }
 
     /// Whether Kafka answers now, within 1.5 seconds.
     pub async fn reachable(&self) -> Result<(), Error> {
-        // One topic's metadata costs the same on a cluster of any size; whether the topic exists does not matter here.
-        match self.ask_layout(MARKER_TOPIC).await {
+        // The metadata of one topic costs the same on a cluster of any size. Whether the topic exists does not matter here.
+        match self.query_topic_metadata(MARKER_TOPIC).await {
             Ok(_) | Err(Error::Refused(_)) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// Takes over a shard. With exactly-once delivery this fences whoever published under `transactional_id` before:
-    /// nothing of theirs can appear afterwards, and [`Shard::last_marker`] says what did.
-    pub async fn shard(&self, transactional_id: &str, marker_partition: i32) -> Result<Shard, Error> {
-        Shard::open(self.clone(), transactional_id, marker_partition).await
+    /// Opens the producer of a shard. With exactly-once delivery this fences the previous producer of `transactional_id`:
+    /// none of its records can appear afterwards, and [`ShardProducer::last_marker`] lists those that did.
+    pub async fn open_producer(&self, transactional_id: &str, marker_partition: i32) -> Result<ShardProducer, Error> {
+        ShardProducer::open(self.clone(), transactional_id, marker_partition).await
     }
 
-    /// The last marker that was committed under `transactional_id`. Only the answer to the owner of the shard stays
-    /// true: another owner may commit meanwhile.
+    /// The last marker that was committed under `transactional_id`. Only for the owner of the shard does the answer stay
+    /// true: another owner may commit a new marker at any time.
     pub async fn last_marker(&self, transactional_id: &str, marker_partition: i32) -> Result<Option<Marker>, Error> {
         let settings = self.0.settings.clone();
         let id = transactional_id.to_owned();
-        self.observe(|observer| blocking(move || marker::last(&settings, &observer, &id, marker_partition))).await
+        self.with_metadata_client(|client| run_blocking(move || marker::read_last(&settings, &client, &id, marker_partition)))
+            .await
     }
 
-    /// Asks a question with the observer, and gives that up where it finds no answer.
+    /// Runs a call with the metadata client, and replaces the client if the call fails.
     ///
-    /// librdkafka (2.12) lets go of every broker that an answer does not list, and when a Kafka that was stopped comes
-    /// back and lists none for a moment, of all of them: such a client asks nobody for ever after.
-    async fn observe<T, Q>(&self, question: impl FnOnce(Observer) -> Q) -> Result<T, Error>
+    /// librdkafka (2.12) drops every broker that a metadata response does not list. A Kafka that has just restarted may
+    /// list no broker for a moment. Then the client has no broker left to ask and never recovers.
+    async fn with_metadata_client<T, Q>(&self, call: impl FnOnce(MetadataClient) -> Q) -> Result<T, Error>
     where
         Q: Future<Output = Result<T, Error>>,
     {
-        let observer = Arc::clone(&self.observer().0);
-        let answer = question(Arc::clone(&observer)).await;
+        let client = Arc::clone(&self.metadata_client().0);
+        let answer = call(Arc::clone(&client)).await;
         if answer.is_err() {
-            self.replace(&observer);
+            self.replace_metadata_client(&client);
         }
-        let is_current = Arc::ptr_eq(&self.observer().0, &observer);
+        let is_current = Arc::ptr_eq(&self.metadata_client().0, &client);
         if !is_current {
-            // We may be the last to let go of it.
-            drop_aside(observer);
+            // This may be the last reference, and destroying the client blocks.
+            drop_blocking(client);
         }
         answer
     }
 
-    fn observer(&self) -> MutexGuard<'_, (Observer, Instant)> {
-        // It is whole after every statement, so a panic elsewhere does not spoil it.
-        self.0.observer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn metadata_client(&self) -> MutexGuard<'_, (MetadataClient, Instant)> {
+        // Each statement leaves the value complete, so it is still valid after a panic elsewhere.
+        self.0.metadata_client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a new observer in the place of one that failed, unless somebody else has, or it was given no time.
-    fn replace(&self, failed: &Observer) {
-        let mut current = self.observer();
-        if !Arc::ptr_eq(&current.0, failed) || current.1.elapsed() < GIVEN_UP_AFTER {
+    /// Replaces a metadata client that failed, unless it was replaced already or is newer than [`REPLACE_INTERVAL`].
+    fn replace_metadata_client(&self, failed: &MetadataClient) {
+        let mut current = self.metadata_client();
+        if !Arc::ptr_eq(&current.0, failed) || current.1.elapsed() < REPLACE_INTERVAL {
             return;
         }
-        // Settings that made one make another.
-        if let Ok(fresh) = observer(&self.0.settings) {
-            drop_aside(std::mem::replace(&mut *current, (fresh, Instant::now())));
+        // The settings worked for the first client, so they work for this one.
+        if let Ok(fresh) = metadata_client(&self.0.settings) {
+            drop_blocking(std::mem::replace(&mut *current, (fresh, Instant::now())));
         }
     }
 
@@ -301,43 +302,43 @@ impl Kafka {
         &self.0.settings
     }
 
-    /// Runs a blocking question within [`ANSWER_WITHIN`], the wait for a free thread included.
-    async fn ask<T, F>(&self, question: F) -> Result<T, Error>
+    /// Runs a blocking query within [`REQUEST_TIMEOUT`], including the wait for a free thread.
+    async fn query<T, F>(&self, query: F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: FnOnce(Duration) -> Result<T, Error> + Send + 'static,
     {
         let started = Instant::now();
         let inner = Arc::clone(&self.0);
-        let asked = async move {
-            let _permit = inner.questions.acquire().await.expect("the semaphore is never closed");
-            let time_left = ANSWER_WITHIN.saturating_sub(started.elapsed());
-            blocking(move || question(time_left)).await
+        let answer = async move {
+            let _permit = inner.query_permits.acquire().await.expect("the semaphore is never closed");
+            let time_left = REQUEST_TIMEOUT.saturating_sub(started.elapsed());
+            run_blocking(move || query(time_left)).await
         };
-        let late = || Error::Unreachable(format!("no answer within {} ms", ANSWER_WITHIN.as_millis()));
-        tokio::time::timeout(ANSWER_WITHIN, asked).await.unwrap_or_else(|_| Err(late()))
+        let timed_out = || Error::Unreachable(format!("no answer within {} ms", REQUEST_TIMEOUT.as_millis()));
+        tokio::time::timeout(REQUEST_TIMEOUT, answer).await.unwrap_or_else(|_| Err(timed_out()))
     }
 }
 
-fn observer(settings: &Settings) -> Result<Observer, Error> {
-    let observer = Arc::new(client::observer(settings, false)?);
-    spawn_events_thread(Arc::downgrade(&observer));
-    Ok(observer)
+fn metadata_client(settings: &Settings) -> Result<MetadataClient, Error> {
+    let client = Arc::new(client::metadata_client(settings, false)?);
+    spawn_events_thread(Arc::downgrade(&client));
+    Ok(client)
 }
 
-/// librdkafka queues logs and errors for somebody to fetch; without this thread they would pile up while Kafka is down.
-fn spawn_events_thread(observer: Weak<BaseConsumer<Context>>) {
+/// Polls librdkafka's event queue. Without this thread, its logs and errors would pile up while Kafka is down.
+fn spawn_events_thread(client: Weak<BaseConsumer<Context>>) {
     std::thread::spawn(move || {
-        while let Some(observer) = observer.upgrade() {
-            if let Some(Err(error)) = observer.poll(Duration::from_millis(200)) {
+        while let Some(client) = client.upgrade() {
+            if let Some(Err(error)) = client.poll(Duration::from_millis(200)) {
                 tracing::debug!("kafka connection: {error}");
             }
         }
     });
 }
 
-/// Runs a call that blocks on Kafka where blocking is allowed.
-async fn blocking<T, F>(call: F) -> Result<T, Error>
+/// Runs a call that blocks on Kafka, on a thread where blocking is allowed.
+async fn run_blocking<T, F>(call: F) -> Result<T, Error>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T, Error> + Send + 'static,
@@ -349,7 +350,7 @@ where
     }
 }
 
-/// Lets go of a client where blocking is allowed: librdkafka joins its threads when one is destroyed.
-fn drop_aside<T: Send + 'static>(client: T) {
+/// Drops a client on a thread of its own: librdkafka joins its threads when a client is destroyed, which blocks.
+fn drop_blocking<T: Send + 'static>(client: T) {
     std::thread::spawn(move || drop(client));
 }

@@ -1,7 +1,7 @@
-//! Reading a partition from end to end: what Kafka holds, in the order in which it holds it.
+//! Scans a partition: reads its committed records in order, up to its current end.
 //!
-//! A reader of committed records of its own walks on a thread of its own and hands over batches; whoever is slow to
-//! take them makes it wait, so memory stays flat whatever the partition's length.
+//! Each scan has its own reader on its own thread, and delivers ranges of records through a channel. The channel holds one
+//! range, so the reader waits for a slow caller, and memory does not grow with the partition.
 
 use std::time::{Duration, Instant};
 
@@ -14,197 +14,198 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::client::{self, Context};
-use super::{Error, Kafka, Observer, Settings, blocking, drop_aside};
+use super::{Error, Kafka, MetadataClient, Settings, drop_blocking, run_blocking};
 
-/// Records of ours in one batch.
-const BATCH: usize = 1000;
-/// Offsets that one batch covers at most, so that a long run of others' records is told as progress too.
-const SPAN: i64 = 100_000;
-/// A pointer has less than 8 KiB; of a longer value the rest cannot make it equal.
-const VALUE_BYTES: usize = 64 << 10;
-/// Kafka ends a crashed owner's transaction after 60 s; until then what follows it is hidden.
-const SETTLED_WITHIN: Duration = Duration::from_secs(75);
-/// A fetch takes milliseconds; so long without a record and without the end means that Kafka does not answer.
-const PROGRESS_WITHIN: Duration = Duration::from_secs(20);
-/// Whether a topic is compacted is worth no longer a wait.
-const CONFIG_WITHIN: Duration = Duration::from_secs(3);
+/// The most records of this broker in one range.
+const MAX_RANGE_RECORDS: usize = 1000;
+/// The most offsets in one range. So a caller also sees progress through many records of other programs.
+const MAX_RANGE_OFFSETS: i64 = 100_000;
+/// How many bytes of a value are kept. A pointer has less than 8 KiB, so a longer value is not a pointer anyway.
+const MAX_VALUE_BYTES: usize = 64 << 10;
+/// Kafka aborts the transaction of a crashed owner after 60 s. Until then, later records are hidden.
+const OPEN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(75);
+/// A fetch takes milliseconds. If no record and no end arrives within this time, Kafka does not answer.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(20);
+/// The limit for the query whether a topic is compacted. The answer is not worth a longer wait.
+const CONFIG_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A record that names an upload in its headers.
+/// A record with an upload id in its headers.
 #[derive(Debug, Clone)]
-pub struct Seen {
-    /// Its place in the partition.
+pub struct ScannedRecord {
+    /// The record's offset in the partition.
     pub offset: i64,
-    /// Its time in milliseconds since 1970.
+    /// The record's timestamp in milliseconds since 1970.
     pub timestamp_ms: i64,
-    /// `lfs-upload-id`.
+    /// The header `lfs-upload-id`.
     pub upload_id: Uuid,
-    /// `lfs-integrity`.
+    /// The header `lfs-integrity`.
     pub integrity: Option<String>,
-    /// `lfs-version-id`.
+    /// The header `lfs-version-id`.
     pub version_id: Option<String>,
-    /// Its value; cut where it is longer than any pointer.
+    /// The record's value, cut off after 64 KiB, which is longer than any pointer.
     pub value: Vec<u8>,
 }
 
-/// A stretch of a partition: every offset from `from` up to, without, `to` was looked at.
+/// A range of a partition: every offset from `from` to `to` (exclusive) was read.
 #[derive(Debug)]
-pub struct Batch {
+pub struct ScannedRange {
     /// The first offset.
     pub from: i64,
-    /// The offset after the last.
+    /// The offset after the last offset.
     pub to: i64,
-    /// The records in it that name an upload.
-    pub records: Vec<Seen>,
-    /// How many records there are, the others among them.
-    pub looked_at: u64,
+    /// The records in the range that have an upload id.
+    pub records: Vec<ScannedRecord>,
+    /// The number of all records in the range.
+    pub record_count: u64,
 }
 
-/// A partition on its way past.
+/// A running scan of a partition.
 #[derive(Debug)]
 pub struct Scan {
-    batches: mpsc::Receiver<Result<Batch, Error>>,
-    /// The offset after the last at the start.
-    pub end: i64,
+    ranges: mpsc::Receiver<Result<ScannedRange, Error>>,
+    /// The partition's end offset when the scan started.
+    pub end_offset: i64,
 }
 
 impl Scan {
-    /// The next stretch; none at the end.
+    /// The next range; `None` at the end.
     ///
     /// # Errors
-    /// Where Kafka does not answer, or a transaction in the way stays open.
-    pub async fn next(&mut self) -> Result<Option<Batch>, Error> {
-        self.batches.recv().await.transpose()
+    /// If Kafka does not answer, or an earlier transaction stays open.
+    pub async fn next(&mut self) -> Result<Option<ScannedRange>, Error> {
+        self.ranges.recv().await.transpose()
     }
 }
 
 impl Kafka {
-    /// Reads a partition's committed records from its beginning to its end as it is now.
+    /// Scans a partition's committed records from its beginning to its current end.
     ///
     /// # Errors
-    /// Where Kafka does not answer.
+    /// If Kafka does not answer.
     pub async fn scan(&self, topic: &str, partition: i32) -> Result<Scan, Error> {
-        let (start, end) = self.range(topic, partition).await?;
-        Ok(self.walk(topic, partition, (start, end)))
+        let (start, end) = self.watermarks(topic, partition).await?;
+        Ok(self.spawn_scan(topic, partition, (start, end)))
     }
 
-    /// The same from the first record that is not older than `since_ms`, in milliseconds since 1970.
+    /// Scans from the first record whose timestamp is not before `since_ms`, in milliseconds since 1970.
     ///
     /// # Errors
-    /// Where Kafka does not answer.
+    /// If Kafka does not answer.
     pub async fn scan_since(&self, topic: &str, partition: i32, since_ms: i64) -> Result<Scan, Error> {
-        let (start, end) = self.range(topic, partition).await?;
+        let (start, end) = self.watermarks(topic, partition).await?;
         let name = topic.to_owned();
-        let ask = move |observer: Observer, time_left| {
+        let find_offset = move |client: MetadataClient, time_left| {
             let mut times = TopicPartitionList::new();
-            let asked = times.add_partition_offset(&name, partition, Offset::Offset(since_ms));
-            let found = asked.and_then(|()| observer.offsets_for_times(times, time_left));
+            let added = times.add_partition_offset(&name, partition, Offset::Offset(since_ms));
+            let found = added.and_then(|()| client.offsets_for_times(times, time_left));
             let found = found.map_err(|error| Error::from_kafka(&error))?;
             Ok(found.elements().first().map(|element| element.offset()))
         };
-        let since = self.observe(|observer| self.ask(move |time_left| ask(observer, time_left))).await?;
+        let since = self.with_metadata_client(|client| self.query(move |time_left| find_offset(client, time_left))).await?;
         let from = match since {
             Some(Offset::Offset(offset)) => start.max(offset),
             Some(Offset::End) => end,
             _ => start,
         };
-        Ok(self.walk(topic, partition, (from, end)))
+        Ok(self.spawn_scan(topic, partition, (from, end)))
     }
 
-    fn walk(&self, topic: &str, partition: i32, (start, end): (i64, i64)) -> Scan {
-        let (give, batches) = mpsc::channel(1);
+    fn spawn_scan(&self, topic: &str, partition: i32, (start, end): (i64, i64)) -> Scan {
+        let (sender, ranges) = mpsc::channel(1);
         if start < end {
             let (settings, topic) = (self.settings().clone(), topic.to_owned());
             tokio::task::spawn_blocking(move || {
-                let walk = Walk { topic: &topic, partition, end };
-                if let Err(error) = walk.run(&settings, start, &give) {
-                    // Nobody left to hear it: then nobody needs it.
-                    let _ = give.blocking_send(Err(error));
+                let task = ScanTask { topic: &topic, partition, end };
+                if let Err(error) = task.run(&settings, start, &sender) {
+                    // This fails if the caller dropped the scan. Then the error is not needed.
+                    let _ = sender.blocking_send(Err(error));
                 }
             });
         }
-        Scan { batches, end }
+        Scan { ranges, end_offset: end }
     }
 
-    /// The first offset of a partition and the one after its last, open transactions counted in.
+    /// The first offset of a partition and its end offset, including open transactions.
     ///
     /// # Errors
-    /// Where Kafka does not answer.
-    pub async fn range(&self, topic: &str, partition: i32) -> Result<(i64, i64), Error> {
+    /// If Kafka does not answer.
+    pub async fn watermarks(&self, topic: &str, partition: i32) -> Result<(i64, i64), Error> {
         let topic = topic.to_owned();
-        let range = move |observer: Observer, time_left| {
-            observer.fetch_watermarks(&topic, partition, time_left).map_err(|error| Error::from_kafka(&error))
+        let fetch = move |client: MetadataClient, time_left| {
+            client.fetch_watermarks(&topic, partition, time_left).map_err(|error| Error::from_kafka(&error))
         };
-        self.observe(|observer| self.ask(move |time_left| range(observer, time_left))).await
+        self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left))).await
     }
 
-    /// Whether a topic drops older records of a key. Where Kafka does not say, it does not.
+    /// Whether a topic is compacted: it drops older records of a key. `false` if Kafka does not report it.
     pub async fn is_compacted(&self, topic: &str) -> bool {
         let settings = self.settings().clone();
-        let Ok(admin) = blocking(move || client::admin(&settings)).await else { return false };
-        let options = AdminOptions::new().request_timeout(Some(CONFIG_WITHIN));
-        let asked = [ResourceSpecifier::Topic(topic)];
-        let answer = tokio::time::timeout(CONFIG_WITHIN, admin.describe_configs(&asked, &options)).await;
-        drop_aside(admin);
+        let Ok(admin) = run_blocking(move || client::admin(&settings)).await else { return false };
+        let options = AdminOptions::new().request_timeout(Some(CONFIG_TIMEOUT));
+        let query = [ResourceSpecifier::Topic(topic)];
+        let answer = tokio::time::timeout(CONFIG_TIMEOUT, admin.describe_configs(&query, &options)).await;
+        drop_blocking(admin);
         let Ok(Ok(resources)) = answer else { return false };
         let policy = resources.into_iter().flatten().find_map(|resource| resource.get("cleanup.policy")?.value.clone());
         policy.is_some_and(|policy| policy.contains("compact"))
     }
 }
 
-/// One walk through a partition, up to where it ended at the start.
-struct Walk<'a> {
+/// Reads a partition up to the end offset that it had when the scan started.
+struct ScanTask<'a> {
     topic: &'a str,
     partition: i32,
     end: i64,
 }
 
-impl Walk<'_> {
-    fn run(&self, settings: &Settings, start: i64, give: &mpsc::Sender<Result<Batch, Error>>) -> Result<(), Error> {
+impl ScanTask<'_> {
+    fn run(&self, settings: &Settings, start: i64, sender: &mpsc::Sender<Result<ScannedRange, Error>>) -> Result<(), Error> {
         let reader = client::reader(settings)?;
-        self.settled(&reader)?;
-        let mut place = TopicPartitionList::new();
-        place
+        self.wait_for_open_transactions(&reader)?;
+        let mut assignment = TopicPartitionList::new();
+        assignment
             .add_partition_offset(self.topic, self.partition, Offset::Offset(start))
-            .and_then(|()| reader.assign(&place))
+            .and_then(|()| reader.assign(&assignment))
             .map_err(|error| Error::from_kafka(&error))?;
-        let empty = |from| Batch { from, to: from, records: Vec::new(), looked_at: 0 };
-        let mut batch = empty(start);
-        let mut moved_at = Instant::now();
-        while moved_at.elapsed() < PROGRESS_WITHIN {
+        let empty = |from| ScannedRange { from, to: from, records: Vec::new(), record_count: 0 };
+        let mut range = empty(start);
+        let mut progress_at = Instant::now();
+        while progress_at.elapsed() < PROGRESS_TIMEOUT {
             match reader.poll(Duration::from_millis(100)) {
                 Some(Ok(record)) if record.offset() < self.end => {
-                    moved_at = Instant::now();
-                    batch.to = record.offset() + 1;
-                    batch.looked_at += 1;
-                    batch.records.extend(seen(&record));
-                    if batch.records.len() >= BATCH || batch.to - batch.from >= SPAN {
-                        let next = empty(batch.to);
-                        if give.blocking_send(Ok(std::mem::replace(&mut batch, next))).is_err() {
+                    progress_at = Instant::now();
+                    range.to = record.offset() + 1;
+                    range.record_count += 1;
+                    range.records.extend(scanned_record(&record));
+                    if range.records.len() >= MAX_RANGE_RECORDS || range.to - range.from >= MAX_RANGE_OFFSETS {
+                        let next = empty(range.to);
+                        if sender.blocking_send(Ok(std::mem::replace(&mut range, next))).is_err() {
                             return Ok(());
                         }
-                        // The one who takes batches may have been slow; that is not Kafka's silence.
-                        moved_at = Instant::now();
+                        // A slow caller does not mean that Kafka makes no progress.
+                        progress_at = Instant::now();
                     }
                 }
-                // Everything below the end was committed or aborted before the reader was sent off, so this end is it.
+                // All transactions below the end had ended before the reader started, so the reader saw all records.
                 Some(Ok(_) | Err(KafkaError::PartitionEOF(_))) => {
-                    batch.to = self.end;
-                    let _ = give.blocking_send(Ok(batch));
+                    range.to = self.end;
+                    let _ = sender.blocking_send(Ok(range));
                     return Ok(());
                 }
-                Some(Err(error)) if matches!(Error::from_kafka(&error), Error::Refused(_)) && !is_about_group(&error) => {
+                Some(Err(error)) if matches!(Error::from_kafka(&error), Error::Refused(_)) && !is_group_error(&error) => {
                     return Err(Error::from_kafka(&error));
                 }
                 _ => {}
             }
         }
         let (topic, partition, end) = (self.topic, self.partition, self.end);
-        Err(Error::Unreachable(format!("{topic}/{partition} could not be read beyond {} of {end}", batch.to)))
+        let (offset, seconds) = (range.to, PROGRESS_TIMEOUT.as_secs());
+        Err(Error::Unreachable(format!("no record of {topic}/{partition} after offset {offset} (end {end}) within {seconds} s")))
     }
 
-    /// Waits until no transaction that began before the end is open: a record behind it would be passed over.
-    fn settled(&self, reader: &BaseConsumer<Context>) -> Result<(), Error> {
-        let deadline = Instant::now() + SETTLED_WITHIN;
+    /// Waits until no transaction is open below the end. Otherwise the reader would miss the records after it.
+    fn wait_for_open_transactions(&self, reader: &BaseConsumer<Context>) -> Result<(), Error> {
+        let deadline = Instant::now() + OPEN_TRANSACTION_TIMEOUT;
         loop {
             let stable = reader
                 .fetch_watermarks(self.topic, self.partition, Duration::from_secs(10))
@@ -215,32 +216,34 @@ impl Walk<'_> {
             }
             if Instant::now() > deadline {
                 let (topic, partition, end) = (self.topic, self.partition, self.end);
-                let words = format!("a transaction stays open in {topic}/{partition}: {stable} of {end} can be read");
-                return Err(Error::Unreachable(words));
+                return Err(Error::Unreachable(format!(
+                    "a transaction is open in {topic}/{partition} at offset {stable} (end {end}) for more than {} s",
+                    OPEN_TRANSACTION_TIMEOUT.as_secs()
+                )));
             }
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
 
-/// The reader has a group's name but is no member, so what a coordinator says about it does not matter.
-fn is_about_group(error: &KafkaError) -> bool {
+/// Whether an error concerns the consumer group. The reader has a group id but never joins, so such an error does not matter.
+fn is_group_error(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(rdkafka::error::RDKafkaErrorCode::GroupAuthorizationFailed)
 }
 
-fn seen(record: &BorrowedMessage<'_>) -> Option<Seen> {
+fn scanned_record(record: &BorrowedMessage<'_>) -> Option<ScannedRecord> {
     let headers = record.headers()?;
     let text = |name: &str| {
         let value = headers.iter().find(|header| header.key == name)?.value?;
         std::str::from_utf8(value).ok().map(str::to_owned)
     };
     let value = record.payload().unwrap_or_default();
-    Some(Seen {
+    Some(ScannedRecord {
         offset: record.offset(),
         timestamp_ms: record.timestamp().to_millis().unwrap_or(0),
         upload_id: Uuid::try_parse(&text("lfs-upload-id")?).ok()?,
         integrity: text("lfs-integrity"),
         version_id: text("lfs-version-id"),
-        value: value[..value.len().min(VALUE_BYTES)].to_vec(),
+        value: value[..value.len().min(MAX_VALUE_BYTES)].to_vec(),
     })
 }

@@ -1,4 +1,4 @@
-//! Which topics exist, remembered for a while, and making the ones that this broker may make.
+//! Topic metadata, cached for a while, and the creation of the topics that this broker may create.
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -11,134 +11,136 @@ use rdkafka::metadata::MetadataPartition;
 use rdkafka::types::RDKafkaRespErr;
 
 use super::client::{self, Context};
-use super::{Error, Kafka, MARKER_TOPIC, Observer, blocking, drop_aside};
+use super::{Error, Kafka, MARKER_TOPIC, MetadataClient, drop_blocking, run_blocking};
 
-/// A topic that is made on first use gets as many partitions as librdkafka's mock cluster would give it.
+/// The partitions of a topic that is created on first use: as many as in librdkafka's mock cluster.
 const NEW_TOPIC_PARTITIONS: i32 = 4;
 
-/// Creating topics happens at start and in `dev` only; a controller under load takes seconds.
-const CREATE_WITHIN: Duration = Duration::from_secs(10);
+/// Topics are created only at start and in `dev`. A controller under load takes seconds.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a topic that was just made may stay out of sight.
-const APPEARS_WITHIN: Duration = Duration::from_secs(2);
+/// How long it may take until a new topic is visible in the metadata.
+const APPEAR_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a topic counts as known, counts as missing or in part without a leader, and stays known while Kafka does
-/// not answer.
-const KNOWN_FOR: Duration = Duration::from_secs(10);
-const MISSING_FOR: Duration = Duration::from_secs(1);
-const REMEMBERED_FOR: Duration = Duration::from_secs(600);
+/// How long the metadata of a complete topic is fresh.
+const CACHE_TTL: Duration = Duration::from_secs(10);
+/// The same for a topic that is missing or has a partition without a leader.
+const MISSING_TTL: Duration = Duration::from_secs(1);
+/// How long the metadata of an existing topic is used while Kafka does not answer.
+const STALE_TTL: Duration = Duration::from_secs(600);
 
-/// While Kafka does not answer, one request a second finds out and the others use what is remembered.
-const SILENT_FOR: Duration = Duration::from_secs(1);
+/// While Kafka does not answer, one request in this time queries it, and all others use the cache.
+const UNANSWERED_PAUSE: Duration = Duration::from_secs(1);
 
-/// Topic names come from requests, so what is remembered of them is bounded.
-const MOST_TOPICS: usize = 10_000;
+/// The cache is limited, because topic names come from requests.
+const MAX_CACHED_TOPICS: usize = 10_000;
 
-/// What Kafka says of a topic.
+/// The metadata of a topic.
 #[derive(Debug, Clone)]
-pub(super) struct Layout {
+pub(super) struct TopicMetadata {
     pub(super) partitions: i32,
-    /// Those to which nothing can be written now: the brokers that hold them are away.
+    /// The partitions that cannot be written now, because the brokers that hold them are down.
     pub(super) leaderless: Vec<i32>,
 }
 
-/// What is remembered of a topic; no layout when Kafka lacks it.
+/// The cached metadata of a topic; `None` if Kafka lacks the topic.
 #[derive(Clone)]
-struct Known {
-    layout: Option<Layout>,
+struct CachedTopic {
+    metadata: Option<TopicMetadata>,
     at: Instant,
 }
 
-impl Known {
+impl CachedTopic {
     fn is_fresh(&self) -> bool {
-        let is_whole = self.layout.as_ref().is_some_and(|layout| layout.leaderless.is_empty());
-        self.at.elapsed() < if is_whole { KNOWN_FOR } else { MISSING_FOR }
+        let is_complete = self.metadata.as_ref().is_some_and(|metadata| metadata.leaderless.is_empty());
+        self.at.elapsed() < if is_complete { CACHE_TTL } else { MISSING_TTL }
     }
 }
 
 #[derive(Default)]
-pub(super) struct Topics {
-    known: HashMap<String, Known>,
-    /// When Kafka last left a question without an answer.
-    silent_since: Option<Instant>,
+pub(super) struct TopicCache {
+    topics: HashMap<String, CachedTopic>,
+    /// When Kafka last did not answer a query.
+    unanswered_at: Option<Instant>,
 }
 
 impl Kafka {
-    /// How many partitions `topic` has; `None` when Kafka lacks it. Asking never creates it, except in `dev`.
+    /// The number of partitions of `topic`; `None` if Kafka lacks the topic. The query never creates it, except in `dev`.
     ///
-    /// A topic that was seen within ten minutes stays known while Kafka does not answer: uploads go on, and their
-    /// pointers wait.
-    pub async fn partitions(&self, topic: &str) -> Result<Option<i32>, Error> {
-        Ok(self.layout(topic).await?.map(|layout| layout.partitions))
+    /// While Kafka does not answer, cached metadata is used for up to ten minutes: uploads continue, and their pointers
+    /// wait in the outbox.
+    pub async fn partition_count(&self, topic: &str) -> Result<Option<i32>, Error> {
+        Ok(self.topic_metadata(topic).await?.map(|metadata| metadata.partitions))
     }
 
-    /// The same with what the relay looks at.
-    pub(super) async fn layout(&self, topic: &str) -> Result<Option<Layout>, Error> {
-        let (known, silent) = {
-            let topics = self.topics();
-            let silent = topics.silent_since.is_some_and(|since| since.elapsed() < SILENT_FOR);
-            (topics.known.get(topic).cloned(), silent)
+    /// The metadata of `topic`, from the cache if it is fresh.
+    pub(super) async fn topic_metadata(&self, topic: &str) -> Result<Option<TopicMetadata>, Error> {
+        let (cached, is_unanswered) = {
+            let cache = self.topic_cache();
+            let is_unanswered = cache.unanswered_at.is_some_and(|at| at.elapsed() < UNANSWERED_PAUSE);
+            (cache.topics.get(topic).cloned(), is_unanswered)
         };
-        let is_fresh = known.as_ref().is_some_and(Known::is_fresh);
-        let remembered = known.and_then(|known| known.layout.filter(|_| known.at.elapsed() < REMEMBERED_FOR));
-        if is_fresh || (silent && remembered.is_some()) {
-            return Ok(remembered);
+        let is_fresh = cached.as_ref().is_some_and(CachedTopic::is_fresh);
+        let cached = cached.and_then(|cached| cached.metadata.filter(|_| cached.at.elapsed() < STALE_TTL));
+        if is_fresh || (is_unanswered && cached.is_some()) {
+            return Ok(cached);
         }
-        match self.ask_layout(topic).await {
+        match self.query_topic_metadata(topic).await {
             Ok(None) if self.0.settings.create_topics => {
-                let layout = self.create(topic).await?;
-                self.remember(topic, Some(layout.clone()));
-                Ok(Some(layout))
+                let metadata = self.create_on_first_use(topic).await?;
+                self.cache_topic(topic, Some(metadata.clone()));
+                Ok(Some(metadata))
             }
-            Ok(layout) => {
-                self.remember(topic, layout.clone());
-                Ok(layout)
+            Ok(metadata) => {
+                self.cache_topic(topic, metadata.clone());
+                Ok(metadata)
             }
             Err(Error::Unreachable(reason)) => {
-                self.topics().silent_since = Some(Instant::now());
-                remembered.map(Some).ok_or(Error::Unreachable(reason))
+                self.topic_cache().unanswered_at = Some(Instant::now());
+                cached.map(Some).ok_or(Error::Unreachable(reason))
             }
             Err(error) => Err(error),
         }
     }
 
-    /// How many partitions the marker topic has, asked of Kafka now; `None` when Kafka lacks it. Asking never creates it.
-    pub async fn marker_partitions(&self) -> Result<Option<i32>, Error> {
-        Ok(self.ask_layout(MARKER_TOPIC).await?.map(|layout| layout.partitions))
+    /// The number of partitions of the marker topic, without the cache; `None` if Kafka lacks the topic. The query never
+    /// creates it.
+    pub async fn marker_partition_count(&self) -> Result<Option<i32>, Error> {
+        Ok(self.query_topic_metadata(MARKER_TOPIC).await?.map(|metadata| metadata.partitions))
     }
 
-    /// Makes the marker topic with a partition for each shard, unless it is there. Says whether it was missing.
+    /// Creates the marker topic with a partition for each shard, if it is missing. Returns whether it was missing.
     ///
     /// # Errors
-    /// Also where it is there, and markers would not be safe in it.
+    /// Also if the topic exists, but has too few partitions or deletes markers.
     pub async fn ensure_marker_topic(&self, shards: i32) -> Result<bool, Error> {
-        let is_missing = self.ask_layout(MARKER_TOPIC).await?.is_none();
-        self.note_cluster().await;
+        let is_missing = self.query_topic_metadata(MARKER_TOPIC).await?.is_none();
+        self.warn_if_cluster_changed().await;
         if is_missing {
-            let replicas = self.brokers().await?.clamp(1, 3);
-            // With three copies a marker survives the loss of a broker; losing one would mean a second publish.
+            let replicas = self.broker_count().await?.clamp(1, 3);
+            // With three replicas a marker survives the loss of a broker. A lost marker could cause a second publish.
             let in_sync = if replicas == 3 { "2" } else { "1" };
             let topic = NewTopic::new(MARKER_TOPIC, shards, TopicReplication::Fixed(replicas))
                 .set("cleanup.policy", "compact")
                 .set("min.insync.replicas", in_sync)
-                // Small segments, so that compaction starts early: it leaves the open segment alone.
+                // Compaction skips the open segment, so with small segments it starts early.
                 .set("segment.bytes", "16777216")
                 .set("segment.ms", "3600000");
             match self.create_topic(topic).await {
                 Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => {}
-                Err(code) => return Err(Error::from_code(code, format!("cannot make topic {MARKER_TOPIC}: {code}"))),
+                Err(code) => return Err(Error::from_code(code, format!("cannot create topic {MARKER_TOPIC}: {code}"))),
             }
         }
-        match self.appearing(MARKER_TOPIC, APPEARS_WITHIN).await?.partitions {
+        match self.await_topic(MARKER_TOPIC, APPEAR_TIMEOUT).await?.partitions {
             found if found < shards => Err(Error::MarkerPartitions { found, wanted: shards }),
             _ => self.check_marker_policy().await.map(|()| is_missing),
         }
     }
 
-    /// Whether the marker topic keeps markers, as far as Kafka tells.
+    /// Checks that the marker topic keeps markers. If Kafka does not report its policy, the check passes.
     ///
     /// # Errors
-    /// [`Error::MarkerPolicy`] where it drops them by age or size.
+    /// [`Error::MarkerPolicy`] if the topic deletes records by age or size.
     pub async fn check_marker_policy(&self) -> Result<(), Error> {
         self.check_policy(MARKER_TOPIC).await
     }
@@ -150,80 +152,81 @@ impl Kafka {
         }
     }
 
-    /// Warns when another cluster answers than before.
-    async fn note_cluster(&self) {
-        let asked = |observer: Observer, time_left| Ok(observer.client().fetch_cluster_id(time_left));
-        let Ok(Some(found)) = self.observe(|observer| self.ask(move |time_left| asked(observer, time_left))).await else {
-            return;
-        };
+    /// Logs a warning if another Kafka cluster answers than before.
+    async fn warn_if_cluster_changed(&self) {
+        let fetch = |client: MetadataClient, time_left| Ok(client.client().fetch_cluster_id(time_left));
+        let answer = self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left)));
+        let Ok(Some(found)) = answer.await else { return };
         let known = self.0.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
         if let Some(known) = known.filter(|known| *known != found) {
             tracing::warn!(
-                "the Kafka cluster is another one: its id was {known} and is {found} now; what was published before is not in it"
+                "another Kafka cluster answers: the cluster id was {known} and is now {found}; pointers that were published \
+                 before are not in this cluster"
             );
         }
     }
 
-    fn topics(&self) -> std::sync::MutexGuard<'_, Topics> {
-        // The map is whole after every statement, so a panic elsewhere does not spoil it.
-        self.0.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    fn topic_cache(&self) -> std::sync::MutexGuard<'_, TopicCache> {
+        // Each statement leaves the cache complete, so it is still valid after a panic elsewhere.
+        self.0.topic_cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn remember(&self, topic: &str, layout: Option<Layout>) {
-        let mut topics = self.topics();
-        topics.silent_since = None;
-        if topics.known.len() >= MOST_TOPICS {
-            topics.known.retain(|_, known| known.is_fresh());
+    fn cache_topic(&self, topic: &str, metadata: Option<TopicMetadata>) {
+        let mut cache = self.topic_cache();
+        cache.unanswered_at = None;
+        if cache.topics.len() >= MAX_CACHED_TOPICS {
+            cache.topics.retain(|_, cached| cached.is_fresh());
         }
-        if topics.known.len() < MOST_TOPICS {
-            topics.known.insert(topic.to_owned(), Known { layout, at: Instant::now() });
-        }
-    }
-
-    /// Makes the next [`Kafka::partitions`] ask again, after Kafka contradicted what is remembered.
-    pub(super) fn doubt(&self, topic: &str) {
-        if let Some(known) = self.topics().known.get_mut(topic) {
-            known.at = known.at.checked_sub(KNOWN_FOR).unwrap_or(known.at);
+        if cache.topics.len() < MAX_CACHED_TOPICS {
+            cache.topics.insert(topic.to_owned(), CachedTopic { metadata, at: Instant::now() });
         }
     }
 
-    pub(super) async fn ask_layout(&self, topic: &str) -> Result<Option<Layout>, Error> {
+    /// Makes the next [`Kafka::topic_metadata`] query Kafka again, because an error contradicted the cache.
+    pub(super) fn invalidate_topic(&self, topic: &str) {
+        if let Some(cached) = self.topic_cache().topics.get_mut(topic) {
+            cached.at = cached.at.checked_sub(CACHE_TTL).unwrap_or(cached.at);
+        }
+    }
+
+    pub(super) async fn query_topic_metadata(&self, topic: &str) -> Result<Option<TopicMetadata>, Error> {
         let topic = topic.to_owned();
-        self.observe(|observer| self.ask(move |time_left| ask_layout(&observer, &topic, time_left))).await
+        self.with_metadata_client(|client| self.query(move |time_left| fetch_topic_metadata(&client, &topic, time_left))).await
     }
 
-    async fn brokers(&self) -> Result<i32, Error> {
-        let count = |observer: Observer, time_left| {
-            let metadata = observer.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
+    async fn broker_count(&self) -> Result<i32, Error> {
+        let count = |client: MetadataClient, time_left| {
+            let metadata = client.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
             Ok(i32::try_from(metadata.brokers().len()).unwrap_or(i32::MAX))
         };
-        self.observe(|observer| self.ask(move |time_left| count(observer, time_left))).await
+        self.with_metadata_client(|client| self.query(move |time_left| count(client, time_left))).await
     }
 
-    /// Makes a topic on first use, for `dev`.
-    async fn create(&self, topic: &str) -> Result<Layout, Error> {
-        // librdkafka's mock cluster and most real ones make a topic when a client that allows it asks for it; the
-        // mock cluster knows no other way.
+    /// Creates a topic on first use, for `dev`.
+    async fn create_on_first_use(&self, topic: &str) -> Result<TopicMetadata, Error> {
+        // librdkafka's mock cluster and most Kafka clusters create a topic when a client asks for it and allows this.
+        // The mock cluster has no other way.
         let (settings, name) = (self.0.settings.clone(), topic.to_owned());
-        let asked = self.ask(move |time_left| ask_layout(&client::observer(&settings, true)?, &name, time_left));
-        if let Ok(Some(layout)) = asked.await {
-            return Ok(layout);
+        let answer =
+            self.query(move |time_left| fetch_topic_metadata(&client::metadata_client(&settings, true)?, &name, time_left));
+        if let Ok(Some(metadata)) = answer.await {
+            return Ok(metadata);
         }
-        if let Ok(layout) = self.appearing(topic, APPEARS_WITHIN / 4).await {
-            return Ok(layout);
+        if let Ok(metadata) = self.await_topic(topic, APPEAR_TIMEOUT / 4).await {
+            return Ok(metadata);
         }
         match self.create_topic(NewTopic::new(topic, NEW_TOPIC_PARTITIONS, TopicReplication::Fixed(-1))).await {
-            Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => self.appearing(topic, APPEARS_WITHIN).await,
-            Err(code) => Err(Error::from_code(code, format!("cannot make topic {topic}: {code}"))),
+            Ok(()) | Err(RDKafkaErrorCode::TopicAlreadyExists) => self.await_topic(topic, APPEAR_TIMEOUT).await,
+            Err(code) => Err(Error::from_code(code, format!("cannot create topic {topic}: {code}"))),
         }
     }
 
     pub(super) async fn create_topic(&self, topic: NewTopic<'_>) -> Result<(), RDKafkaErrorCode> {
         let settings = self.0.settings.clone();
-        let admin = blocking(move || client::admin(&settings)).await.map_err(|_| RDKafkaErrorCode::InvalidConfig)?;
-        let options = AdminOptions::new().request_timeout(Some(CREATE_WITHIN)).operation_timeout(Some(CREATE_WITHIN));
+        let admin = run_blocking(move || client::admin(&settings)).await.map_err(|_| RDKafkaErrorCode::InvalidConfig)?;
+        let options = AdminOptions::new().request_timeout(Some(CREATE_TIMEOUT)).operation_timeout(Some(CREATE_TIMEOUT));
         let created = admin.create_topics([&topic], &options).await;
-        drop_aside(admin);
+        drop_blocking(admin);
         match created {
             Ok(results) => results.into_iter().try_for_each(|result| result.map(drop).map_err(|(_, code)| code)),
             Err(error) => Err(match error {
@@ -233,15 +236,16 @@ impl Kafka {
         }
     }
 
-    /// Waits until a topic that was just made can be seen: brokers learn of it, and of its leader, one after the other.
-    async fn appearing(&self, topic: &str, within: Duration) -> Result<Layout, Error> {
-        let deadline = Instant::now() + within;
+    /// Waits until a new topic is visible: the Kafka brokers learn of the topic and of its leaders one after the other.
+    async fn await_topic(&self, topic: &str, timeout: Duration) -> Result<TopicMetadata, Error> {
+        let deadline = Instant::now() + timeout;
         loop {
-            match self.ask_layout(topic).await {
-                Ok(Some(layout)) => return Ok(layout),
+            match self.query_topic_metadata(topic).await {
+                Ok(Some(metadata)) => return Ok(metadata),
                 Err(Error::Refused(reason)) => return Err(Error::Refused(reason)),
                 Ok(None) if Instant::now() > deadline => {
-                    return Err(Error::Unreachable(format!("topic {topic} was made but does not appear")));
+                    let waited_ms = timeout.as_millis();
+                    return Err(Error::Unreachable(format!("topic {topic} was created but is not visible after {waited_ms} ms")));
                 }
                 Err(error) if Instant::now() > deadline => return Err(error),
                 _ => tokio::time::sleep(Duration::from_millis(20)).await,
@@ -250,14 +254,18 @@ impl Kafka {
     }
 }
 
-fn ask_layout(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration) -> Result<Option<Layout>, Error> {
+fn fetch_topic_metadata(
+    client: &BaseConsumer<Context>,
+    topic: &str,
+    time_left: Duration,
+) -> Result<Option<TopicMetadata>, Error> {
     use RDKafkaRespErr as Code;
-    let metadata = observer.fetch_metadata(Some(topic), time_left).map_err(|error| Error::from_kafka(&error))?;
+    let metadata = client.fetch_metadata(Some(topic), time_left).map_err(|error| Error::from_kafka(&error))?;
     let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
         return Ok(None);
     };
     match found.error() {
-        // A name that Kafka does not allow is a topic that it lacks.
+        // A topic whose name Kafka does not allow cannot exist.
         Some(Code::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART | Code::RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION) => Ok(None),
         Some(code) if found.partitions().is_empty() => {
             Err(Error::from_kafka(&KafkaError::MetadataFetch(RDKafkaErrorCode::from(code))))
@@ -265,7 +273,7 @@ fn ask_layout(observer: &BaseConsumer<Context>, topic: &str, time_left: Duration
         _ => {
             let leaderless = found.partitions().iter().filter(|partition| partition.leader() < 0);
             let leaderless = leaderless.map(MetadataPartition::id).collect();
-            Ok(i32::try_from(found.partitions().len()).ok().map(|partitions| Layout { partitions, leaderless }))
+            Ok(i32::try_from(found.partitions().len()).ok().map(|partitions| TopicMetadata { partitions, leaderless }))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! From settings to clients: where credentials and region come from, and how long a call may take.
+//! Creates the S3 clients from the settings: the sources of credentials and region, and the timeouts of calls.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,50 +15,50 @@ use aws_sdk_s3::config::{
 };
 use serde::Deserialize;
 
-use super::sign::Signer;
-use super::undeclared::Defaults;
-use super::{Error, Inner, Objects, code, failed};
+use super::presign::Signer;
+use super::undeclared::BucketDefaults;
+use super::{Error, Inner, Objects, call_error, error_code};
 
-/// Where the objects are and who signs: the `[s3]` table.
+/// The object store and the credentials: the `[s3]` table.
 #[derive(Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// The bucket of topics that name none.
+    /// The bucket of topics whose policy names no bucket.
     pub bucket: Option<String>,
-    /// The endpoint that the broker talks to; `AWS_ENDPOINT_URL_S3` or Amazon's own when absent.
+    /// The endpoint that the broker calls; if absent, `AWS_ENDPOINT_URL_S3` or Amazon's endpoint.
     pub endpoint: Option<String>,
-    /// The endpoint that URLs are signed for; the broker's own when absent.
+    /// The endpoint that URLs are signed for; if absent, the endpoint that the broker calls.
     pub public_endpoint: Option<String>,
-    /// Whether the bucket is in the path instead of the host name; true for an endpoint that is not Amazon's.
+    /// Whether the bucket is in the path instead of the host name; if absent, true for an endpoint that is not Amazon's.
     pub force_path_style: Option<bool>,
-    /// The region; the usual AWS sources when absent, and `us-east-1` for an endpoint that is not Amazon's.
+    /// The region; if absent, the usual AWS sources, and then `us-east-1` for an endpoint that is not Amazon's.
     pub region: Option<String>,
-    /// The broker's access key; the usual AWS sources when absent.
+    /// The broker's access key; if absent, the usual AWS sources.
     pub access_key_id: Option<String>,
-    /// Its secret.
+    /// The secret of the broker's access key.
     pub secret_access_key: Option<String>,
-    /// The access key that uploads are signed with: one that may only write. The broker's own when absent.
+    /// The write-only access key that upload URLs are signed with; if absent, the broker's access key.
     pub signing_access_key_id: Option<String>,
-    /// Its secret.
+    /// The secret of the write-only access key.
     pub signing_secret_access_key: Option<String>,
-    /// Serve even where the store lets the holder of an upload URL copy what the signer may read.
+    /// Serve even if the store lets the holder of an upload URL copy any object that the signing key may read.
     pub allow_copy_source: bool,
 }
 
 impl Settings {
-    /// Checks what can be checked without asking anybody.
+    /// Checks the settings without any network call.
     ///
     /// # Errors
-    /// Where half a credential is given, or an endpoint is no URL.
+    /// If only half of a credential is set, or an endpoint is not a URL.
     pub fn check(&self) -> Result<(), Error> {
-        pair(OWN_KEY, &self.access_key_id, &self.secret_access_key)?;
-        pair(SIGNING_KEY, &self.signing_access_key_id, &self.signing_secret_access_key)?;
-        let own = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].map(|name| (name, std::env::var(name).ok()));
-        let told = [("s3.endpoint", self.endpoint.clone()), ("LFS_BROKER_S3_PUBLIC_ENDPOINT", self.public_endpoint.clone())];
-        for (name, endpoint) in own.into_iter().chain(told) {
-            // Set to nothing, the SDK takes a variable for not set.
+        credential(BROKER_KEY, &self.access_key_id, &self.secret_access_key)?;
+        credential(SIGNING_KEY, &self.signing_access_key_id, &self.signing_secret_access_key)?;
+        let environment = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].map(|name| (name, std::env::var(name).ok()));
+        let settings = [("s3.endpoint", self.endpoint.clone()), ("LFS_BROKER_S3_PUBLIC_ENDPOINT", self.public_endpoint.clone())];
+        for (name, endpoint) in environment.into_iter().chain(settings) {
+            // The SDK treats an empty variable as not set.
             if endpoint.is_some_and(|endpoint| !endpoint.is_empty() && !is_endpoint(&endpoint)) {
-                // Its value is not shown: it may hold a password.
+                // The message omits the value, because the URL may contain a password.
                 return Err(Error::Settings(format!("{name} must be a URL such as https://s3.example.net")));
             }
         }
@@ -72,7 +72,7 @@ fn is_endpoint(endpoint: &str) -> bool {
 }
 
 impl fmt::Debug for Settings {
-    /// Names the keys and hides their secrets.
+    /// Shows the access key ids and omits the secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
             .field("bucket", &self.bucket)
@@ -87,104 +87,105 @@ impl fmt::Debug for Settings {
     }
 }
 
-const OWN_KEY: [&str; 2] = ["s3.access_key_id", "s3.secret_access_key"];
+const BROKER_KEY: [&str; 2] = ["s3.access_key_id", "s3.secret_access_key"];
 const SIGNING_KEY: [&str; 2] = ["LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY"];
 
-/// How long one kind of call may take.
+/// The timeouts and the number of attempts of one kind of call.
 #[derive(Clone, Copy)]
-pub(super) struct Patience {
+pub(super) struct CallTimeouts {
     attempt: Duration,
     total: Duration,
-    attempts: u32,
+    max_attempts: u32,
 }
 
-/// Calls that a client waits for: an unreachable S3 is noticed in less than two seconds.
-const ASKING: Patience = Patience { attempt: Duration::from_millis(1200), total: Duration::from_millis(1800), attempts: 2 };
-/// The health check must answer before whoever probes us gives up, often after two seconds.
-const PULSE: Patience = Patience { attempt: Duration::from_millis(1400), total: Duration::from_millis(1400), attempts: 1 };
-/// Completing puts thousands of parts together. Once: a second try would only find that the upload is gone.
-pub(super) const FINISHING: Patience = Patience { attempt: Duration::from_secs(60), total: Duration::from_secs(60), attempts: 1 };
-/// Removing a large object is slow on some stores, and nobody waits for it.
-pub(super) const REMOVING: Patience = Patience { attempt: Duration::from_secs(15), total: Duration::from_secs(30), attempts: 2 };
-/// Until the first byte; the stream has a limit of its own.
-pub(super) const READING: Patience = Patience { attempt: Duration::from_secs(20), total: Duration::from_secs(30), attempts: 2 };
-
-/// A connection in a data centre takes a millisecond, or it will not come.
-const CONNECT: Duration = Duration::from_millis(800);
+/// A working connection inside a data centre opens within about 1 ms, so a longer wait means that S3 is unreachable.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 const BACKOFF: Duration = Duration::from_millis(50);
 
-impl Patience {
-    fn timeouts(self) -> TimeoutConfig {
+impl CallTimeouts {
+    /// A client waits for these calls, so an unreachable S3 must be noticed in less than two seconds.
+    const DEFAULT: Self = Self { attempt: Duration::from_millis(1200), total: Duration::from_millis(1800), max_attempts: 2 };
+    /// The health check must answer before the prober's timeout, which is often two seconds.
+    const HEALTH: Self = Self { attempt: Duration::from_millis(1400), total: Duration::from_millis(1400), max_attempts: 1 };
+    /// S3 joins up to 10,000 parts. There is one attempt, because a second attempt would find no multipart upload.
+    pub(super) const COMPLETE: Self = Self { attempt: Duration::from_secs(60), total: Duration::from_secs(60), max_attempts: 1 };
+    /// Deletions and lists are slow on some stores, and no client waits for them.
+    pub(super) const DELETE: Self = Self { attempt: Duration::from_secs(15), total: Duration::from_secs(30), max_attempts: 2 };
+    /// The time until the first byte; [`super::ObjectReader`] limits the pauses of the stream.
+    pub(super) const READ: Self = Self { attempt: Duration::from_secs(20), total: Duration::from_secs(30), max_attempts: 2 };
+
+    fn timeout_config(self) -> TimeoutConfig {
         TimeoutConfig::builder()
-            .connect_timeout(CONNECT)
+            .connect_timeout(CONNECT_TIMEOUT)
             .operation_attempt_timeout(self.attempt)
             .operation_timeout(self.total)
             .build()
     }
 
-    fn retries(self) -> RetryConfig {
-        RetryConfig::standard().with_max_attempts(self.attempts).with_initial_backoff(BACKOFF).with_max_backoff(BACKOFF)
+    fn retry_config(self) -> RetryConfig {
+        RetryConfig::standard().with_max_attempts(self.max_attempts).with_initial_backoff(BACKOFF).with_max_backoff(BACKOFF)
     }
 }
 
-/// The override for a call that needs another patience than [`ASKING`].
-pub(super) fn patient(patience: Patience) -> Builder {
-    Config::builder().timeout_config(patience.timeouts()).retry_config(patience.retries())
+/// The configuration override for a call that needs other timeouts than [`CallTimeouts::DEFAULT`].
+pub(super) fn timeout_override(timeouts: CallTimeouts) -> Builder {
+    Config::builder().timeout_config(timeouts.timeout_config()).retry_config(timeouts.retry_config())
 }
 
 impl Objects {
-    /// Makes the clients. No call to S3 is made: a broker starts while S3 is away.
+    /// Creates the clients without a call to S3, so that a broker can start while S3 is unreachable.
     ///
     /// # Errors
-    /// As [`Settings::check`], or where no region can be found.
+    /// As [`Settings::check`], or if no region is configured.
     pub async fn connect(settings: &Settings) -> Result<Objects, Error> {
         settings.check()?;
-        let own_key = pair(OWN_KEY, &settings.access_key_id, &settings.secret_access_key)?;
-        let signing_key = pair(SIGNING_KEY, &settings.signing_access_key_id, &settings.signing_secret_access_key)?;
-        let shared = load(settings, own_key).await?;
-        let own_key =
-            shared.credentials_provider().ok_or_else(|| Error::Settings("there is no source of credentials".to_owned()))?;
-        let signing_key = signing_key.unwrap_or_else(|| own_key.clone());
+        let broker_key = credential(BROKER_KEY, &settings.access_key_id, &settings.secret_access_key)?;
+        let signing_key = credential(SIGNING_KEY, &settings.signing_access_key_id, &settings.signing_secret_access_key)?;
+        let sdk_config = load_sdk_config(settings, broker_key).await?;
+        let no_source = || Error::Settings("no source of aws credentials is configured: set s3.access_key_id".to_owned());
+        let broker_key = sdk_config.credentials_provider().ok_or_else(no_source)?;
+        let signing_key = signing_key.unwrap_or_else(|| broker_key.clone());
 
-        let inside = config(&shared, settings);
+        let internal = client_config(&sdk_config, settings);
         let public = match &settings.public_endpoint {
-            Some(endpoint) => inside.clone().endpoint_url(endpoint).force_path_style(settings.force_path_style.unwrap_or(true)),
-            None => inside.clone(),
+            Some(endpoint) => internal.clone().endpoint_url(endpoint).force_path_style(settings.force_path_style.unwrap_or(true)),
+            None => internal.clone(),
         };
         Ok(Objects(Arc::new(Inner {
-            calls: Client::from_conf(inside.clone().build()),
-            uploads: Signer::new(public.clone(), signing_key.clone()),
-            downloads: Signer::new(public, own_key),
-            inside: Signer::new(inside, signing_key),
+            client: Client::from_conf(internal.clone().build()),
+            upload_signer: Signer::new(public.clone(), signing_key.clone()),
+            download_signer: Signer::new(public, broker_key),
+            internal_upload_signer: Signer::new(internal, signing_key),
             bucket: settings.bucket.clone(),
-            defaults: Defaults::default(),
+            bucket_defaults: BucketDefaults::default(),
         })))
     }
 
-    /// Whether S3 answers us.
+    /// Checks that S3 answers the broker.
     ///
     /// # Errors
-    /// Where it does not within 1.5 seconds, or refuses us the default bucket.
+    /// If S3 does not answer within 1.4 seconds, or denies access to the default bucket.
     pub async fn reachable(&self) -> Result<(), Error> {
         let Some(bucket) = &self.0.bucket else {
-            let answer = self.0.calls.list_buckets().max_buckets(1).customize().config_override(patient(PULSE)).send().await;
-            return match answer {
+            let request = self.0.client.list_buckets().max_buckets(1);
+            return match request.customize().config_override(timeout_override(CallTimeouts::HEALTH)).send().await {
                 Ok(_) => Ok(()),
-                // Few may list buckets; that S3 says so is answer enough.
-                Err(error) if code(&error) == "AccessDenied" => Ok(()),
-                Err(error) => Err(failed("ListBuckets", &error)),
+                // Many credentials may not list buckets, but "access denied" shows that S3 answers.
+                Err(error) if error_code(&error) == "AccessDenied" => Ok(()),
+                Err(error) => Err(call_error("ListBuckets", &error)),
             };
         };
-        match self.0.calls.head_bucket().bucket(bucket).customize().config_override(patient(PULSE)).send().await {
+        let request = self.0.client.head_bucket().bucket(bucket);
+        match request.customize().config_override(timeout_override(CallTimeouts::HEALTH)).send().await {
             Ok(_) => Ok(()),
-            Err(error) => Err(failed("HeadBucket", &error)),
+            Err(error) => Err(call_error("HeadBucket", &error)),
         }
     }
 }
 
-/// A credential of the settings; both halves or none.
-fn pair(
-    [name, secret_name]: [&str; 2],
+/// A credential from the settings; `None` if neither the id nor the secret is set.
+fn credential(
+    [id_name, secret_name]: [&str; 2],
     id: &Option<String>,
     secret: &Option<String>,
 ) -> Result<Option<SharedCredentialsProvider>, Error> {
@@ -194,48 +195,48 @@ fn pair(
             let key = Credentials::new(id, secret, None, None, "lfs-broker settings");
             Ok(Some(SharedCredentialsProvider::new(key)))
         }
-        _ => Err(Error::Settings(format!("{name} and {secret_name} belong together, only one is set"))),
+        _ => Err(Error::Settings(format!("{id_name} and {secret_name} must both be set, but only one of them is set"))),
     }
 }
 
-/// Whether the endpoint is another than Amazon's.
-fn has_endpoint(settings: &Settings) -> bool {
-    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    settings.endpoint.is_some() || set("AWS_ENDPOINT_URL_S3") || set("AWS_ENDPOINT_URL")
+/// Whether the endpoint is not Amazon's.
+fn has_custom_endpoint(settings: &Settings) -> bool {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    settings.endpoint.is_some() || is_set("AWS_ENDPOINT_URL_S3") || is_set("AWS_ENDPOINT_URL")
 }
 
-/// Reads the environment and the AWS files.
-async fn load(settings: &Settings, key: Option<SharedCredentialsProvider>) -> Result<SdkConfig, Error> {
+/// Reads the environment and the AWS configuration files.
+async fn load_sdk_config(settings: &Settings, key: Option<SharedCredentialsProvider>) -> Result<SdkConfig, Error> {
     let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12());
     if let Some(key) = key {
         loader = loader.credentials_provider(key);
     }
     if let Some(region) = &settings.region {
         loader = loader.region(Region::new(region.clone()));
-    } else if has_endpoint(settings) {
-        // Without the instance metadata service, which is asked over the network and knows nothing of other stores.
+    } else if has_custom_endpoint(settings) {
+        // The instance metadata service is omitted: it needs a network call, and it knows only Amazon's region.
         loader = loader.region(
             RegionProviderChain::first_try(aws_config::environment::EnvironmentVariableRegionProvider::new())
                 .or_else(aws_config::profile::ProfileFileRegionProvider::new())
                 .or_else(Region::new("us-east-1")),
         );
     }
-    let shared = loader.load().await;
-    match shared.region() {
-        Some(_) => Ok(shared),
-        None => Err(Error::Settings("no region is set: set s3.region or AWS_REGION".to_owned())),
+    let sdk_config = loader.load().await;
+    match sdk_config.region() {
+        Some(_) => Ok(sdk_config),
+        None => Err(Error::Settings("no s3 region is configured: set s3.region or AWS_REGION".to_owned())),
     }
 }
 
-/// What every client has in common.
-fn config(shared: &SdkConfig, settings: &Settings) -> Builder {
-    let mut config = Builder::from(shared)
-        .force_path_style(settings.force_path_style.unwrap_or_else(|| has_endpoint(settings)))
-        .timeout_config(ASKING.timeouts())
-        .retry_config(ASKING.retries())
-        // A reader that pauses to hash is not a stalled stream; `Reading` keeps the time itself.
+/// The configuration that all clients share.
+fn client_config(sdk_config: &SdkConfig, settings: &Settings) -> Builder {
+    let mut config = Builder::from(sdk_config)
+        .force_path_style(settings.force_path_style.unwrap_or_else(|| has_custom_endpoint(settings)))
+        .timeout_config(CallTimeouts::DEFAULT.timeout_config())
+        .retry_config(CallTimeouts::DEFAULT.retry_config())
+        // The SDK would treat a reader that pauses to hash as a stalled stream. `ObjectReader` has its own timeout.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
-        // Checksums are ours to state; one that the SDK adds would be signed and then expected of the client.
+        // The broker sets checksums itself. A checksum that the SDK adds would be signed, and the client would have to send it.
         .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
     if let Some(endpoint) = &settings.endpoint {
@@ -249,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_never_show_their_secrets() {
+    fn the_debug_output_of_the_settings_contains_no_secret() {
         let settings = Settings {
             access_key_id: Some("AKID".to_owned()),
             secret_access_key: Some("hush".to_owned()),
@@ -261,14 +262,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn half_a_credential_is_refused() {
+    async fn an_access_key_id_without_its_secret_is_an_error() {
         let settings = Settings { access_key_id: Some("AKID".to_owned()), ..Settings::default() };
         assert!(matches!(Objects::connect(&settings).await, Err(Error::Settings(_))));
     }
 
     #[tokio::test]
     async fn an_unreachable_store_is_noticed_in_less_than_two_seconds() {
-        // Bound and never accepted from: the connection opens, and no answer comes.
+        // The listener never accepts: the connection opens, and no answer arrives.
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let settings = Settings {
             bucket: Some("b".to_owned()),
@@ -278,11 +279,11 @@ mod tests {
             ..Settings::default()
         };
         let objects = Objects::connect(&settings).await.unwrap();
-        let place = super::super::Place { bucket: "b".to_owned(), key: "k".to_owned() };
-        let begun = std::time::Instant::now();
-        let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&place, None));
+        let location = super::super::ObjectLocation { bucket: "b".to_owned(), key: "k".to_owned() };
+        let started = std::time::Instant::now();
+        let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&location, None));
         assert!(matches!(reachable, Err(Error::Unavailable(_))), "{reachable:?}");
         assert!(matches!(head, Err(Error::Unavailable(_))), "{head:?}");
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 }

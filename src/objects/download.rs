@@ -1,10 +1,10 @@
-//! How a browser is told to take a download: as a file under its name, and never as a page.
+//! Response headers of a download: a browser saves the object as a file and never renders it as a page.
 
-/// What a browser is told that an object is: its own type where none of its readers runs anything, else mere bytes.
+/// The content type for a download: the object's own type if no browser executes it, else `application/octet-stream`.
 ///
-/// Whoever stored the object chose the type that the store remembers, and a pointer may say another or none. So a
-/// type is always named, and only one that is known to be inert.
-pub(super) fn safe_type(content_type: Option<&str>) -> String {
+/// The uploader chose the stored type, and a pointer may name another type or none. So the response always sets a type,
+/// and only a type that is known to be inert.
+pub(super) fn safe_content_type(content_type: Option<&str>) -> String {
     let kind = content_type.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let is_token =
         |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$&-^_.+".contains(&byte));
@@ -18,22 +18,22 @@ pub(super) fn safe_type(content_type: Option<&str>) -> String {
     if inert { kind } else { "application/octet-stream".to_owned() }
 }
 
-/// `Content-Disposition` for a download (RFC 6266): an ASCII name for old agents, the real one as RFC 8187 writes it.
-pub(super) fn disposition(filename: Option<&str>) -> String {
+/// `Content-Disposition` for a download (RFC 6266): an ASCII name for old browsers, and the exact name encoded by RFC 8187.
+pub(super) fn content_disposition(filename: Option<&str>) -> String {
     let Some(filename) = filename.filter(|name| !name.is_empty()) else { return "attachment".to_owned() };
-    // A name is not a path, and no agent needs to see a control character.
+    // A path separator could move the file to another folder, and a control character could break the header.
     let name: String = filename.chars().map(|c| if c.is_control() || matches!(c, '/' | '\\') { '_' } else { c }).collect();
-    // Some agents undo percent signs in the plain form, so it has none.
-    let plain: String = name.chars().map(|c| if c.is_ascii() && !matches!(c, '"' | '%') { c } else { '_' }).collect();
-    let mut exact = String::with_capacity(name.len());
+    // Some browsers decode percent signs in the ASCII name, so it contains none.
+    let ascii: String = name.chars().map(|c| if c.is_ascii() && !matches!(c, '"' | '%') { c } else { '_' }).collect();
+    let mut encoded = String::with_capacity(name.len());
     for byte in name.bytes() {
         if byte.is_ascii_alphanumeric() || b"!#$&+-.^_`|~".contains(&byte) {
-            exact.push(char::from(byte));
+            encoded.push(char::from(byte));
         } else {
-            exact.push_str(&format!("%{byte:02X}"));
+            encoded.push_str(&format!("%{byte:02X}"));
         }
     }
-    format!("attachment; filename=\"{plain}\"; filename*=UTF-8''{exact}")
+    format!("attachment; filename=\"{ascii}\"; filename*=UTF-8''{encoded}")
 }
 
 #[cfg(test)]
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_downloads_survive_and_do_no_harm() {
+    fn a_download_keeps_its_file_name_and_no_file_name_can_break_the_header() {
         let cases = [
             (None, "attachment".to_owned()),
             (Some(""), "attachment".to_owned()),
@@ -51,15 +51,15 @@ mod tests {
             (Some("../a\\b\r\nc"), "attachment; filename=\".._a_b__c\"; filename*=UTF-8''.._a_b__c".to_owned()),
         ];
         for (name, expected) in cases {
-            assert_eq!(disposition(name), expected);
+            assert_eq!(content_disposition(name), expected);
         }
     }
 
     #[test]
-    fn only_inert_types_are_named() {
+    fn a_download_has_its_own_content_type_only_if_browsers_do_not_execute_it() {
         for inert in ["video/mp4", "audio/ogg", "image/png", "text/plain", "application/json", "font/woff2"] {
-            assert_eq!(safe_type(Some(inert)), inert);
-            assert_eq!(safe_type(Some(&format!("{}; charset=utf-8", inert.to_ascii_uppercase()))), inert);
+            assert_eq!(safe_content_type(Some(inert)), inert);
+            assert_eq!(safe_content_type(Some(&format!("{}; charset=utf-8", inert.to_ascii_uppercase()))), inert);
         }
         for active in [
             "text/html",
@@ -80,8 +80,8 @@ mod tests {
             "video",
             "",
         ] {
-            assert_eq!(safe_type(Some(active)), "application/octet-stream", "{active}");
+            assert_eq!(safe_content_type(Some(active)), "application/octet-stream", "{active}");
         }
-        assert_eq!(safe_type(None), "application/octet-stream");
+        assert_eq!(safe_content_type(None), "application/octet-stream");
     }
 }

@@ -1,52 +1,56 @@
-//! Removing what must not stay. Every verb here may be repeated, and finds nothing the second time.
+//! Removal of objects and multipart uploads. Every function is idempotent: a repeated call finds nothing to remove.
 
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
-use super::connect::{REMOVING, patient};
-use super::lock::Lock;
-use super::{Error, Objects, Place, code, failed, status};
+use super::connect::{CallTimeouts, timeout_override};
+use super::lock::ObjectLock;
+use super::{Error, ObjectLocation, Objects, call_error, error_code, http_status};
 
-/// A key of ours has one version, or a few after a race; ten pages of 1,000 are a store gone wrong.
+/// A key of the broker has one version, or a few after a race. More than ten pages of 1,000 mean a fault of the store.
 const MAX_PAGES: usize = 10;
 
 type DeleteError = SdkError<aws_sdk_s3::operation::delete_object::DeleteObjectError, HttpResponse>;
 
 impl Objects {
-    /// Aborts every multipart upload of exactly this key, and the one that is known; says how many S3 let go
-    /// (MinIO counts a known one that is gone already).
+    /// Aborts every multipart upload of exactly this key, and the upload with the known id. Returns how many S3 aborted;
+    /// MinIO also counts a known upload that no longer exists.
     ///
-    /// The parts of a PUT that is still in flight may appear afterwards: the caller comes again.
+    /// The parts of a PUT that is in flight may appear afterwards, so the caller must call again later.
     ///
     /// # Errors
-    /// Where S3 does not answer or does not let us.
-    pub async fn abort_uploads(&self, place: &Place, known: Option<&str>) -> Result<u32, Error> {
+    /// If S3 does not answer or denies access.
+    pub async fn abort_multipart_uploads(
+        &self,
+        location: &ObjectLocation,
+        known_s3_upload_id: Option<&str>,
+    ) -> Result<u32, Error> {
         let mut aborted = 0;
-        if let Some(s3_upload_id) = known {
-            aborted += self.abort_upload(place, s3_upload_id).await?;
+        if let Some(s3_upload_id) = known_s3_upload_id {
+            aborted += self.abort_multipart_upload(location, s3_upload_id).await?;
         }
         let (mut key_marker, mut id_marker) = (None, None);
         for _ in 0..MAX_PAGES {
-            let answer = self
+            let result = self
                 .0
-                .calls
+                .client
                 .list_multipart_uploads()
-                .bucket(&place.bucket)
-                .prefix(&place.key)
+                .bucket(&location.bucket)
+                .prefix(&location.key)
                 .set_key_marker(key_marker)
                 .set_upload_id_marker(id_marker)
                 .customize()
-                .config_override(patient(REMOVING))
+                .config_override(timeout_override(CallTimeouts::DELETE))
                 .send()
                 .await;
-            let page = match answer {
+            let page = match result {
                 Ok(page) => page,
-                Err(error) if is_lacking(&error) => return Ok(aborted),
-                Err(error) => return Err(failed("ListMultipartUploads", &error)),
+                Err(error) if is_unsupported(&error) => return Ok(aborted),
+                Err(error) => return Err(call_error("ListMultipartUploads", &error)),
             };
-            for upload in page.uploads().iter().filter(|upload| upload.key() == Some(&place.key)) {
+            for upload in page.uploads().iter().filter(|upload| upload.key() == Some(&location.key)) {
                 if let Some(s3_upload_id) = upload.upload_id() {
-                    aborted += self.abort_upload(place, s3_upload_id).await?;
+                    aborted += self.abort_multipart_upload(location, s3_upload_id).await?;
                 }
             }
             if page.is_truncated() != Some(true) {
@@ -58,58 +62,60 @@ impl Objects {
         Err(Error::Unavailable(format!("ListMultipartUploads: more than {MAX_PAGES} pages for one key")))
     }
 
-    /// Aborts one multipart upload; 0 when S3 knows none of that id.
+    /// Aborts one multipart upload. Returns 0 if S3 knows no upload with this id.
     ///
     /// # Errors
-    /// Where S3 does not answer or does not let us.
-    pub async fn abort_upload(&self, place: &Place, s3_upload_id: &str) -> Result<u32, Error> {
-        let call = self.0.calls.abort_multipart_upload().bucket(&place.bucket).key(&place.key).upload_id(s3_upload_id);
-        match call.customize().config_override(patient(REMOVING)).send().await {
+    /// If S3 does not answer or denies access.
+    pub async fn abort_multipart_upload(&self, location: &ObjectLocation, s3_upload_id: &str) -> Result<u32, Error> {
+        let request = self.0.client.abort_multipart_upload().bucket(&location.bucket).key(&location.key).upload_id(s3_upload_id);
+        match request.customize().config_override(timeout_override(CallTimeouts::DELETE)).send().await {
             Ok(_) => Ok(1),
-            Err(error) if code(&error) == "NoSuchUpload" => Ok(0),
-            Err(error) => Err(failed("AbortMultipartUpload", &error)),
+            Err(error) if error_code(&error) == "NoSuchUpload" => Ok(0),
+            Err(error) => Err(call_error("AbortMultipartUpload", &error)),
         }
     }
 
-    /// Deletes every version and delete marker of exactly this key; says how many there were.
+    /// Deletes every version and delete marker of exactly this key. Returns how many were deleted.
     ///
     /// # Errors
-    /// Where S3 does not answer or does not let us: a bucket that keeps versions needs `s3:ListBucketVersions`
-    /// and `s3:DeleteObjectVersion`. [`Error::Locked`] where Object Lock keeps a version; the others are deleted.
-    pub async fn delete_versions(&self, place: &Place) -> Result<u32, Error> {
-        let (mut deleted, mut kept) = (0, None);
+    /// If S3 does not answer or denies access: a versioned bucket needs `s3:ListBucketVersions` and
+    /// `s3:DeleteObjectVersion`. [`Error::Locked`] if Object Lock retains a version; the other versions are deleted.
+    pub async fn delete_versions(&self, location: &ObjectLocation) -> Result<u32, Error> {
+        let (mut deleted, mut lock) = (0, None);
         let (mut key_marker, mut version_marker) = (None, None);
         for _ in 0..MAX_PAGES {
-            let answer = self
+            let result = self
                 .0
-                .calls
+                .client
                 .list_object_versions()
-                .bucket(&place.bucket)
-                .prefix(&place.key)
+                .bucket(&location.bucket)
+                .prefix(&location.key)
                 .set_key_marker(key_marker)
                 .set_version_id_marker(version_marker)
                 .customize()
-                .config_override(patient(REMOVING))
+                .config_override(timeout_override(CallTimeouts::DELETE))
                 .send()
                 .await;
-            let page = match answer {
+            let page = match result {
                 Ok(page) => page,
-                Err(error) if is_lacking(&error) || code(&error) == "AccessDenied" => return self.delete_plainly(place).await,
-                Err(error) => return Err(failed("ListObjectVersions", &error)),
+                Err(error) if is_unsupported(&error) || error_code(&error) == "AccessDenied" => {
+                    return self.delete_without_version(location).await;
+                }
+                Err(error) => return Err(call_error("ListObjectVersions", &error)),
             };
             let versions = page.versions().iter().map(|version| (version.key(), version.version_id()));
             let markers = page.delete_markers().iter().map(|marker| (marker.key(), marker.version_id()));
             for (key, version_id) in versions.chain(markers) {
-                if key == Some(&place.key) {
-                    match self.delete_version(place, version_id).await {
+                if key == Some(&location.key) {
+                    match self.delete_version(location, version_id).await {
                         Ok(count) => deleted += count,
-                        Err(Error::Locked { until }) => kept = Some(Lock { until }.or_longer(kept)),
+                        Err(Error::Locked { until }) => lock = Some(ObjectLock { until }.longest(lock)),
                         Err(error) => return Err(error),
                     }
                 }
             }
             if page.is_truncated() != Some(true) {
-                return kept.map_or(Ok(deleted), |Lock { until }| Err(Error::Locked { until }));
+                return lock.map_or(Ok(deleted), |ObjectLock { until }| Err(Error::Locked { until }));
             }
             key_marker = page.next_key_marker().map(str::to_owned);
             version_marker = page.next_version_id_marker().map(str::to_owned);
@@ -117,51 +123,51 @@ impl Objects {
         Err(Error::Unavailable(format!("ListObjectVersions: more than {MAX_PAGES} pages for one key")))
     }
 
-    async fn delete_version(&self, place: &Place, version_id: Option<&str>) -> Result<u32, Error> {
-        let call = self.0.calls.delete_object().bucket(&place.bucket).key(&place.key);
-        let call = call.set_version_id(version_id.filter(|id| !id.is_empty()).map(str::to_owned));
-        match call.customize().config_override(patient(REMOVING)).send().await {
+    async fn delete_version(&self, location: &ObjectLocation, version_id: Option<&str>) -> Result<u32, Error> {
+        let request = self.0.client.delete_object().bucket(&location.bucket).key(&location.key);
+        let request = request.set_version_id(version_id.filter(|id| !id.is_empty()).map(str::to_owned));
+        match request.customize().config_override(timeout_override(CallTimeouts::DELETE)).send().await {
             Ok(_) => Ok(1),
-            Err(error) if matches!(code(&error).as_str(), "NoSuchKey" | "NoSuchVersion" | "NotFound") => Ok(0),
-            // A store without versions may list a "null" one and yet know no such id.
-            Err(error) if version_id == Some("null") && (is_lacking(&error) || status(&error) == Some(400)) => {
-                self.delete_plainly(place).await
+            Err(error) if matches!(error_code(&error).as_str(), "NoSuchKey" | "NoSuchVersion" | "NotFound") => Ok(0),
+            // A store without versioning may list a version "null" and then reject that id in a DELETE.
+            Err(error) if version_id == Some("null") && (is_unsupported(&error) || http_status(&error) == Some(400)) => {
+                self.delete_without_version(location).await
             }
-            Err(error) => Err(self.not_deleted(place, version_id, &error).await),
+            Err(error) => Err(self.delete_error(location, version_id, &error).await),
         }
     }
 
-    /// Why an object was not deleted. Stores refuse what is locked with various codes; HEAD says whether a lock is the
-    /// reason.
-    async fn not_deleted(&self, place: &Place, version_id: Option<&str>, error: &DeleteError) -> Error {
-        if status(error).is_none_or(|status| status >= 500) {
-            return failed("DeleteObject", error);
+    /// The reason why an object was not deleted. Stores answer with different codes for a locked object, so a HEAD decides
+    /// whether a lock is the reason.
+    async fn delete_error(&self, location: &ObjectLocation, version_id: Option<&str>, error: &DeleteError) -> Error {
+        if http_status(error).is_none_or(|status| status >= 500) {
+            return call_error("DeleteObject", error);
         }
         let version_id = version_id.filter(|id| !id.is_empty() && *id != "null");
-        match self.lock_of(place, version_id).await {
-            Ok(Some(Lock { until })) => Error::Locked { until },
-            Ok(None) => failed("DeleteObject", error),
-            Err(unknown) => unknown,
+        match self.object_lock(location, version_id).await {
+            Ok(Some(ObjectLock { until })) => Error::Locked { until },
+            Ok(None) => call_error("DeleteObject", error),
+            Err(head_error) => head_error,
         }
     }
 
-    /// Deletes without naming a version. Where that only hides the object behind a marker it is an error, for the
-    /// bytes are still there.
-    async fn delete_plainly(&self, place: &Place) -> Result<u32, Error> {
-        let call = self.0.calls.delete_object().bucket(&place.bucket).key(&place.key);
-        match call.customize().config_override(patient(REMOVING)).send().await {
-            Ok(answer) if answer.delete_marker() == Some(true) => Err(Error::Refused {
+    /// Deletes the object without a version id. A delete marker is an error, because it only hides the object and the bytes
+    /// remain.
+    async fn delete_without_version(&self, location: &ObjectLocation) -> Result<u32, Error> {
+        let request = self.0.client.delete_object().bucket(&location.bucket).key(&location.key);
+        match request.customize().config_override(timeout_override(CallTimeouts::DELETE)).send().await {
+            Ok(output) if output.delete_marker() == Some(true) => Err(Error::Refused {
                 code: "AccessDenied".to_owned(),
-                message: "ListObjectVersions: the bucket keeps versions, but we may not list them".to_owned(),
+                message: "ListObjectVersions: the bucket is versioned, but the broker may not list its versions".to_owned(),
             }),
             Ok(_) => Ok(1),
-            Err(error) if matches!(code(&error).as_str(), "NoSuchKey" | "NotFound") => Ok(0),
-            Err(error) => Err(self.not_deleted(place, None, &error).await),
+            Err(error) if matches!(error_code(&error).as_str(), "NoSuchKey" | "NotFound") => Ok(0),
+            Err(error) => Err(self.delete_error(location, None, &error).await),
         }
     }
 }
 
-/// Whether the store does not have this call at all.
-pub(super) fn is_lacking<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
-    matches!(status(error), Some(405 | 501)) || matches!(code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
+/// Whether the store does not implement this operation.
+pub(super) fn is_unsupported<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
+    matches!(http_status(error), Some(405 | 501)) || matches!(error_code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
 }

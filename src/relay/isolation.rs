@@ -1,8 +1,8 @@
-//! Finds what Kafka refuses in a batch and keeps it apart, so that the rest of the shard goes on.
+//! Finds the records of a batch that Kafka rejects and sets them aside, so that the other records of the shard continue.
 //!
-//! A transaction fails as a whole, and Kafka often does not say for which record. A batch that fails is therefore halved
-//! until one topic, and then one record, is left: about `log2(batch)` transactions for each culprit. A topic that Kafka
-//! refuses is remembered: its records are parked without being sent, and one of them alone is tried again later.
+//! A transaction fails as a whole, and Kafka often does not say which record caused this. A batch that fails is therefore
+//! halved until one topic, and then one record, is left. This takes about `log2(batch)` transactions for each bad record.
+//! A topic that Kafka rejects is remembered. Its records are deferred without being sent, and one of them is retried later.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,249 +10,255 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::kafka::Refusal;
-use crate::store::Waiting;
+use crate::kafka::RecordRejection;
+use crate::store::OutboxRow;
 
-/// A refused topic is tried again after 1, 2, 4, ... seconds, and at most this many.
-const LONGEST_RETRY_SECONDS: u64 = 60;
-/// Refused topics that are remembered. Of any other topic each record is found out by itself.
-const MOST_TOPICS: usize = 10_000;
-/// So many batches of a shard may fail without a cause in them before they are halved.
+/// A rejected topic is retried after 1, 2, 4, ... seconds, and at most this many.
+const MAX_RETRY_SECONDS: u64 = 60;
+/// How many rejected topics are remembered. Records of any other topic are isolated one by one.
+const MAX_REJECTED_TOPICS: usize = 10_000;
+/// How many batches of a shard may fail in a row without a known cause before the next batch is halved.
 const FAILURES_BEFORE_HALVING: u32 = 2;
-/// The pause after a batch that failed without a known cause doubles from the first of these to the second.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_millis(1600);
-/// A shard that publishes nothing for so long says why on the uploads that wait for it.
+/// The pause after a batch that failed without a known cause. It doubles with each failure.
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_millis(1600);
+/// A shard that publishes nothing for this long writes the reason to the uploads that wait for it.
 const STALLED_AFTER: Duration = Duration::from_secs(3);
-/// How often it says so of further uploads.
-const TELL_EVERY: Duration = Duration::from_secs(1);
+/// How often the reason is written to further uploads.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What is known about refused topics, and how each shard's batches are narrowed.
+/// The rejected topics, and how each shard's batches are halved.
 #[derive(Default)]
 pub(super) struct Isolation(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    topics: HashMap<String, RefusedTopic>,
-    shards: HashMap<i32, Narrowing>,
+    topics: HashMap<String, RejectedTopic>,
+    shards: HashMap<i32, ShardState>,
 }
 
-/// A topic for which Kafka refuses every record.
-struct RefusedTopic {
+/// A topic for which Kafka rejects every record.
+struct RejectedTopic {
     reason: String,
     retry_at: Instant,
-    /// How often Kafka refused it in a row.
-    refusals: u32,
+    /// How often Kafka rejected it in a row.
+    rejections: u32,
 }
 
-/// How a shard's batches are narrowed.
+/// How a shard's batches are halved and delayed.
 #[derive(Default)]
-struct Narrowing {
+struct ShardState {
     /// How often the next batch is halved before it is sent.
     halvings: u32,
-    /// Batches in a row that failed without a known cause.
+    /// How many batches in a row failed without a known cause.
     failures: u32,
-    /// Those of them that failed while Kafka answered, since the batches were last narrowed.
-    blamed: u32,
+    /// How many of these failed while Kafka answered, since the batch was last halved.
+    failures_while_reachable: u32,
     paused_until: Option<Instant>,
-    /// The last batch was the retry of a refused topic: the next one is for the others.
+    /// The last batch was the retry of a rejected topic, so the next batch is for the other topics.
     retried_topic: bool,
-    /// A record that failed alone, and why: it is parked instead of being sent again at once.
-    condemned: Option<(Uuid, String)>,
+    /// A record that failed alone, and the reason. The next batch defers it instead of sending it again.
+    defer_next: Option<(Uuid, String)>,
     stall: Option<Stall>,
 }
 
-/// A shard that publishes nothing.
+/// Why and since when a shard publishes nothing.
 struct Stall {
     since: Instant,
     reason: String,
-    told_at: Option<Instant>,
-    /// The number of the outbox row up to which uploads say so.
-    told_to: i64,
+    reported_at: Option<Instant>,
+    /// The outbox row number up to which the reason is written to the uploads.
+    reported_up_to: i64,
 }
 
-/// What of a batch is sent now; the other rows wait for the next batch.
+/// The rows of a batch that are sent now. All other rows wait for the next batch.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
     /// The sessions of the rows to send.
     pub(super) send: Vec<Uuid>,
-    /// Rows to park without sending them.
-    pub(super) refused: Vec<Refusal>,
+    /// The rows to defer without sending them.
+    pub(super) rejected: Vec<RecordRejection>,
 }
 
 impl Isolation {
-    /// Whether a shard rests after a failure.
+    /// Whether a shard pauses after a failure.
     pub(super) fn is_paused(&self, shard: i32) -> bool {
         let inner = self.inner();
-        inner.shards.get(&shard).and_then(|narrowing| narrowing.paused_until).is_some_and(|until| Instant::now() < until)
+        inner.shards.get(&shard).and_then(|state| state.paused_until).is_some_and(|until| Instant::now() < until)
     }
 
-    /// Chooses which rows of a shard's batch are sent now: all that are not refused already, or the part that halving
-    /// leaves. Records of one key are never sent out of order: a selection that has a row has all earlier ones of its
+    /// Selects which rows of a shard's batch are sent now: all rows that are not rejected already, or the part that is left
+    /// after halving. Records of one key are never sent out of order: if a row is selected, so are all earlier rows of its
     /// topic and key.
-    pub(super) fn select(&self, shard: i32, rows: &[Waiting]) -> Selection {
+    pub(super) fn select(&self, shard: i32, rows: &[OutboxRow]) -> Selection {
         let now = Instant::now();
         let inner = &mut *self.inner();
-        let narrowing = inner.shards.entry(shard).or_default();
+        let state = inner.shards.entry(shard).or_default();
         let mut selection = Selection::default();
-        let (mut others, mut retried): (Vec<&Waiting>, Option<&Waiting>) = (Vec::new(), None);
-        let condemned = narrowing.condemned.take();
-        // What comes after a condemned record in its topic and key is not sent before it.
-        let order = |row: &Waiting| row.key.clone().map(|key| (row.topic.clone(), key));
-        let of_condemned = |row: &&Waiting| condemned.as_ref().is_some_and(|(id, _)| *id == row.session_id);
-        let behind = rows.iter().find(of_condemned).and_then(order);
-        // An operator wants it tried now.
+        let (mut others, mut retried): (Vec<&OutboxRow>, Option<&OutboxRow>) = (Vec::new(), None);
+        let to_defer = state.defer_next.take();
+        // Later rows of the deferred row's topic and key are not sent before it.
+        let order = |row: &OutboxRow| row.key.clone().map(|key| (row.topic.clone(), key));
+        let is_deferred = |row: &&OutboxRow| to_defer.as_ref().is_some_and(|(id, _)| *id == row.session_id);
+        let blocked_order = rows.iter().find(is_deferred).and_then(order);
+        // An operator asked to retry these rows now.
         let redriven: Vec<&str> = rows.iter().filter(|row| row.attempts <= 0).map(|row| row.topic.as_str()).collect();
         for row in rows {
-            let refuse = |reason: &str| Refusal {
+            let reject = |reason: &str| RecordRejection {
                 upload_id: row.session_id,
                 permanent: true,
                 whole_topic: false,
                 reason: reason.to_owned(),
             };
-            match (inner.topics.get(&row.topic), &condemned) {
-                (_, Some((id, reason))) if *id == row.session_id => selection.refused.push(refuse(reason)),
-                _ if behind.is_some() && order(row) == behind => {}
+            match (inner.topics.get(&row.topic), &to_defer) {
+                (_, Some((id, reason))) if *id == row.session_id => selection.rejected.push(reject(reason)),
+                _ if blocked_order.is_some() && order(row) == blocked_order => {}
                 (Some(topic), _) if now < topic.retry_at && !redriven.contains(&row.topic.as_str()) => {
-                    selection.refused.push(refuse(&topic.reason))
+                    selection.rejected.push(reject(&topic.reason))
                 }
                 (Some(_), _) => retried = retried.or(Some(row)),
                 (None, _) => others.push(row),
             }
         }
-        // Every second batch at most is a retry, so that many refused topics leave the others half of the time.
-        narrowing.retried_topic = retried.is_some() && (others.is_empty() || !narrowing.retried_topic);
-        let chosen = if narrowing.retried_topic { retried.into_iter().collect() } else { halved(others, narrowing.halvings) };
-        selection.send = chosen.into_iter().map(|row| row.session_id).collect();
+        // At most every second batch is a retry, so many rejected topics leave half of the time to the others.
+        state.retried_topic = retried.is_some() && (others.is_empty() || !state.retried_topic);
+        let selected = if state.retried_topic { retried.into_iter().collect() } else { halved(others, state.halvings) };
+        selection.send = selected.into_iter().map(|row| row.session_id).collect();
         selection
     }
 
-    /// Whether what was sent is one record of a topic that Kafka refused before.
-    pub(super) fn is_retry(&self, sent: &[Uuid], rows: &[Waiting]) -> bool {
+    /// Whether the batch was one record of a topic that Kafka rejected before.
+    pub(super) fn is_retry(&self, sent: &[Uuid], rows: &[OutboxRow]) -> bool {
         let [id] = sent else { return false };
         let row = rows.iter().find(|row| row.session_id == *id);
         row.is_some_and(|row| self.inner().topics.contains_key(&row.topic))
     }
 
-    /// Nothing of a shard is due.
-    pub(super) fn idle(&self, shard: i32) {
+    /// Forgets a shard, because none of its rows is due.
+    pub(super) fn clear_shard(&self, shard: i32) {
         self.inner().shards.remove(&shard);
     }
 
-    /// Records of these topics were published.
-    pub(super) fn published<'a>(&self, shard: i32, topics: impl Iterator<Item = &'a str>) {
+    /// Records that records of these topics were published.
+    pub(super) fn record_published<'a>(&self, shard: i32, topics: impl Iterator<Item = &'a str>) {
         let mut inner = self.inner();
         if !inner.topics.is_empty() {
             for topic in topics {
                 inner.topics.remove(topic);
             }
         }
-        let narrowing = inner.shards.entry(shard).or_default();
-        narrowing.halvings = narrowing.halvings.saturating_sub(1);
-        narrowing.went_on();
+        let state = inner.shards.entry(shard).or_default();
+        state.halvings = state.halvings.saturating_sub(1);
+        state.reset_failures();
     }
 
-    /// Kafka refuses every record of a topic.
-    pub(super) fn refused_topic(&self, topic: &str, reason: &str) {
+    /// Records that Kafka rejects every record of a topic.
+    pub(super) fn record_rejected_topic(&self, topic: &str, reason: &str) {
         let topics = &mut self.inner().topics;
-        if topics.len() >= MOST_TOPICS && !topics.contains_key(topic) {
+        if topics.len() >= MAX_REJECTED_TOPICS && !topics.contains_key(topic) {
             let now = Instant::now();
-            topics.retain(|_, refused| now < refused.retry_at);
+            topics.retain(|_, rejected| now < rejected.retry_at);
         }
-        if topics.len() < MOST_TOPICS || topics.contains_key(topic) {
-            let refusals = topics.get(topic).map_or(0, |refused| refused.refusals) + 1;
-            let wait = (1u64 << (refusals - 1).min(6)).min(LONGEST_RETRY_SECONDS);
-            let retry_at = Instant::now() + Duration::from_secs(wait);
-            topics.insert(topic.to_owned(), RefusedTopic { reason: reason.to_owned(), retry_at, refusals });
+        if topics.len() < MAX_REJECTED_TOPICS || topics.contains_key(topic) {
+            let rejections = topics.get(topic).map_or(0, |rejected| rejected.rejections) + 1;
+            let wait_seconds = (1u64 << (rejections - 1).min(6)).min(MAX_RETRY_SECONDS);
+            let retry_at = Instant::now() + Duration::from_secs(wait_seconds);
+            topics.insert(topic.to_owned(), RejectedTopic { reason: reason.to_owned(), retry_at, rejections });
         }
     }
 
-    /// Kafka refused some of a batch of `sent` rows, of which `parked` are known to be at fault and `published` arrived.
-    pub(super) fn refused(&self, shard: i32, sent: usize, parked: usize, published: usize) {
+    /// Records that Kafka rejected some of the `sent` rows of a batch. `deferred` of them are certainly at fault, and
+    /// `published` were published.
+    pub(super) fn record_rejected(&self, shard: i32, sent: usize, deferred: usize, published: usize) {
         let mut inner = self.inner();
-        let narrowing = inner.shards.entry(shard).or_default();
-        if parked > 0 {
-            narrowing.halvings = narrowing.halvings.saturating_sub(1);
+        let state = inner.shards.entry(shard).or_default();
+        if deferred > 0 {
+            state.halvings = state.halvings.saturating_sub(1);
         } else if sent > 1 {
-            narrowing.halvings += 1;
+            state.halvings += 1;
         }
-        if parked + published > 0 {
-            narrowing.went_on();
+        if deferred + published > 0 {
+            state.reset_failures();
         }
     }
 
-    /// A batch failed, and nothing says which record is at fault; `attributable` when Kafka answers, so that it may be one
-    /// of them. Says whether the only record of the batch is to be parked for it.
-    pub(super) fn failed(&self, shard: i32, sent: &[Uuid], attributable: bool, reason: &str) -> bool {
-        self.stalled_by(shard, reason);
+    /// Records that a batch failed and that no record is known to be at fault. With `is_reachable`, Kafka answers, so a
+    /// record of the batch may be the cause. Returns whether to defer the batch's only record.
+    pub(super) fn record_failure(&self, shard: i32, sent: &[Uuid], is_reachable: bool, reason: &str) -> bool {
+        self.record_stall(shard, reason);
         let mut inner = self.inner();
-        let narrowing = inner.shards.entry(shard).or_default();
-        narrowing.failures += 1;
-        let pause = FIRST_PAUSE.saturating_mul(1 << narrowing.failures.min(5)).min(LONGEST_PAUSE);
-        narrowing.paused_until = Some(Instant::now() + pause);
-        narrowing.blamed = if attributable { narrowing.blamed + 1 } else { 0 };
-        if narrowing.blamed < FAILURES_BEFORE_HALVING {
+        let state = inner.shards.entry(shard).or_default();
+        state.failures += 1;
+        let pause = MIN_PAUSE.saturating_mul(1 << state.failures.min(5)).min(MAX_PAUSE);
+        state.paused_until = Some(Instant::now() + pause);
+        state.failures_while_reachable = if is_reachable { state.failures_while_reachable + 1 } else { 0 };
+        if state.failures_while_reachable < FAILURES_BEFORE_HALVING {
             return false;
         }
-        narrowing.blamed = 0;
+        state.failures_while_reachable = 0;
         match sent {
             [_] => true,
             _ => {
-                narrowing.halvings += 1;
+                state.halvings += 1;
                 false
             }
         }
     }
 
-    /// Lets the next batch park this row: whether this one published it is not known yet.
-    pub(super) fn condemn(&self, shard: i32, id: Uuid, reason: &str) {
-        self.inner().shards.entry(shard).or_default().condemned = Some((id, reason.to_owned()));
+    /// Lets the next batch defer this row. This batch cannot, because whether it published the row is not known yet.
+    pub(super) fn defer_in_next_batch(&self, shard: i32, id: Uuid, reason: &str) {
+        self.inner().shards.entry(shard).or_default().defer_next = Some((id, reason.to_owned()));
     }
 
-    /// Notes why a shard publishes nothing.
-    pub(super) fn stalled_by(&self, shard: i32, reason: &str) {
+    /// Records why a shard publishes nothing.
+    pub(super) fn record_stall(&self, shard: i32, reason: &str) {
         let mut inner = self.inner();
         let stall = &mut inner.shards.entry(shard).or_default().stall;
-        let stall =
-            stall.get_or_insert_with(|| Stall { since: Instant::now(), reason: String::new(), told_at: None, told_to: 0 });
+        let stall = stall.get_or_insert_with(|| Stall {
+            since: Instant::now(),
+            reason: String::new(),
+            reported_at: None,
+            reported_up_to: 0,
+        });
         reason.clone_into(&mut stall.reason);
     }
 
-    /// Why a shard has published nothing for a while, now and then, and behind which outbox row that is to be said.
-    pub(super) fn stall_to_tell(&self, shard: i32) -> Option<(String, i64)> {
+    /// If it is time to report why a shard has published nothing for a while: the reason, and the outbox row number after
+    /// which to report it.
+    pub(super) fn stall_to_report(&self, shard: i32) -> Option<(String, i64)> {
         let mut inner = self.inner();
         let stall = inner.shards.get_mut(&shard)?.stall.as_mut()?;
-        if stall.since.elapsed() < STALLED_AFTER || stall.told_at.is_some_and(|at| at.elapsed() < TELL_EVERY) {
+        if stall.since.elapsed() < STALLED_AFTER || stall.reported_at.is_some_and(|at| at.elapsed() < REPORT_INTERVAL) {
             return None;
         }
-        stall.told_at = Some(Instant::now());
-        Some((stall.reason.clone(), stall.told_to))
+        stall.reported_at = Some(Instant::now());
+        Some((stall.reason.clone(), stall.reported_up_to))
     }
 
-    /// Notes up to which outbox row a shard's uploads say why they wait.
-    pub(super) fn told_to(&self, shard: i32, number: i64) {
-        if let Some(stall) = self.inner().shards.get_mut(&shard).and_then(|narrowing| narrowing.stall.as_mut()) {
-            stall.told_to = number;
+    /// Records up to which outbox row number the reason is written to a shard's uploads.
+    pub(super) fn set_reported_up_to(&self, shard: i32, number: i64) {
+        if let Some(stall) = self.inner().shards.get_mut(&shard).and_then(|state| state.stall.as_mut()) {
+            stall.reported_up_to = number;
         }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // It is whole after every statement, so a panic elsewhere does not spoil it.
+        // Each statement leaves the value complete, so it is still valid after a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Narrowing {
-    fn went_on(&mut self) {
+impl ShardState {
+    fn reset_failures(&mut self) {
         self.failures = 0;
-        self.blamed = 0;
+        self.failures_while_reachable = 0;
         self.paused_until = None;
         self.stall = None;
     }
 }
 
-/// Keeps the rows of the first half of the topics, or of a single topic the first half of the rows, `halvings` times.
-fn halved(mut rows: Vec<&Waiting>, halvings: u32) -> Vec<&Waiting> {
+/// Keeps the rows of the first half of the topics, `halvings` times. If one topic is left, keeps the first half of the rows.
+fn halved(mut rows: Vec<&OutboxRow>, halvings: u32) -> Vec<&OutboxRow> {
     for _ in 0..halvings {
         let mut topics: Vec<&str> = Vec::new();
         for row in &rows {
@@ -277,8 +283,8 @@ fn halved(mut rows: Vec<&Waiting>, halvings: u32) -> Vec<&Waiting> {
 mod tests {
     use super::*;
 
-    fn rows(topics: &[(&str, usize)]) -> Vec<Waiting> {
-        let row = |topic: &str| Waiting {
+    fn rows(topics: &[(&str, usize)]) -> Vec<OutboxRow> {
+        let row = |topic: &str| OutboxRow {
             number: 0,
             session_id: Uuid::now_v7(),
             topic: topic.to_owned(),
@@ -292,35 +298,35 @@ mod tests {
         topics.iter().flat_map(|(topic, count)| (0..*count).map(|_| row(topic))).collect()
     }
 
-    /// Publishes rows until none is left that is not parked, as the relay does. `refuses` is Kafka. Says how many
-    /// transactions failed.
-    fn publish(mut rows: Vec<Waiting>, refuses: impl Fn(&Waiting) -> bool) -> (usize, Vec<Uuid>) {
-        let (isolation, mut failed, mut parked) = (Isolation::default(), 0, Vec::new());
+    /// Publishes rows as the relay does, until only deferred rows are left. `is_rejected` stands for Kafka. Returns how
+    /// many transactions failed, and the deferred rows.
+    fn publish(mut rows: Vec<OutboxRow>, is_rejected: impl Fn(&OutboxRow) -> bool) -> (usize, Vec<Uuid>) {
+        let (isolation, mut failed, mut deferred) = (Isolation::default(), 0, Vec::new());
         while !rows.is_empty() {
             let selection = isolation.select(0, &rows);
-            let sent: Vec<&Waiting> = rows.iter().filter(|row| selection.send.contains(&row.session_id)).collect();
+            let sent: Vec<&OutboxRow> = rows.iter().filter(|row| selection.send.contains(&row.session_id)).collect();
             assert!(!sent.is_empty());
-            let mut gone = selection.send.clone();
-            if !sent.iter().any(|row| refuses(row)) {
-                isolation.published(0, sent.iter().map(|row| row.topic.as_str()));
+            let mut done = selection.send.clone();
+            if !sent.iter().any(|row| is_rejected(row)) {
+                isolation.record_published(0, sent.iter().map(|row| row.topic.as_str()));
             } else {
                 failed += 1;
-                gone.truncate(usize::from(sent.len() == 1));
-                isolation.refused(0, sent.len(), gone.len(), 0);
-                parked.extend(&gone);
+                done.truncate(usize::from(sent.len() == 1));
+                isolation.record_rejected(0, sent.len(), done.len(), 0);
+                deferred.extend(&done);
             }
-            rows.retain(|row| !gone.contains(&row.session_id));
+            rows.retain(|row| !done.contains(&row.session_id));
         }
-        (failed, parked)
+        (failed, deferred)
     }
 
     #[test]
-    fn one_record_that_kafka_refuses_among_500_is_found_in_few_transactions() {
+    fn one_rejected_record_among_500_is_found_in_at_most_20_failed_transactions() {
         for at in [0, 1, 250, 499] {
             let rows = rows(&[("a", 500)]);
-            let culprit = rows[at].session_id;
-            let (failed, parked) = publish(rows, |row| row.session_id == culprit);
-            assert_eq!(parked, [culprit]);
+            let bad = rows[at].session_id;
+            let (failed, deferred) = publish(rows, |row| row.session_id == bad);
+            assert_eq!(deferred, [bad]);
             assert!(failed <= 20, "{failed} transactions failed");
         }
     }
@@ -339,51 +345,54 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_topic_is_not_sent_with_others_until_its_retry_and_then_one_record_alone() {
+    fn a_rejected_topic_is_deferred_until_its_retry_which_sends_one_record_alone() {
         let isolation = Isolation::default();
-        isolation.refused_topic("a", "TopicAuthorizationFailed");
+        isolation.record_rejected_topic("a", "TopicAuthorizationFailed");
         let rows = rows(&[("a", 3), ("b", 2)]);
         let selection = isolation.select(0, &rows);
         assert_eq!(selection.send, [rows[3].session_id, rows[4].session_id]);
-        let refused: Vec<Uuid> = selection.refused.iter().map(|refusal| refusal.upload_id).collect();
-        assert_eq!(refused, [rows[0].session_id, rows[1].session_id, rows[2].session_id]);
+        let rejected: Vec<Uuid> = selection.rejected.iter().map(|rejection| rejection.upload_id).collect();
+        assert_eq!(rejected, [rows[0].session_id, rows[1].session_id, rows[2].session_id]);
         isolation.inner().topics.get_mut("a").unwrap().retry_at = Instant::now();
         let (first, second) = (isolation.select(0, &rows), isolation.select(0, &rows));
-        assert_eq!((first.send, first.refused.len()), (vec![rows[0].session_id], 0));
-        assert_eq!(second.send, [rows[3].session_id, rows[4].session_id], "the others have every second batch");
-        isolation.published(0, ["a"].into_iter());
+        assert_eq!((first.send, first.rejected.len()), (vec![rows[0].session_id], 0));
+        assert_eq!(second.send, [rows[3].session_id, rows[4].session_id], "the other topics get every second batch");
+        isolation.record_published(0, ["a"].into_iter());
         assert_eq!(isolation.select(0, &rows).send.len(), 5);
     }
 
     #[test]
-    fn a_record_that_fails_alone_without_a_cause_is_blamed_for_it_in_the_end() {
+    fn a_record_that_fails_alone_twice_without_a_known_cause_is_deferred() {
         let isolation = Isolation::default();
         let rows = rows(&[("a", 1)]);
-        assert!(!isolation.failed(0, &[rows[0].session_id], true, "why"));
+        assert!(!isolation.record_failure(0, &[rows[0].session_id], true, "why"));
         assert!(isolation.is_paused(0));
-        assert!(!isolation.failed(1, &[rows[0].session_id], false, "kafka is away"));
-        assert!(isolation.failed(0, &[rows[0].session_id], true, "why"));
-        assert!(!isolation.failed(1, &[rows[0].session_id], false, "kafka is away"), "a Kafka that is away blames nobody");
+        assert!(!isolation.record_failure(1, &[rows[0].session_id], false, "kafka is unreachable"));
+        assert!(isolation.record_failure(0, &[rows[0].session_id], true, "why"));
+        assert!(
+            !isolation.record_failure(1, &[rows[0].session_id], false, "kafka is unreachable"),
+            "no record is deferred while Kafka is unreachable"
+        );
     }
 
     #[test]
-    fn what_comes_after_a_condemned_record_of_its_key_is_not_sent_before_it() {
+    fn later_records_of_a_deferred_records_key_are_not_sent_before_it() {
         let isolation = Isolation::default();
         let mut rows = rows(&[("a", 4)]);
         rows[0].key = Some(b"k".to_vec());
         rows[1].key = Some(b"k".to_vec());
         rows[2].key = Some(b"other".to_vec());
-        isolation.condemn(0, rows[0].session_id, "why");
+        isolation.defer_in_next_batch(0, rows[0].session_id, "why");
         let selection = isolation.select(0, &rows);
-        assert_eq!(selection.refused.iter().map(|refusal| refusal.upload_id).collect::<Vec<_>>(), [rows[0].session_id]);
+        assert_eq!(selection.rejected.iter().map(|rejection| rejection.upload_id).collect::<Vec<_>>(), [rows[0].session_id]);
         assert_eq!(selection.send, [rows[2].session_id, rows[3].session_id]);
     }
 
     #[test]
-    fn a_refused_topics_retry_is_known_for_one() {
+    fn a_batch_with_one_record_of_a_rejected_topic_counts_as_its_retry() {
         let isolation = Isolation::default();
         let rows = rows(&[("a", 1), ("b", 1)]);
-        isolation.refused_topic("a", "why");
+        isolation.record_rejected_topic("a", "why");
         assert!(isolation.is_retry(&[rows[0].session_id], &rows));
         assert!(!isolation.is_retry(&[rows[1].session_id], &rows));
         assert!(!isolation.is_retry(&[rows[0].session_id, rows[1].session_id], &rows));

@@ -1,66 +1,71 @@
-//! Whom Kafka blames for a batch that failed, and what is said when a shard publishes nothing.
+//! Decides which rows of a failed batch are deferred, and reports why a shard publishes nothing.
 
 use std::collections::BTreeMap;
 
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{Carrier, Error};
-use crate::kafka::Refusal;
-use crate::store::Waiting;
+use super::{Error, ShardPublisher};
+use crate::kafka::RecordRejection;
+use crate::store::OutboxRow;
 
-impl Carrier {
-    /// The rows of a batch to park: a refused topic's, those that are surely at fault, and one that was sent alone.
-    pub(super) fn blamed(&self, refused: &[Refusal], sent: &[Uuid], rows: &[Waiting]) -> Vec<Refusal> {
+impl ShardPublisher {
+    /// The rows of a batch to defer: all rows of a rejected topic, rows that are certainly at fault, and a row that was
+    /// sent alone.
+    pub(super) fn rows_to_defer(&self, rejected: &[RecordRejection], sent: &[Uuid], rows: &[OutboxRow]) -> Vec<RecordRejection> {
         let topic_of = |id: &Uuid| rows.iter().find(|row| row.session_id == *id).map(|row| row.topic.as_str());
         let mut topics: BTreeMap<&str, &str> = BTreeMap::new();
-        for refusal in refused.iter().filter(|refusal| refusal.whole_topic) {
-            topics.extend(topic_of(&refusal.upload_id).map(|topic| (topic, refusal.reason.as_str())));
+        for rejection in rejected.iter().filter(|rejection| rejection.whole_topic) {
+            topics.extend(topic_of(&rejection.upload_id).map(|topic| (topic, rejection.reason.as_str())));
         }
         for (topic, reason) in &topics {
-            self.isolation.refused_topic(topic, reason);
+            self.isolation.record_rejected_topic(topic, reason);
         }
         let of_topics = rows.iter().filter_map(|row| {
             let reason = (*topics.get(row.topic.as_str())?).to_owned();
-            Some(Refusal { upload_id: row.session_id, permanent: true, whole_topic: true, reason })
+            Some(RecordRejection { upload_id: row.session_id, permanent: true, whole_topic: true, reason })
         });
-        let alone = refused.iter().filter(|refusal| !refusal.whole_topic && (refusal.permanent || sent.len() == 1));
+        let alone = rejected.iter().filter(|rejection| !rejection.whole_topic && (rejection.permanent || sent.len() == 1));
         of_topics.chain(alone.cloned()).collect()
     }
 
-    /// Logs why a batch failed: once a shard and reason, and from time to time again.
-    pub(super) fn tell_failure(&self, shard: i32, why: &str) {
-        if self.is_news(&format!("shard {shard}"), why) {
-            warn!(shard, why, "publishing a batch of shard {shard} failed, and it is tried again: {why}");
+    /// Logs why a batch failed. The same reason of a shard is logged once a minute at most.
+    pub(super) fn log_failure(&self, shard: i32, why: &str) {
+        if self.should_log(&format!("shard {shard}"), why) {
+            warn!(shard, why, "publishing a batch of shard {shard} failed: {why}; retrying until it succeeds");
         }
     }
 
-    /// Notes why nothing of these shards is published, and says so on the uploads that wait.
-    pub(super) async fn tell_stalled(&self, shards: std::ops::Range<i32>, why: &Error) {
+    /// Records why these shards publish nothing, and writes the reason to their waiting uploads.
+    pub(super) async fn report_stalled(&self, shards: std::ops::Range<i32>, error: &Error) {
         for shard in shards {
-            self.isolation.stalled_by(shard, &why.to_string());
-            self.tell_stall(shard).await;
+            self.isolation.record_stall(shard, &error.to_string());
+            self.report_stall(shard).await;
         }
     }
 
-    /// Says on the uploads that wait for a shard why it has published nothing for a while, if so.
-    pub(super) async fn tell_stall(&self, shard: i32) {
-        let Some((reason, after)) = self.isolation.stall_to_tell(shard) else { return };
-        let told = async {
+    /// If a shard has published nothing for a while, writes the reason to the uploads that wait for it.
+    pub(super) async fn report_stall(&self, shard: i32) {
+        let Some((reason, after)) = self.isolation.stall_to_report(shard) else { return };
+        let written = async {
             let now = self.store.now().await?;
-            self.store.tell_waiting(shard, &without_addresses(&reason), after, now).await
+            self.store.write_stall_reason(shard, &without_addresses(&reason), after, now).await
         };
-        match told.await {
+        match written.await {
             Ok((ids, number)) => {
-                ids.into_iter().for_each(|id| self.wakes.changed(id));
-                self.isolation.told_to(shard, number);
+                ids.into_iter().for_each(|id| self.notifier.notify(id));
+                self.isolation.set_reported_up_to(shard, number);
             }
-            Err(error) => info!(shard, %error, "could not write down why the uploads of shard {shard} wait: {error}"),
+            Err(error) => info!(
+                shard,
+                %error,
+                "could not write to the waiting uploads of shard {shard} why nothing is published: {error}; retrying"
+            ),
         }
     }
 }
 
-/// What Kafka said, as it may be shown to a client: `host:port` is not.
+/// Kafka's error text without `host:port` addresses, because clients can read it.
 fn without_addresses(reason: &str) -> String {
     let is_address = |word: &str| {
         let mut pieces = word.trim_matches(|c: char| !c.is_ascii_alphanumeric()).rsplitn(2, ':');
@@ -76,13 +81,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_address_is_told() {
-        for (reason, told) in [
+    fn the_reason_that_a_client_reads_contains_no_address() {
+        for (reason, expected) in [
             ("127.0.0.1:9092/1: Connect refused", "(address) Connect refused"),
             ("kafka is unreachable: no answer within 1500 ms", "kafka is unreachable: no answer within 1500 ms"),
             ("on broker (kafka-1.internal:9092) now", "on broker (address) now"),
         ] {
-            assert_eq!(without_addresses(reason), told);
+            assert_eq!(without_addresses(reason), expected);
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Migrations of a database that brokers are working on.
+//! Migrates the schema while brokers use the database.
 //!
-//! A migration that waits for a table's lock makes every later write wait behind it. So it waits briefly, lets the others
-//! pass, and tries again. Indexes of large tables are built concurrently: writing goes on meanwhile.
+//! While a migration waits for a table lock, every later write to the table waits too. So a migration waits briefly, lets the
+//! writes run, and retries. Indexes of large tables are built concurrently, so writes continue meanwhile.
 
 use std::time::{Duration, Instant};
 
@@ -13,40 +13,41 @@ use super::Error;
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
-/// How long a migration waits for a table's lock, and with it whoever comes after.
-const LOCK_WITHIN: &str = "1s";
-/// How long others pass before it tries again.
-const PAUSE: Duration = Duration::from_secs(1);
-/// A lock that is held longer needs an operator.
-const GIVE_UP: Duration = Duration::from_secs(3600);
-/// One migrates at a time: `lfs_mig` in ASCII.
-const TURN: i64 = 0x6c_6673_5f6d_6967;
-/// Builds indexes of tables that may be large by now, though it was written for small ones.
-const PLAIN_INDEXES: i64 = 2;
+/// How long a migration waits for a table lock. Later writes to the table wait for the same time.
+const LOCK_TIMEOUT: &str = "1s";
+/// How long other writes run before the migration retries.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// After this time the migration fails: a lock that is held for so long needs an operator.
+const MAX_RETRY_TIME: Duration = Duration::from_secs(3600);
+/// The advisory lock that lets one process migrate at a time; its id is `lfs_mig` in ASCII.
+const ADVISORY_LOCK_ID: i64 = 0x6c_6673_5f6d_6967;
+/// The migration that was written with plain `create index` statements. Its tables may be large by now, so its indexes are
+/// built concurrently.
+const INDEX_MIGRATION: i64 = 2;
 
-/// The schema that this program needs.
-pub(super) fn needed() -> i64 {
+/// The schema version that this program requires.
+pub(super) fn required_version() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
-/// Brings the schema up to date. Several may run at once.
+/// Applies all missing migrations. Several processes may run it at once.
 pub(super) async fn run(connection: &mut PgConnection) -> Result<(), Error> {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     loop {
         match attempt(connection).await {
-            Err(error) if is_passing(&error) && begun.elapsed() < GIVE_UP => {
-                warn!(%error, "a migration did not get a lock, tries again in {} s: {error}", PAUSE.as_secs());
-                tokio::time::sleep(PAUSE).await;
+            Err(error) if is_transient(&error) && started_at.elapsed() < MAX_RETRY_TIME => {
+                warn!(%error, "a migration could not get a lock; retrying in {} s: {error}", RETRY_INTERVAL.as_secs());
+                tokio::time::sleep(RETRY_INTERVAL).await;
             }
-            ended => return ended,
+            outcome => return outcome,
         }
     }
 }
 
-/// Whether it is worth trying again: 55P03 is a lock that was not to be had, 40P01 a deadlock (PostgreSQL, appendix A).
-fn is_passing(error: &Error) -> bool {
+/// Whether a retry may succeed. 55P03: lock_not_available. 40P01: deadlock_detected (PostgreSQL, appendix A).
+fn is_transient(error: &Error) -> bool {
     let cause = match error {
-        Error::Busy => return true,
+        Error::LockTimeout => return true,
         Error::Database(cause) | Error::Migration(MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _)) => {
             cause
         }
@@ -56,64 +57,66 @@ fn is_passing(error: &Error) -> bool {
 }
 
 async fn attempt(connection: &mut PgConnection) -> Result<(), Error> {
-    // It asks, and does not wait in PostgreSQL: an index that another builds concurrently waits for every statement that runs.
-    let ours = query_scalar::<_, bool>("select pg_try_advisory_lock($1)").bind(TURN).fetch_one(&mut *connection).await?;
-    if !ours {
-        return Err(Error::Busy);
+    // A statement that waits for the lock would block `create index concurrently` of another process, which waits for all
+    // running statements. So this only tries to get the lock.
+    let is_acquired =
+        query_scalar::<_, bool>("select pg_try_advisory_lock($1)").bind(ADVISORY_LOCK_ID).fetch_one(&mut *connection).await?;
+    if !is_acquired {
+        return Err(Error::LockTimeout);
     }
     let applied = apply(connection).await;
-    query("select pg_advisory_unlock($1)").bind(TURN).execute(&mut *connection).await?;
+    query("select pg_advisory_unlock($1)").bind(ADVISORY_LOCK_ID).execute(&mut *connection).await?;
     applied
 }
 
 async fn apply(connection: &mut PgConnection) -> Result<(), Error> {
     let mut all = Migrator::with_migrations(MIGRATIONS.iter().cloned().collect());
-    // The lock of ours is held.
+    // `attempt` holds the advisory lock.
     all.set_locking(false);
     let table = &all.table_name;
-    wait_for_locks(connection, LOCK_WITHIN).await?;
+    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
     connection.ensure_migrations_table(table).await?;
     let applied = connection.list_applied_migrations(table).await?;
-    drop_broken_indexes(connection).await?;
+    drop_invalid_indexes(connection).await?;
     for migration in MIGRATIONS.iter().filter(|migration| applied.iter().all(|applied| applied.version != migration.version)) {
-        if migration.version == PLAIN_INDEXES {
+        if migration.version == INDEX_MIGRATION {
             build_concurrently(connection, migration).await?;
             connection.skip(table, migration).await?;
             continue;
         }
-        // It blocks nobody, and must wait for every transaction that is older.
-        wait_for_locks(connection, if migration.no_tx { "0" } else { LOCK_WITHIN }).await?;
+        // A migration without a transaction builds indexes concurrently. It blocks no write and must outwait older transactions.
+        set_lock_timeout(connection, if migration.no_tx { "0" } else { LOCK_TIMEOUT }).await?;
         connection.apply(table, migration).await?;
     }
-    // Nothing is left to do, but what was applied is held against what this program knows.
+    // Applies nothing more, but checks the applied migrations against those of this program.
     all.run(connection).await?;
     Ok(())
 }
 
-async fn wait_for_locks(connection: &mut PgConnection, time: &str) -> Result<(), Error> {
+async fn set_lock_timeout(connection: &mut PgConnection, time: &str) -> Result<(), Error> {
     query("select set_config('lock_timeout', $1, false)").bind(time).execute(connection).await?;
     Ok(())
 }
 
-/// The statements of a migration that builds indexes, one by one, without blocking writes.
+/// Runs the statements of a migration one by one and builds its indexes concurrently, so that writes continue.
 async fn build_concurrently(connection: &mut PgConnection, migration: &Migration) -> Result<(), Error> {
     for statement in migration.sql.as_str().split(";\n") {
         let statement = statement.replace("create index ", "create index concurrently if not exists ");
-        wait_for_locks(connection, if statement.contains("create index ") { "0" } else { LOCK_WITHIN }).await?;
+        set_lock_timeout(connection, if statement.contains("create index ") { "0" } else { LOCK_TIMEOUT }).await?;
         raw_sql(AssertSqlSafe(statement)).execute(&mut *connection).await?;
     }
     Ok(())
 }
 
-/// Removes what a concurrent build of an index left that did not come to its end: PostgreSQL never uses it.
-async fn drop_broken_indexes(connection: &mut PgConnection) -> Result<(), Error> {
-    let broken = "select c.relname::text from pg_index i join pg_class c on c.oid = i.indexrelid
+/// Drops invalid indexes, which an interrupted concurrent build leaves behind: PostgreSQL never uses them.
+async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), Error> {
+    let invalid = "select c.relname::text from pg_index i join pg_class c on c.oid = i.indexrelid
                   where not i.indisvalid and pg_table_is_visible(i.indrelid)";
-    let broken: Vec<String> = query_scalar(broken).fetch_all(&mut *connection).await?;
+    let invalid: Vec<String> = query_scalar(invalid).fetch_all(&mut *connection).await?;
     let is_ours = |name: &str| MIGRATIONS.iter().any(|migration| migration.sql.as_str().contains(&format!(" {name} on ")));
-    for name in broken.into_iter().filter(|name| is_ours(name)) {
-        info!(index = name, "removing index {name}, whose building was broken off");
-        wait_for_locks(connection, "0").await?;
+    for name in invalid.into_iter().filter(|name| is_ours(name)) {
+        info!(index = name, "dropping the invalid index {name}: its concurrent build was interrupted");
+        set_lock_timeout(connection, "0").await?;
         let drop = format!("drop index concurrently if exists \"{name}\"");
         raw_sql(AssertSqlSafe(drop)).execute(&mut *connection).await?;
     }

@@ -1,17 +1,18 @@
-//! The store: the one room that speaks SQL.
+//! The store: the only module that speaks SQL.
 //!
-//! It hides PostgreSQL behind verbs on sessions, the outbox and topics. No S3 or Kafka call happens inside a transaction.
+//! It hides PostgreSQL behind functions on sessions, the outbox and topics. No S3 or Kafka call happens inside a transaction.
 //!
-//! Nothing of a session is overwritten unseen. Whoever moves it by what they read (`save`) names the version they read.
-//! Every other write says in its `where` all that it rests on: the state, the lease, the multipart upload, the promise.
+//! No write overwrites another writer's change by accident. `save` computes the new state from a row that it read before, so it
+//! names the version of that row. Every other write names all its conditions in its `where` clause: the state, the lease, the
+//! multipart upload, the part hash.
 
+mod admin;
 mod audit;
 mod migrate;
-mod operate;
 mod outbox;
 mod pool;
 mod sessions;
-mod tenants;
+mod tenant_limiter;
 mod topics;
 
 use std::sync::Arc;
@@ -23,27 +24,27 @@ use sqlx::{Connection as _, PgConnection, query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::failpoint::Struck;
+use crate::failpoint::InjectedError;
 
-pub(crate) use audit::{Found, Owner, PAGE, Standing};
-pub(crate) use outbox::{Claim, Ownership, Parked, Placed, Waiting};
+pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
+pub(crate) use outbox::{Claim, Deferred, OutboxRow, PublishedAt, ShardLease};
 pub use sessions::Quota;
-pub(crate) use sessions::{Created, Filter, Listed, Move};
-pub(crate) use tenants::Turns;
+pub(crate) use sessions::{CreateOutcome, Filter, SessionPage, Transition};
+pub(crate) use tenant_limiter::TenantLimiter;
 
-/// A caller hears within two seconds, whatever the database does.
-pub const ANSWER_WITHIN: Duration = Duration::from_millis(1700);
+/// The default timeout of one call. A client gets an answer within two seconds, also when the database does not respond.
+pub const CALL_TIMEOUT: Duration = Duration::from_millis(1700);
 
-/// Where PostgreSQL is, and how much of it is used.
+/// How to reach PostgreSQL, and how many connections and how much time one replica may use.
 #[derive(Clone)]
 pub struct Settings {
     /// `DATABASE_URL`.
     pub url: String,
-    /// Most connections of this replica.
+    /// How many connections this replica opens at most.
     pub max_connections: u32,
-    /// How long one call may hold its caller.
-    pub answer_within: Duration,
-    /// `LFS_BROKER_TENANT_CONNECTIONS`: how many connections one tenant's writing and listing holds at once; 0: no limit.
+    /// How long a caller waits for one call.
+    pub call_timeout: Duration,
+    /// `LFS_BROKER_TENANT_CONNECTIONS`: how many connections one tenant's writes and lists may use at once; 0: no limit.
     pub tenant_connections: u32,
 }
 
@@ -51,62 +52,64 @@ impl Settings {
     /// Settings for `url` with the default number of connections.
     pub fn new(url: &str) -> Self {
         // 20 connections keep two cores of PostgreSQL busy and leave room for other replicas under its default of 100.
-        // A quarter of them suffices a tenant that waits for its own row anyway, and leaves the others theirs.
-        Self { url: url.to_owned(), max_connections: 20, answer_within: ANSWER_WITHIN, tenant_connections: 5 }
+        // A quarter of them is enough for one tenant, because its writes wait for the tenant's row anyway. The rest stays free
+        // for other tenants.
+        Self { url: url.to_owned(), max_connections: 20, call_timeout: CALL_TIMEOUT, tenant_connections: 5 }
     }
 }
 
-/// What the store cannot do.
+/// Why a store function failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Somebody else moved the session first; read it again.
-    #[error("session {0} was moved by somebody else")]
-    Moved(Uuid),
+    /// Another writer changed the session first (optimistic locking).
+    #[error("session {0} was changed by another writer; read it again")]
+    VersionConflict(Uuid),
     /// A row breaks the rules of its state.
-    #[error("session {id} breaks the rules of its state: {what}")]
+    #[error("the row of session {id} breaks the rules of its state: {reason}")]
     Corrupt {
-        /// The row.
+        /// The session.
         id: Uuid,
-        /// What is wrong with it.
-        what: String,
+        /// Which rule the row breaks.
+        reason: String,
     },
-    /// Another request holds what this one needs.
-    #[error("another request holds the same row for too long")]
-    Busy,
-    /// Nobody is left to do it.
-    #[error("the broker is ending")]
-    Ending,
-    /// The database is not there, or did not do it.
+    /// Another transaction held a needed lock until `lock_timeout`.
+    #[error("could not get a database lock in time, because another transaction holds it; retry")]
+    LockTimeout,
+    /// The process is shutting down, so the task was not run.
+    #[error("the broker is shutting down")]
+    ShuttingDown,
+    /// The database was not reachable, did not answer in time, or returned an error.
     #[error("database: {0}")]
     Database(#[source] sqlx::Error),
-    /// The schema could not be brought up to date.
-    #[error("migration: {0}")]
+    /// The schema could not be migrated.
+    #[error("applying the migrations failed: {0}")]
     Migration(#[from] sqlx::migrate::MigrateError),
-    /// Nothing can be written.
+    /// The database accepts no writes.
     #[error("the database is read-only: it is a standby, or default_transaction_read_only is on")]
     ReadOnly,
-    /// `DATABASE_URL` cannot be read.
-    #[error("DATABASE_URL is not a PostgreSQL URL")]
-    Url,
-    /// The schema is not the one that this program was built for.
-    #[error("the database schema is at version {found}, this program needs {needed}: run `lfs-broker migrate`")]
-    Schema {
-        /// Applied.
+    /// `DATABASE_URL` cannot be parsed.
+    #[error("DATABASE_URL is not a PostgreSQL URL such as postgres://USER:PASSWORD@HOST:5432/DATABASE")]
+    InvalidUrl,
+    /// The schema is older than this program requires.
+    #[error("the database schema is at version {found}, this program needs {required}: run `lfs-broker migrate`")]
+    OutdatedSchema {
+        /// The applied version.
         found: i64,
-        /// Needed.
-        needed: i64,
+        /// The required version.
+        required: i64,
     },
 }
 
 impl Error {
-    /// Whether the database answered, and the answer was no: asking again helps once somebody has changed something.
+    /// Whether the database refused the statement for a lasting reason. A retry succeeds only after an operator has changed
+    /// something.
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
-            // Classes of PostgreSQL's errors that pass (its appendix A): connection, conflict, resources, shutdown.
+            // Transient error classes (PostgreSQL, appendix A): connection, transaction rollback, resources, shutdown.
             Self::Database(sqlx::Error::Database(error)) => {
                 !error.code().is_some_and(|code| ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)))
             }
-            Self::Schema { .. } | Self::Migration(_) | Self::Url => true,
+            Self::OutdatedSchema { .. } | Self::Migration(_) | Self::InvalidUrl => true,
             _ => false,
         }
     }
@@ -114,93 +117,93 @@ impl Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        // 55P03: lock_timeout ran out while another transaction held the row (PostgreSQL, appendix A).
+        // 55P03, lock_not_available: lock_timeout ended while another transaction held the row (PostgreSQL, appendix A).
         match error.as_database_error().and_then(|error| error.code()) {
-            Some(code) if code == "55P03" => Self::Busy,
+            Some(code) if code == "55P03" => Self::LockTimeout,
             _ => Self::Database(error),
         }
     }
 }
 
-impl From<Struck> for Error {
-    /// As when the answer to a COMMIT is lost.
-    fn from(struck: Struck) -> Self {
-        Self::Database(sqlx::Error::Io(std::io::Error::other(struck)))
+impl From<InjectedError> for Error {
+    /// The caller sees the same error as after a COMMIT whose answer was lost.
+    fn from(error: InjectedError) -> Self {
+        Self::Database(sqlx::Error::Io(std::io::Error::other(error)))
     }
 }
 
-/// The identity that every replica on one database shares.
+/// The identity that all replicas on one database share.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deployment {
     pub(crate) id: Uuid,
     pub(crate) shards: i32,
 }
 
-/// A handle on the database; cheap to clone.
+/// A handle to the database; cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     pool: pool::Pool,
     options: PgConnectOptions,
-    turns: Arc<Turns>,
-    shift_ms: Arc<AtomicI64>,
+    tenant_limiter: Arc<TenantLimiter>,
+    clock_offset_ms: Arc<AtomicI64>,
 }
 
 impl Store {
-    /// A store on a database that is reached when it is first needed.
+    /// Creates a store. It connects to the database when the first function needs a connection.
     ///
     /// # Errors
-    /// [`Error::Url`] when the URL cannot be read.
+    /// [`Error::InvalidUrl`] when the URL cannot be parsed.
     pub fn connect(settings: &Settings) -> Result<Self, Error> {
         let options = connect_options(&settings.url)?;
-        let pool = pool::Pool::new(&options, settings.max_connections, settings.answer_within);
-        let turns = Arc::new(Turns::new(settings.tenant_connections));
-        Ok(Self { pool, options, turns, shift_ms: Arc::default() })
+        let pool = pool::Pool::new(&options, settings.max_connections, settings.call_timeout);
+        let tenant_limiter = Arc::new(TenantLimiter::new(settings.tenant_connections));
+        Ok(Self { pool, options, tenant_limiter, clock_offset_ms: Arc::default() })
     }
 
-    /// Brings the schema up to date; several may run at once, and brokers may work meanwhile.
+    /// Migrates the schema to this program's version. Several processes may run it at once, while brokers serve requests.
     ///
     /// # Errors
-    /// When the database is not there or a migration fails.
+    /// When the database is unreachable or a migration fails.
     pub async fn migrate(&self) -> Result<(), Error> {
-        // A connection of its own, without the bounds of requests: the index of a large table takes its time.
+        // A separate connection without a statement timeout: building the index of a large table can take minutes.
         let options = self.options.clone().options([("statement_timeout", "0")]);
-        let connected = self.pool.in_time(async { Ok(PgConnection::connect_with(&options).await?) });
+        let connected = self.pool.with_timeout(async { Ok(PgConnection::connect_with(&options).await?) });
         let mut connection = connected.await?;
         migrate::run(&mut connection).await?;
-        // It has ended well, whether or not the goodbye arrives.
-        let _ = self.pool.in_time(async { Ok(connection.close().await?) }).await;
+        // The migrations are committed, so a failure of the closing handshake changes nothing.
+        let _ = self.pool.with_timeout(async { Ok(connection.close().await?) }).await;
         Ok(())
     }
 
-    /// Checks that the schema is the one this program was built for.
+    /// Checks that the schema has at least the version that this program requires.
     ///
     /// # Errors
-    /// [`Error::Schema`] when it is older.
+    /// [`Error::OutdatedSchema`] when it is older.
     pub async fn check_schema(&self) -> Result<(), Error> {
-        let needed = migrate::needed();
+        let required = migrate::required_version();
         let applied = sqlx::query_scalar::<_, Option<i64>>("select max(version) from _sqlx_migrations where success");
         let found = match applied.fetch_one(&self.pool).await {
             Ok(found) => found.unwrap_or(0),
-            // 42P01: there is no such table, so nothing was ever migrated.
+            // 42P01, undefined_table: no migration was ever applied.
             Err(error) if error.as_database_error().and_then(|error| error.code()).as_deref() == Some("42P01") => 0,
             Err(error) => return Err(error.into()),
         };
-        if found < needed { Err(Error::Schema { found, needed }) } else { Ok(()) }
+        if found < required { Err(Error::OutdatedSchema { found, required }) } else { Ok(()) }
     }
 
-    /// The time, which is the database's: replicas with wrong clocks agree on it.
+    /// The current time by the database's clock, so that replicas with wrong clocks agree.
     pub(crate) async fn now(&self) -> Result<OffsetDateTime, Error> {
         let now = query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(&self.pool).await?;
-        Ok(now + time::Duration::milliseconds(self.shift_ms.load(Ordering::Relaxed)))
+        Ok(now + time::Duration::milliseconds(self.clock_offset_ms.load(Ordering::Relaxed)))
     }
 
-    /// Pushes the clock of this handle and its clones, for tests.
-    pub fn push_clock(&self, by: Duration) {
-        let by_ms = i64::try_from(by.as_millis()).expect("a test pushes by less than 292 million years");
-        self.shift_ms.fetch_add(by_ms, Ordering::Relaxed);
+    /// Advances the clock of this handle and its clones, for tests.
+    pub fn advance_clock(&self, by: Duration) {
+        let by_ms = i64::try_from(by.as_millis()).expect("a test advances it by less than 292 million years");
+        self.clock_offset_ms.fetch_add(by_ms, Ordering::Relaxed);
     }
 
-    /// Whether the database answers, and takes writes.
+    /// Checks that the database answers and accepts writes.
     pub(crate) async fn reachable(&self) -> Result<(), Error> {
         let is_read_only = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool";
         match sqlx::query_scalar::<_, bool>(is_read_only).fetch_one(&self.pool).await? {
@@ -209,14 +212,14 @@ impl Store {
         }
     }
 
-    /// Writes a row and takes it back: a role without rights, or a full disk, is noticed.
+    /// Runs updates that match no row and rolls them back. It fails when the role lacks write privileges.
     pub(crate) async fn check_write(&self) -> Result<(), Error> {
         self.reachable().await?;
         self.pool
-            .in_time(async {
+            .with_timeout(async {
                 let mut tx = self.pool.begin().await?;
                 sqlx::query("update deployment set shards = shards where false").execute(&mut *tx).await?;
-                // It has a right to each row that there will be; none of them is touched.
+                // PostgreSQL checks the privilege on the table even though no row matches.
                 sqlx::query("update upload_sessions set version = version where false").execute(&mut *tx).await?;
                 Ok(tx.rollback().await?)
             })
@@ -229,29 +232,29 @@ impl Store {
         Ok(Deployment { id: row.id, shards: row.shards })
     }
 
-    /// Closes every connection, and does not wait for those that hang.
+    /// Closes all connections. It does not wait for connections that do not answer.
     pub async fn close(&self) {
         self.pool.close().await;
     }
 }
 
-/// Reads a URL, and sets what a session needs, whatever the server, the database or the role has for a default.
+/// Parses a URL and sets the session parameters that the store needs, whatever the defaults of the server, database or role.
 fn connect_options(url: &str) -> Result<PgConnectOptions, Error> {
-    // A user without a host, as for a socket in `?host=`: PostgreSQL's own clients take it, URLs in general do not.
-    let options: PgConnectOptions = url.replacen("@/", "@localhost/", 1).parse().map_err(|_| Error::Url)?;
-    // An IPv6 address has brackets in a URL and nowhere else.
+    // `user@/db`, as for a socket in `?host=`: PostgreSQL's own clients accept it, a URL parser does not.
+    let options: PgConnectOptions = url.replacen("@/", "@localhost/", 1).parse().map_err(|_| Error::InvalidUrl)?;
+    // An IPv6 address has brackets only in a URL.
     let address = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')).map(str::to_owned);
     let options = match address {
         Some(address) => options.host(&address),
         None => options,
     };
     Ok(options.application_name("lfs-broker").options([
-        // Bounds: a caller hears within 2 s, and a transaction whose owner froze gives its locks back.
+        // Limits: a client gets an answer within 2 s, and a transaction of a stalled process releases its locks.
         ("lock_timeout", "1500ms"),
         ("idle_in_transaction_session_timeout", "10s"),
-        // A stricter level refuses what runs side by side; every statement here says in its `where` all that it rests on.
+        // A stricter level fails concurrent statements. No statement here needs it, because each names its conditions in `where`.
         ("default_transaction_isolation", "read committed"),
-        // Statements are short and planned with their arguments; compiling one takes longer than running it.
+        // Statements are short, so JIT compilation takes longer than running them.
         ("jit", "off"),
         ("plan_cache_mode", "auto"),
     ]))
@@ -262,7 +265,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ipv6_address_in_the_url_is_connected_to_without_its_brackets() {
+    fn an_ipv6_address_in_the_url_is_used_without_its_brackets() {
         for (url, host, port) in [
             ("postgres://u:p@[::1]:5433/db", "::1", 5433),
             ("postgresql://u:p@[2001:db8::7]/db", "2001:db8::7", 5432),
@@ -285,6 +288,6 @@ mod tests {
                 "{url}"
             );
         }
-        assert!(matches!(connect_options("not a url"), Err(Error::Url)));
+        assert!(matches!(connect_options("not a url"), Err(Error::InvalidUrl)));
     }
 }

@@ -1,21 +1,21 @@
-//! The outbox: pointers that Kafka has not acknowledged, and who may send them.
+//! The outbox: pointers that Kafka has not acknowledged, and the leases on its shards.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::pool::{WORK_WITHIN, within};
+use super::pool::{WORKER_TIMEOUT, with_timeout};
 use super::{Error, Store};
 use crate::failpoint;
 
-/// Refused rows that a batch tries again. What was never refused waits until all of them are written back, so they are
-/// few; once Kafka takes them, batch follows batch.
-const REFUSED_AT_ONCE: i64 = 20;
+/// How many refused rows one batch retries. The number is small, because rows that were never refused wait until the retried rows
+/// are deferred again. When Kafka accepts the retried rows, the next batch follows at once.
+const MAX_RETRIED_ROWS: i64 = 20;
 
-/// A pointer that waits for Kafka.
+/// A row of the outbox: a pointer that Kafka has not acknowledged.
 #[derive(Debug, Clone)]
-pub(crate) struct Waiting {
+pub(crate) struct OutboxRow {
     pub(crate) number: i64,
     pub(crate) session_id: Uuid,
     pub(crate) topic: String,
@@ -27,59 +27,60 @@ pub(crate) struct Waiting {
     pub(crate) batch: Option<i64>,
 }
 
-/// A pointer that Kafka holds.
+/// Where in Kafka the record of a session's pointer is.
 #[derive(Debug, Clone)]
-pub(crate) struct Placed {
+pub(crate) struct PublishedAt {
     pub(crate) session_id: Uuid,
     pub(crate) partition: i32,
     pub(crate) offset: i64,
     pub(crate) at: OffsetDateTime,
 }
 
-/// What became of the claim of a shard's next batch.
+/// The outcome of claiming the next batch of a shard.
 #[derive(Debug)]
 pub(crate) enum Claim {
-    /// These rows bear the batch's number now, and are to be sent.
-    Stamped { batch: i64, rows: Vec<Waiting> },
-    /// Nothing is due.
+    /// These rows have the batch's number now and must be sent.
+    Claimed { batch: i64, rows: Vec<OutboxRow> },
+    /// No row is due.
     Idle,
-    /// Another owner or epoch has the shard.
-    Taken,
-    /// The shard is not as its holder left it, so nothing was stamped: the database lost commits, or somebody else wrote.
+    /// Another owner or a later epoch has the shard.
+    ShardLost,
+    /// The shard's state is not the one that its owner wrote last, so no row was claimed. The database lost commits, or another
+    /// process wrote to the shard.
     Changed {
         last_batch: i64,
-        /// Rows that are stamped, although the holder left none.
-        is_unsettled: bool,
+        /// Whether rows are claimed although the owner left none claimed.
+        has_claimed_rows: bool,
     },
 }
 
-/// A pointer that Kafka refused, and what is to be written down of it.
+/// A pointer that Kafka refused, with the error and the time of the next try.
 #[derive(Debug)]
-pub(crate) struct Parked {
+pub(crate) struct Deferred {
     pub(crate) session_id: Uuid,
     pub(crate) error: String,
     pub(crate) next_try_at: OffsetDateTime,
 }
 
-/// The right to relay one shard: good while nobody took it over.
+/// The lease on one shard. It is valid until another owner takes the shard over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ownership {
+pub(crate) struct ShardLease {
     pub(crate) shard: i32,
     pub(crate) owner: Uuid,
     pub(crate) epoch: i64,
 }
 
 impl Store {
-    /// Takes every shard that is free or was ours, and renews the lease to `until`.
+    /// Acquires every shard that is free or already leased by `owner`, and extends its lease to `until`.
     ///
-    /// A new epoch is the time in microseconds, so that a database which lost commits never gives out one a second time:
-    /// a batch that has been under way since before would be taken for the new owner's.
-    pub(crate) async fn own_shards(
+    /// A new epoch is the time in microseconds, so a database that lost commits never issues the same epoch twice. Otherwise a
+    /// batch that an earlier owner is still sending could be mistaken for the new owner's.
+    pub(crate) async fn acquire_shards(
         &self,
         owner: Uuid,
         now: OffsetDateTime,
         until: OffsetDateTime,
-    ) -> Result<Vec<Ownership>, Error> {
+    ) -> Result<Vec<ShardLease>, Error> {
         let rows = query!(
             "update relay_shards set owner = $1, until = $3,
                  epoch = case when owner is distinct from $1 or until <= $2
@@ -92,186 +93,206 @@ impl Store {
         )
         .fetch_all(&self.pool)
         .await?;
-        let mut owned: Vec<Ownership> =
-            rows.into_iter().map(|row| Ownership { shard: row.shard, owner, epoch: row.epoch }).collect();
-        owned.sort_by_key(|owned| owned.shard);
-        Ok(owned)
+        let mut leases: Vec<ShardLease> =
+            rows.into_iter().map(|row| ShardLease { shard: row.shard, owner, epoch: row.epoch }).collect();
+        leases.sort_by_key(|lease| lease.shard);
+        Ok(leases)
     }
 
-    /// Gives a replica's shards back, so that another need not wait for the lease to end.
-    pub(crate) async fn disown_shards(&self, owner: Uuid) -> Result<(), Error> {
+    /// Releases all shards of a replica, so that other replicas do not wait for the leases to end.
+    pub(crate) async fn release_shards(&self, owner: Uuid) -> Result<(), Error> {
         query!("update relay_shards set owner = null, until = null where owner = $1", owner).execute(&self.pool).await?;
         Ok(())
     }
 
-    /// Whether a shard has anything to send or to settle.
-    pub(crate) async fn has_waiting(&self, shard: i32) -> Result<bool, Error> {
-        let waiting = query_scalar!(
+    /// Whether a shard has rows to send, or claimed rows whose outcome is not recorded.
+    pub(crate) async fn has_outbox_rows(&self, shard: i32) -> Result<bool, Error> {
+        let has_rows = query_scalar!(
             r#"select exists (select from outbox where shard = $1 and batch is null)
-                   or exists (select from outbox where shard = $1 and batch is not null) as "waiting!""#,
+                   or exists (select from outbox where shard = $1 and batch is not null) as "has_rows!""#,
             shard
         );
-        Ok(waiting.fetch_one(&self.pool).await?)
+        Ok(has_rows.fetch_one(&self.pool).await?)
     }
 
-    /// Rows of a shard that were stamped and not settled: sent, or about to be, when their relay stopped.
-    pub(crate) async fn stamped(&self, shard: i32) -> Result<Vec<Waiting>, Error> {
+    /// Claimed rows of a shard whose outcome is not recorded: their relay stopped before, during or after sending them.
+    pub(crate) async fn claimed(&self, shard: i32) -> Result<Vec<OutboxRow>, Error> {
         let rows = sqlx::query_as!(
-            Row,
+            RawOutboxRow,
             r#"select number, session_id, topic, partition, key, value, headers as "headers: Json<Vec<(String, String)>>", attempts, batch
                from outbox where shard = $1 and batch is not null order by number"#,
             shard
         )
         .fetch_all(&self.pool)
         .await?;
-        Ok(rows.into_iter().map(Waiting::from).collect())
+        Ok(rows.into_iter().map(OutboxRow::from).collect())
     }
 
-    /// Stamps the next batch of a shard with a fresh number, under the shard's row lock, if the shard is as its holder
-    /// left it: `last_batch` is the last number, and no row is stamped.
-    pub(crate) async fn stamp(&self, owned: Ownership, last_batch: i64, limit: i64, now: OffsetDateTime) -> Result<Claim, Error> {
-        let claim = within(WORK_WITHIN, async {
-            let mut tx = self.pool.unbounded().begin().await?;
-            let claim = stamp(&mut tx, owned, last_batch, limit, now).await?;
+    /// Claims the next batch of a shard: writes a new batch number to its rows, under the lock of the shard's row. It requires
+    /// that the shard is as its owner left it: `last_batch` is the last number, and no row is claimed.
+    pub(crate) async fn claim_batch(
+        &self,
+        lease: ShardLease,
+        last_batch: i64,
+        limit: i64,
+        now: OffsetDateTime,
+    ) -> Result<Claim, Error> {
+        let claim = with_timeout(WORKER_TIMEOUT, async {
+            let mut tx = self.pool.worker_pool().begin().await?;
+            let claim = claim_batch(&mut tx, lease, last_batch, limit, now).await?;
             match claim {
-                Claim::Stamped { .. } => tx.commit().await?,
+                Claim::Claimed { .. } => tx.commit().await?,
                 _ => tx.rollback().await?,
             }
             Ok(claim)
         })
         .await?;
-        if matches!(claim, Claim::Stamped { .. }) {
+        if matches!(claim, Claim::Claimed { .. }) {
             failpoint::reach("relay.stamped").await?;
         }
         Ok(claim)
     }
 
-    /// Takes the stamps of these batches back, but for those that Kafka holds, whether or not that is written down: the
-    /// database may have lost it again. `false`, and nothing is done, when the shard is not ours any more: what stands
-    /// there now may be the next owner's.
-    pub(crate) async fn unstamp(&self, owned: Ownership, batches: &[i64], placed: &[Placed]) -> Result<bool, Error> {
-        let published: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
-        let unstamped = query!(
-            "with ours as (select shard from relay_shards where shard = $1 and owner = $2 and epoch = $3),
-                  free as (update outbox set batch = null
-                           where shard = (select shard from ours) and batch = any($4) and session_id <> all($5))
-             select exists (select from ours) as \"ours!\"",
-            owned.shard,
-            owned.owner,
-            owned.epoch,
+    /// Releases the rows of these batches, except those in `published`, which Kafka holds. Their state in the database does not
+    /// matter, because the database may have lost it again. `false`: the lease was lost, and no row was released, because the
+    /// rows may now belong to the next owner.
+    pub(crate) async fn release_batch(
+        &self,
+        lease: ShardLease,
+        batches: &[i64],
+        published: &[PublishedAt],
+    ) -> Result<bool, Error> {
+        let published_ids: Vec<Uuid> = published.iter().map(|published| published.session_id).collect();
+        let released = query!(
+            "with lease as (select shard from relay_shards where shard = $1 and owner = $2 and epoch = $3),
+                  released as (update outbox set batch = null
+                               where shard = (select shard from lease) and batch = any($4) and session_id <> all($5))
+             select exists (select from lease) as \"is_leased!\"",
+            lease.shard,
+            lease.owner,
+            lease.epoch,
             batches,
-            &published
+            &published_ids
         );
-        Ok(unstamped.fetch_one(&self.pool).await?.ours)
+        Ok(released.fetch_one(&self.pool).await?.is_leased)
     }
 
-    /// Parks rows of a batch, and with each the later ones of its topic and key: Kafka refused them. Nothing is done
-    /// to a row that is not stamped as we know it, because another owner has settled it, nor when the shard is not ours
-    /// any more: a database that lost commits gives the next owner the same numbers again, of batches and of rows.
-    pub(crate) async fn park(&self, owned: Ownership, batch: i64, parked: &[Parked], now: OffsetDateTime) -> Result<(), Error> {
-        let ids: Vec<Uuid> = parked.iter().map(|parked| parked.session_id).collect();
-        let errors: Vec<String> = parked.iter().map(|parked| parked.error.clone()).collect();
-        let times: Vec<OffsetDateTime> = parked.iter().map(|parked| parked.next_try_at).collect();
+    /// Defers rows of a batch that Kafka refused. Later rows of the same topic and key wait with them. A row with another batch
+    /// number is not changed, because another owner has recorded its outcome. No row is changed after the lease was lost: a
+    /// database that lost commits gives the next owner the same batch and row numbers again.
+    pub(crate) async fn defer(
+        &self,
+        lease: ShardLease,
+        batch: i64,
+        deferred: &[Deferred],
+        now: OffsetDateTime,
+    ) -> Result<(), Error> {
+        let ids: Vec<Uuid> = deferred.iter().map(|deferred| deferred.session_id).collect();
+        let errors: Vec<String> = deferred.iter().map(|deferred| deferred.error.clone()).collect();
+        let times: Vec<OffsetDateTime> = deferred.iter().map(|deferred| deferred.next_try_at).collect();
         query!(
             "with refused as (
                  select * from unnest($1::uuid[], $2::text[], $3::timestamptz[]) as r(session_id, error, next_try_at)),
-             parked as (
+             deferred as (
                  update outbox set batch = null, error = refused.error, next_try_at = refused.next_try_at
-                 from refused, relay_shards ours
+                 from refused, relay_shards lease
                  where outbox.session_id = refused.session_id and outbox.batch = $4
-                   and ours.shard = $6 and ours.owner = $7 and ours.epoch = $8
+                   and lease.shard = $6 and lease.owner = $7 and lease.epoch = $8
                  returning outbox.session_id, outbox.error)
              update upload_sessions session
-             set error_code = 'dependency-unavailable', error_detail = parked.error, version = version + 1, updated_at = $5
-             from parked
-             where session.id = parked.session_id and session.state = 'verified'
-               and session.error_detail is distinct from parked.error",
+             set error_code = 'dependency-unavailable', error_detail = deferred.error, version = version + 1, updated_at = $5
+             from deferred
+             where session.id = deferred.session_id and session.state = 'verified'
+               and session.error_detail is distinct from deferred.error",
             &ids,
             &errors,
             &times,
             batch,
             now,
-            owned.shard,
-            owned.owner,
-            owned.epoch
+            lease.shard,
+            lease.owner,
+            lease.epoch
         )
         .execute(&self.pool)
         .await?;
         Ok(())
     }
 
-    /// Writes on uploads that wait for a shard why nothing of it is published: on those that say nothing yet, as many as
-    /// take no time, behind the outbox row with number `after`. Says on which, and up to which number. They are not parked: they are sent as soon as the shard goes on.
-    pub(crate) async fn tell_waiting(
+    /// Stores on waiting sessions of a shard why the shard publishes nothing. It changes at most 500 sessions without an error,
+    /// whose outbox rows follow number `after`, and returns their ids and the last number. Their rows are not deferred: they
+    /// are sent as soon as the shard continues.
+    pub(crate) async fn write_stall_reason(
         &self,
         shard: i32,
-        why: &str,
+        reason: &str,
         after: i64,
         now: OffsetDateTime,
     ) -> Result<(Vec<Uuid>, i64), Error> {
-        let told = query!(
+        let updated = query!(
             r#"with waiting as (
                    select number, session_id from outbox
                    where shard = $1 and batch is null and error is null and number > $4 order by number limit 500),
-               told as (
+               updated as (
                    update upload_sessions session
                    set error_code = 'dependency-unavailable', error_detail = $2, version = version + 1, updated_at = $3
                    from waiting
                    where session.id = waiting.session_id and session.state = 'verified' and session.error_code is null
                    returning session.id)
-               select coalesce((select max(number) from waiting), $4) as "last!", array(select id from told) as "ids!""#,
+               select coalesce((select max(number) from waiting), $4) as "last!", array(select id from updated) as "ids!""#,
             shard,
-            why,
+            reason,
             now,
             after
         );
-        let told = within(WORK_WITHIN, async { Ok(told.fetch_one(self.pool.unbounded()).await?) }).await?;
-        Ok((told.ids, told.last))
+        let updated = with_timeout(WORKER_TIMEOUT, async { Ok(updated.fetch_one(self.pool.worker_pool()).await?) }).await?;
+        Ok((updated.ids, updated.last))
     }
 
-    /// Writes down what Kafka holds, and says of how many sessions it is written now. Saying it twice changes nothing.
+    /// Marks sessions published whose records Kafka holds. Returns how many of them are published now. A repeated call changes
+    /// nothing.
     ///
-    /// It is fewer than were given where the database does not know a session any more, or does not know that it was
-    /// verified. No row of any of them stays in the outbox: Kafka holds their records, so none is to be sent.
-    pub(crate) async fn published(&self, placed: &[Placed], now: OffsetDateTime) -> Result<usize, Error> {
-        let ids: Vec<Uuid> = placed.iter().map(|placed| placed.session_id).collect();
-        let partitions: Vec<i32> = placed.iter().map(|placed| placed.partition).collect();
-        let offsets: Vec<i64> = placed.iter().map(|placed| placed.offset).collect();
-        let times: Vec<OffsetDateTime> = placed.iter().map(|placed| placed.at).collect();
-        let written = within(WORK_WITHIN, async {
-            let mut lent = self.pool.unbounded().lend().await?;
+    /// The number is smaller when the database has lost a session, or lost that it was verified. All their outbox rows are
+    /// deleted: Kafka holds the records, so none may be sent again.
+    pub(crate) async fn mark_published(&self, published: &[PublishedAt], now: OffsetDateTime) -> Result<usize, Error> {
+        let ids: Vec<Uuid> = published.iter().map(|published| published.session_id).collect();
+        let partitions: Vec<i32> = published.iter().map(|published| published.partition).collect();
+        let offsets: Vec<i64> = published.iter().map(|published| published.offset).collect();
+        let times: Vec<OffsetDateTime> = published.iter().map(|published| published.at).collect();
+        let count = with_timeout(WORKER_TIMEOUT, async {
+            let mut connection = self.pool.worker_pool().acquire().await?;
             let marking = query_scalar!(
-                r#"with placed as (
+                r#"with kafka_record as (
                      select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[]) as p(id, partition, number, at)),
-                 moved as (
+                 published as (
                      update upload_sessions session
                      set state = 'published', version = version + 1, updated_at = $5, error_code = null, error_detail = null,
-                         published_partition = placed.partition, published_offset = placed.number, published_at = placed.at
-                     from placed where session.id = placed.id and session.state = 'verified'
+                         published_partition = kafka_record.partition, published_offset = kafka_record.number,
+                         published_at = kafka_record.at
+                     from kafka_record where session.id = kafka_record.id and session.state = 'verified'
                      returning session.id, session.version),
-                 told as (
+                 history as (
                      insert into upload_history (session_id, version, at, from_state, to_state, reason, by)
-                     select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from moved),
-                 sent as (delete from outbox where session_id = any($1))
-                 select (select count(*) from moved) + (
-                     select count(*) from upload_sessions where id = any($1) and state = 'published') as "written!""#,
+                     select id, version, $5, 'verified', 'published', 'Kafka acknowledged the pointer', 'relay' from published),
+                 deleted as (delete from outbox where session_id = any($1))
+                 select (select count(*) from published) + (
+                     select count(*) from upload_sessions where id = any($1) and state = 'published') as "count!""#,
                 &ids,
                 &partitions,
                 &offsets,
                 &times,
                 now
             );
-            let written = marking.fetch_one(&mut *lent).await?;
-            lent.give_back();
-            Ok(usize::try_from(written).unwrap_or_default())
+            let count = marking.fetch_one(&mut *connection).await?;
+            connection.release();
+            Ok(usize::try_from(count).unwrap_or_default())
         })
         .await?;
         failpoint::reach("relay.marked").await?;
-        Ok(written)
+        Ok(count)
     }
 
-    /// How many of these sessions, whose pointers Kafka holds, the database takes for unfinished or failed.
-    pub(crate) async fn unfinished(&self, published: &[Uuid]) -> Result<i64, Error> {
+    /// How many of these sessions are neither verified nor published in the database, although Kafka holds their records.
+    pub(crate) async fn count_unverified(&self, published: &[Uuid]) -> Result<i64, Error> {
         let count = query_scalar!(
             r#"select count(*) as "count!" from upload_sessions where id = any($1) and state not in ('verified', 'published')"#,
             published
@@ -279,8 +300,8 @@ impl Store {
         Ok(count.fetch_one(&self.pool).await?)
     }
 
-    /// The records that Kafka holds of us, by topic, partition and offset: an embedded broker is rebuilt from them.
-    pub(crate) async fn published_records(&self) -> Result<Vec<(Placed, Waiting)>, Error> {
+    /// All published records in order of topic, partition and offset: the embedded Kafka is reloaded from them.
+    pub(crate) async fn published_records(&self) -> Result<Vec<(PublishedAt, OutboxRow)>, Error> {
         let rows = query!(
             r#"select id, topic, record_key, pointer as "pointer!", record_headers as "headers: Json<Vec<(String, String)>>", integrity as "integrity!",
                       object_version_id, traceparent,
@@ -299,8 +320,8 @@ impl Store {
                     row.traceparent,
                     row.headers.0,
                 );
-                let placed = Placed { session_id: row.id, partition: row.partition, offset: row.offset, at: row.at };
-                let waiting = Waiting {
+                let published_at = PublishedAt { session_id: row.id, partition: row.partition, offset: row.offset, at: row.at };
+                let outbox_row = OutboxRow {
                     number: 0,
                     session_id: row.id,
                     topic: row.topic,
@@ -311,82 +332,83 @@ impl Store {
                     attempts: 1,
                     batch: None,
                 };
-                (placed, waiting)
+                (published_at, outbox_row)
             })
             .collect())
     }
 }
 
-/// Stamps what is due: first what was never refused, then, where there is room, what was and may be tried again, so
-/// that many refused rows hold up nobody else.
+/// Claims the rows that are due. Rows that were never refused come first, then refused rows that may be retried. So many refused
+/// rows do not delay the others.
 ///
-/// Neither passes a row of its topic and key. One that was never refused is due at once, whatever its clock said when it
-/// was written, and goes before all that were. And every row waits while an earlier one of its key is refused, also
-/// when that one is due: it might find no room. So of a key's refused rows one at most is chosen, and which come first
-/// of them all does not matter; by number PostgreSQL would look for them in the whole outbox.
-async fn stamp(
+/// No row overtakes an earlier row of its topic and key. A row that was never refused is due at once, whatever its `next_try_at`.
+/// A row waits while an earlier row of its key is refused, even if that row is due, because the batch may have no room for it.
+/// So at most one refused row of each key is chosen, and the order among refused rows does not matter. They are ordered by
+/// `next_try_at`: ordering them by number would make PostgreSQL search the whole outbox.
+async fn claim_batch(
     tx: &mut PgConnection,
-    owned: Ownership,
+    lease: ShardLease,
     last_batch: i64,
     limit: i64,
     now: OffsetDateTime,
 ) -> Result<Claim, Error> {
-    // A stamp that another owner adds while this waits for the lock is not seen, but the epoch is another then.
+    // This does not see rows that another owner claims while this statement waits for the lock. But then the epoch differs.
     let shard = query!(
-        r#"select last_batch, exists (select from outbox where shard = $1 and batch is not null) as "is_unsettled!"
+        r#"select last_batch, exists (select from outbox where shard = $1 and batch is not null) as "has_claimed_rows!"
            from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update"#,
-        owned.shard,
-        owned.owner,
-        owned.epoch
+        lease.shard,
+        lease.owner,
+        lease.epoch
     )
     .fetch_optional(&mut *tx)
     .await?;
-    let Some(shard) = shard else { return Ok(Claim::Taken) };
-    if shard.last_batch != last_batch || shard.is_unsettled {
-        return Ok(Claim::Changed { last_batch: shard.last_batch, is_unsettled: shard.is_unsettled });
+    let Some(shard) = shard else { return Ok(Claim::ShardLost) };
+    if shard.last_batch != last_batch || shard.has_claimed_rows {
+        return Ok(Claim::Changed { last_batch: shard.last_batch, has_claimed_rows: shard.has_claimed_rows });
     }
     let batch = last_batch + 1;
     let rows = sqlx::query_as!(
-        Row,
+        RawOutboxRow,
         r#"update outbox set batch = $3, attempts = attempts + 1
            where number in (
                select number from (
                    (select due.number, false as refused from outbox due
                     where due.shard = $1 and due.batch is null and due.error is null
                       and not exists (
-                          select from outbox parked
-                          where parked.shard = $1 and parked.error is not null
-                            and parked.ordering = due.ordering and parked.number < due.number)
+                          select from outbox earlier
+                          where earlier.shard = $1 and earlier.error is not null
+                            and earlier.ordering = due.ordering and earlier.number < due.number)
                     order by due.number limit $2)
                    union all
                    (select due.number, true from outbox due
                     where due.shard = $1 and due.batch is null and due.error is not null and due.next_try_at <= $4
                       and not exists (
-                          select from outbox parked
-                          where parked.shard = $1 and parked.error is not null
-                            and parked.ordering = due.ordering and parked.number < due.number)
+                          select from outbox earlier
+                          where earlier.shard = $1 and earlier.error is not null
+                            and earlier.ordering = due.ordering and earlier.number < due.number)
                     order by due.next_try_at limit least($2, $5))) due
                order by refused, number limit $2)
            returning number, session_id, topic, partition, key, value,
                      headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
-        owned.shard,
+        lease.shard,
         limit,
         batch,
         now,
-        REFUSED_AT_ONCE
+        MAX_RETRIED_ROWS
     )
     .fetch_all(&mut *tx)
     .await?;
     if rows.is_empty() {
         return Ok(Claim::Idle);
     }
-    query!("update relay_shards set last_batch = $2 where shard = $1", owned.shard, batch).execute(&mut *tx).await?;
-    let mut rows: Vec<Waiting> = rows.into_iter().map(Waiting::from).collect();
+    query!("update relay_shards set last_batch = $2 where shard = $1", lease.shard, batch).execute(&mut *tx).await?;
+    let mut rows: Vec<OutboxRow> = rows.into_iter().map(OutboxRow::from).collect();
     rows.sort_by_key(|row| row.number);
-    Ok(Claim::Stamped { batch, rows })
+    Ok(Claim::Claimed { batch, rows })
 }
 
-struct Row {
+/// An [`OutboxRow`] as the columns have it, with its headers in JSON.
+struct RawOutboxRow {
     number: i64,
     session_id: Uuid,
     topic: String,
@@ -398,8 +420,8 @@ struct Row {
     batch: Option<i64>,
 }
 
-impl From<Row> for Waiting {
-    fn from(row: Row) -> Self {
+impl From<RawOutboxRow> for OutboxRow {
+    fn from(row: RawOutboxRow) -> Self {
         Self {
             number: row.number,
             session_id: row.session_id,

@@ -1,8 +1,8 @@
-//! Connections that are never waited for without end, and never more than the settings say.
+//! A connection pool that never waits without a limit, and never opens more connections than the settings allow.
 //!
-//! Every call ends after a time. A caller that gives up does not leave a statement behind: the statement is cancelled,
-//! and its connection keeps its place in the pool until the server has confirmed that. Requests and workers have pools
-//! of their own, so that neither takes the other's connections; a connection's `statement_timeout` is what its callers wait.
+//! Every call has a timeout. When a caller gives up, the pool cancels the caller's statement. The connection keeps its
+//! permit until the server confirms that the statement has ended. Requests and workers have separate pools, so neither
+//! takes the other's connections. The `statement_timeout` of a connection equals the timeout of its callers.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,76 +18,77 @@ use sqlx::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// A worker's batch may take longer; nobody waits for it with a stop-watch.
-pub(super) const WORK_WITHIN: Duration = Duration::from_secs(10);
-/// How long a connection may take to open. Longer than a caller waits: what a busy server opens late serves the next one,
-/// and is not begun again and again.
-const CONNECT_WITHIN: Duration = Duration::from_secs(4);
-/// How long a server may take to confirm that a cancelled statement has ended. It takes milliseconds; a server that is
-/// silent has ended the statement by its own `statement_timeout` when this is over.
-const CANCEL_WITHIN: Duration = Duration::from_secs(2);
-/// How long a commit may wait for a synchronous standby before its connection is given up.
-const STANDBY_WITHIN: Duration = Duration::from_secs(60);
-/// Closing says goodbye to the server, which may not be there.
-const CLOSE_WITHIN: Duration = Duration::from_secs(3);
-/// A connection that rested longer is asked whether it still works: the server may have been restarted.
-const RESTED: Duration = Duration::from_secs(1);
-/// Connections that nobody needed for so long are closed when the next one comes back.
-const IDLE: Duration = Duration::from_secs(600);
-/// Older connections are replaced: a server's process grows with what it has seen.
-const LIFETIME: Duration = Duration::from_secs(1800);
+/// Timeout of one worker call. It is longer than a request's timeout, because no client waits for a worker's batch.
+pub(super) const WORKER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of opening a connection. It is longer than a caller waits: a connection that a busy server opens late serves the
+/// next caller, so the attempt is not repeated again and again.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long the server may take to confirm that a cancelled statement has ended. It normally takes milliseconds. A server
+/// that stays silent for this long has ended the statement by its own `statement_timeout`.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a commit may wait for a synchronous standby before the pool drops its connection.
+const STANDBY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long closing all connections may take: the server may be unreachable.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A connection that was idle for longer is pinged before use: the server may have been restarted.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
+/// A connection that was idle for longer is closed when the next connection becomes idle.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+/// A connection that is older is replaced: the memory of its server process grows with use.
+const MAX_LIFETIME: Duration = Duration::from_secs(1800);
 
-/// The pools of a store; cheap to clone.
+/// The connection pools of a store; cheap to clone.
 #[derive(Clone)]
 pub(super) struct Pool {
-    connections: Arc<Connections>,
-    /// How long one call may hold its caller.
-    answer_within: Duration,
-    /// The same database for workers; the workers' own pool has none.
-    work: Option<Arc<Pool>>,
+    connections: Arc<ConnectionPool>,
+    /// How long a caller waits for one call.
+    call_timeout: Duration,
+    /// The pool for workers on the same database; `None` in the workers' pool itself.
+    worker_pool: Option<Arc<Pool>>,
 }
 
-struct Connections {
+struct ConnectionPool {
     options: PgConnectOptions,
-    acquire_within: Duration,
-    most: u32,
+    acquire_timeout: Duration,
+    max_connections: u32,
     permits: Arc<Semaphore>,
-    idle: Mutex<Vec<Idle>>,
-    /// Where statements are cancelled that callers left behind; `None`: here.
-    cancels: Option<Arc<Connections>>,
+    idle: Mutex<Vec<IdleConnection>>,
+    /// The pool whose connections send cancel requests for abandoned statements; `None`: this pool.
+    cancel_pool: Option<Arc<ConnectionPool>>,
 }
 
-struct Live {
+struct OpenConnection {
     connection: PgConnection,
-    /// The server's process, and when it began: a process of another server, or a later one, may have the same number.
-    pid: i32,
-    started: String,
-    opened: Instant,
+    /// The process id of the PostgreSQL backend. A later process or another server's process may have the same id, so the start
+    /// time is compared too.
+    backend_pid: i32,
+    backend_started_at: String,
+    opened_at: Instant,
 }
 
-struct Idle {
-    live: Live,
-    since: Instant,
+struct IdleConnection {
+    open: OpenConnection,
+    idle_since: Instant,
 }
 
-/// A connection on loan. Unless it is given back, what it was doing is cancelled.
-pub(super) struct Lent {
-    /// With its place in the pool; there until it is given back.
-    held: Option<(Live, OwnedSemaphorePermit)>,
-    connections: Arc<Connections>,
+/// A connection in use. When it is dropped without [`Connection::release`], its current statement is cancelled.
+pub(super) struct Connection {
+    /// The open connection and its permit; `None` only after it was released.
+    inner: Option<(OpenConnection, OwnedSemaphorePermit)>,
+    pool: Arc<ConnectionPool>,
     is_used: bool,
     is_in_transaction: bool,
 }
 
-/// A transaction. Unless it is committed it is rolled back.
-pub(super) struct Tx(Lent);
+/// A transaction. When it is dropped without a commit, it is rolled back.
+pub(super) struct Transaction(Connection);
 
-fn late(after: Duration) -> sqlx::Error {
-    let words = format!("no answer within {} ms", after.as_millis());
-    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))
+fn timed_out(after: Duration) -> sqlx::Error {
+    let message = format!("no answer within {} ms", after.as_millis());
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, message))
 }
 
-// `Executor` asks for it. Nothing of it is worth reading, and the options hold a password.
+// `Executor` requires `Debug`. No field is printed, because the options hold a password.
 impl std::fmt::Debug for Pool {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Pool").finish_non_exhaustive()
@@ -95,167 +96,173 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Pools of `most` connections together. They are opened when they are first needed.
-    pub(super) fn new(options: &PgConnectOptions, most: u32, answer_within: Duration) -> Self {
-        let for_work = (most / 4).max(1);
-        let work = Connections::new(options, for_work, WORK_WITHIN, None);
-        let requests = Connections::new(options, most.saturating_sub(for_work).max(1), answer_within, Some(Arc::clone(&work)));
-        let work = Self { connections: work, answer_within: WORK_WITHIN, work: None };
-        Self { connections: requests, answer_within, work: Some(Arc::new(work)) }
+    /// Two pools that share `max_connections`. Connections are opened when they are first needed.
+    pub(super) fn new(options: &PgConnectOptions, max_connections: u32, call_timeout: Duration) -> Self {
+        let for_workers = (max_connections / 4).max(1);
+        let for_requests = max_connections.saturating_sub(for_workers).max(1);
+        let workers = ConnectionPool::new(options, for_workers, WORKER_TIMEOUT, None);
+        let requests = ConnectionPool::new(options, for_requests, call_timeout, Some(Arc::clone(&workers)));
+        let worker_pool = Self { connections: workers, call_timeout: WORKER_TIMEOUT, worker_pool: None };
+        Self { connections: requests, call_timeout, worker_pool: Some(Arc::new(worker_pool)) }
     }
 
-    /// Runs one verb's work on the database, all of it, within the time that a caller waits.
-    pub(super) async fn in_time<T>(&self, work: impl Future<Output = Result<T, super::Error>>) -> Result<T, super::Error> {
-        within(self.answer_within, work).await
+    /// Runs all database work of one store function within the time that a caller waits.
+    pub(super) async fn with_timeout<T>(&self, work: impl Future<Output = Result<T, super::Error>>) -> Result<T, super::Error> {
+        with_timeout(self.call_timeout, work).await
     }
 
-    /// For workers, and for what an operator waits for: statements here may take [`WORK_WITHIN`].
-    pub(super) fn unbounded(&self) -> &Self {
-        self.work.as_deref().unwrap_or(self)
+    /// The pool for workers and for long reads of an operator: its statements may take [`WORKER_TIMEOUT`].
+    pub(super) fn worker_pool(&self) -> &Self {
+        self.worker_pool.as_deref().unwrap_or(self)
     }
 
-    pub(super) async fn lend(&self) -> Result<Lent, sqlx::Error> {
-        self.connections.lend().await
+    pub(super) async fn acquire(&self) -> Result<Connection, sqlx::Error> {
+        self.connections.acquire().await
     }
 
-    pub(super) async fn begin(&self) -> Result<Tx, sqlx::Error> {
-        let mut lent = self.lend().await?;
-        lent.is_in_transaction = true;
-        query("begin").execute(&mut *lent).await?;
-        Ok(Tx(lent))
+    pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
+        let mut connection = self.acquire().await?;
+        connection.is_in_transaction = true;
+        query("begin").execute(&mut *connection).await?;
+        Ok(Transaction(connection))
     }
 
     pub(super) async fn close(&self) {
-        // Whoever closes is about to end: a connection that hangs ends with it.
-        let _ = timeout(CLOSE_WITHIN, async {
+        // The process exits after a close, and the exit also closes a connection that does not answer.
+        let _ = timeout(CLOSE_TIMEOUT, async {
             self.connections.close().await;
-            self.unbounded().connections.close().await;
+            self.worker_pool().connections.close().await;
         })
         .await;
     }
 }
 
-impl Connections {
-    fn new(options: &PgConnectOptions, most: u32, within: Duration, cancels: Option<Arc<Self>>) -> Arc<Self> {
-        let options = options.clone().options([("statement_timeout", format!("{}ms", within.as_millis()))]);
+impl ConnectionPool {
+    fn new(
+        options: &PgConnectOptions,
+        max_connections: u32,
+        call_timeout: Duration,
+        cancel_pool: Option<Arc<Self>>,
+    ) -> Arc<Self> {
+        let options = options.clone().options([("statement_timeout", format!("{}ms", call_timeout.as_millis()))]);
         Arc::new(Self {
             options,
-            // Shorter than what a caller waits in all, so that the log tells a full pool from a silent server.
-            acquire_within: within.mul_f64(0.9),
-            most,
-            permits: Arc::new(Semaphore::new(most as usize)),
+            // Shorter than the call's timeout, so that the log distinguishes an exhausted pool from a silent server.
+            acquire_timeout: call_timeout.mul_f64(0.9),
+            max_connections,
+            permits: Arc::new(Semaphore::new(max_connections as usize)),
             idle: Mutex::default(),
-            cancels,
+            cancel_pool,
         })
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<IdleConnection>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn lend(self: &Arc<Self>) -> Result<Lent, sqlx::Error> {
-        timeout(self.acquire_within, self.lend_some()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    async fn acquire(self: &Arc<Self>) -> Result<Connection, sqlx::Error> {
+        timeout(self.acquire_timeout, self.acquire_without_timeout()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
-    async fn lend_some(self: &Arc<Self>) -> Result<Lent, sqlx::Error> {
+    async fn acquire_without_timeout(self: &Arc<Self>) -> Result<Connection, sqlx::Error> {
         let mut permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
         loop {
-            // The one that rested shortest: those that are not needed grow old.
+            // Takes the connection that became idle last, so that surplus connections reach the idle timeout.
             let Some(idle) = self.idle().pop() else { break };
-            let mut lent = Lent::new(Arc::clone(self), idle.live, permit);
-            if idle.since.elapsed() < RESTED || lent.ping().await.is_ok() {
-                lent.is_used = false;
-                return Ok(lent);
+            let mut connection = Connection::new(Arc::clone(self), idle.open, permit);
+            if idle.idle_since.elapsed() < PING_AFTER_IDLE || connection.ping().await.is_ok() {
+                connection.is_used = false;
+                return Ok(connection);
             }
-            permit = lent.discard();
+            permit = connection.discard();
         }
-        // A task of its own: whoever wants the connection may give up, and the next one finds it open.
+        // A separate task: when this caller gives up, the connection still opens, and the next caller uses it.
         let opening = tokio::spawn(Arc::clone(self).open(permit));
         opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))
     }
 
-    /// Opens a connection. A server that is just starting is asked again for as long as a caller may wait.
-    async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Lent, sqlx::Error> {
-        let deadline = Instant::now() + self.acquire_within;
+    /// Opens a connection. While the server is starting, it retries for as long as a caller may wait.
+    async fn open(self: Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Connection, sqlx::Error> {
+        let deadline = Instant::now() + self.acquire_timeout;
         let mut pause = Duration::from_millis(10);
         loop {
-            match timeout(CONNECT_WITHIN, Live::open(&self.options)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
-                Ok(live) => return Ok(Lent::new(self, live, permit)),
+            match timeout(CONNECT_TIMEOUT, OpenConnection::open(&self.options)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+                Ok(open) => return Ok(Connection::new(self, open, permit)),
                 Err(error) if is_starting(&error) && Instant::now() + pause < deadline => {
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(self.acquire_within / 5);
+                    pause = (pause * 2).min(self.acquire_timeout / 5);
                 }
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Takes a connection back whose last answer came whole.
-    fn take_back(&self, live: Live, permit: OwnedSemaphorePermit) {
-        if !self.permits.is_closed() && live.opened.elapsed() < LIFETIME {
+    /// Makes a connection idle whose last response was read completely.
+    fn release(&self, open: OpenConnection, permit: OwnedSemaphorePermit) {
+        if !self.permits.is_closed() && open.opened_at.elapsed() < MAX_LIFETIME {
             let mut idle = self.idle();
-            idle.retain(|idle| idle.since.elapsed() < IDLE);
-            idle.push(Idle { live, since: Instant::now() });
+            idle.retain(|idle| idle.idle_since.elapsed() < IDLE_TIMEOUT);
+            idle.push(IdleConnection { open, idle_since: Instant::now() });
         }
-        // After it: whoever gets the permit finds the connection.
+        // The permit is dropped last, so that the next caller that gets the permit finds the idle connection.
         drop(permit);
     }
 
-    /// Ends what a caller left behind. The connection keeps its permit until the server says that it has ended.
-    async fn recover(self: Arc<Self>, mut live: Live, permit: OwnedSemaphorePermit, is_in_transaction: bool) {
-        let cancelled = timeout(CANCEL_WITHIN, self.cancels.as_ref().unwrap_or(&self).cancel(&live)).await;
-        // A commit that waits for a standby is not cancelled: it would become visible before it is safe.
-        let patience = if matches!(cancelled, Ok(Ok(false))) { STANDBY_WITHIN } else { CANCEL_WITHIN };
-        let ended = timeout(patience, async {
-            match live.connection.ping().await {
-                // 57014, query_canceled: the statement's own end, which nobody has read yet.
+    /// Ends an abandoned statement. The connection keeps its permit until the server confirms the end.
+    async fn recover(self: Arc<Self>, mut open: OpenConnection, permit: OwnedSemaphorePermit, is_in_transaction: bool) {
+        let cancelled = timeout(CANCEL_TIMEOUT, self.cancel_pool.as_ref().unwrap_or(&self).cancel(&open)).await;
+        // A commit that waits for a standby is not cancelled: a cancel would make it visible before it is replicated.
+        let end_timeout = if matches!(cancelled, Ok(Ok(false))) { STANDBY_TIMEOUT } else { CANCEL_TIMEOUT };
+        let ended = timeout(end_timeout, async {
+            match open.connection.ping().await {
+                // 57014, query_canceled: the unread response of the cancelled statement.
                 Err(error) if error.as_database_error().and_then(|error| error.code()).as_deref() == Some("57014") => {
-                    live.connection.ping().await?;
+                    open.connection.ping().await?;
                 }
                 pinged => pinged?,
             }
             if is_in_transaction {
-                query("rollback").execute(&mut live.connection).await?;
+                query("rollback").execute(&mut open.connection).await?;
             }
             Ok::<(), sqlx::Error>(())
         });
         match ended.await {
-            Ok(Ok(())) => self.take_back(live, permit),
-            // The server does not answer, or not to us any more.
-            Ok(Err(_)) | Err(_) => drop((live, permit)),
+            Ok(Ok(())) => self.release(open, permit),
+            // The server did not answer on this connection: close it.
+            Ok(Err(_)) | Err(_) => drop((open, permit)),
         }
     }
 
-    /// Cancels what a process of the server works on; `false` where it is not to be cancelled, or is gone.
-    async fn cancel(self: &Arc<Self>, live: &Live) -> Result<bool, sqlx::Error> {
-        let Ok(mut lent) = self.lend().await else {
-            // Nothing was sent, so nothing can arrive late: the statement ends by its own time-out.
+    /// Cancels the statement of a connection. `false`: its backend is gone, or waits for a standby and must not be cancelled.
+    async fn cancel(self: &Arc<Self>, open: &OpenConnection) -> Result<bool, sqlx::Error> {
+        let Ok(mut connection) = self.acquire().await else {
+            // No cancel request was sent, so none can arrive late. The statement ends by its own `statement_timeout`.
             return Ok(true);
         };
-        // Sent before the connection is used for anything else, so that the signal cannot hit its next statement.
+        // It completes before the cancelled connection is used again, so the signal cannot hit that connection's next statement.
         let cancelling = query_scalar::<_, bool>(
             "select pg_cancel_backend(pid) from pg_stat_activity
              where pid = $1 and extract(epoch from backend_start)::text = $2 and wait_event is distinct from 'SyncRep'",
         );
-        let cancelled = cancelling.bind(live.pid).bind(&live.started).fetch_optional(&mut *lent).await?;
-        lent.give_back();
+        let cancelled = cancelling.bind(open.backend_pid).bind(&open.backend_started_at).fetch_optional(&mut *connection).await?;
+        connection.release();
         Ok(cancelled.is_some())
     }
 
     async fn close(&self) {
         self.permits.close();
-        // What is on loan comes back in its own time.
-        while self.permits.available_permits() < self.most as usize {
+        // Connections in use are released when their calls end.
+        while self.permits.available_permits() < self.max_connections as usize {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let idle = std::mem::take(&mut *self.idle());
         for idle in idle {
-            let _ = idle.live.connection.close().await;
+            let _ = idle.open.connection.close().await;
         }
     }
 }
 
-/// Whether the server is about to be there: PostgreSQL starts, or has too many connections for a moment.
+/// Whether a retry soon may succeed: PostgreSQL is starting, or has too many connections for the moment.
 fn is_starting(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
@@ -265,80 +272,83 @@ fn is_starting(error: &sqlx::Error) -> bool {
     }
 }
 
-impl Live {
+impl OpenConnection {
     async fn open(options: &PgConnectOptions) -> Result<Self, sqlx::Error> {
         let mut connection = PgConnection::connect_with(options).await?;
-        let process = "select pid, extract(epoch from backend_start)::text from pg_stat_activity where pid = pg_backend_pid()";
-        let row = raw_sql(process).fetch_one(&mut connection).await?;
-        Ok(Self { pid: row.try_get(0)?, started: row.try_get(1)?, connection, opened: Instant::now() })
+        let backend = "select pid, extract(epoch from backend_start)::text from pg_stat_activity where pid = pg_backend_pid()";
+        let row = raw_sql(backend).fetch_one(&mut connection).await?;
+        Ok(Self { backend_pid: row.try_get(0)?, backend_started_at: row.try_get(1)?, connection, opened_at: Instant::now() })
     }
 }
 
-/// Runs one verb's work on the database, all of it, within a time.
-pub(super) async fn within<T>(time: Duration, work: impl Future<Output = Result<T, super::Error>>) -> Result<T, super::Error> {
-    timeout(time, work).await.unwrap_or_else(|_| Err(late(time).into()))
+/// Runs all database work of one store function within `limit`.
+pub(super) async fn with_timeout<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, super::Error>>,
+) -> Result<T, super::Error> {
+    timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out(limit).into()))
 }
 
-impl Lent {
-    fn new(connections: Arc<Connections>, live: Live, permit: OwnedSemaphorePermit) -> Self {
-        Self { held: Some((live, permit)), connections, is_used: false, is_in_transaction: false }
+impl Connection {
+    fn new(pool: Arc<ConnectionPool>, open: OpenConnection, permit: OwnedSemaphorePermit) -> Self {
+        Self { inner: Some((open, permit)), pool, is_used: false, is_in_transaction: false }
     }
 
-    /// Gives the connection back: its last answer came whole.
-    pub(super) fn give_back(mut self) {
-        if let Some((live, permit)) = self.held.take() {
-            self.connections.take_back(live, permit);
+    /// Returns the connection to the pool. Its last response must have been read completely.
+    pub(super) fn release(mut self) {
+        if let Some((open, permit)) = self.inner.take() {
+            self.pool.release(open, permit);
         }
     }
 
-    /// Closes the connection, which does not work any more, and gives its place.
+    /// Closes a broken connection and returns its permit.
     fn discard(mut self) -> OwnedSemaphorePermit {
-        let (_, permit) = self.held.take().expect("it is there until it is given back");
+        let (_, permit) = self.inner.take().expect("it is set until the connection is released");
         permit
     }
 }
 
-impl Deref for Lent {
+impl Deref for Connection {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        &self.held.as_ref().expect("it is there until it is given back").0.connection
+        &self.inner.as_ref().expect("it is set until the connection is released").0.connection
     }
 }
 
-impl DerefMut for Lent {
+impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut PgConnection {
         self.is_used = true;
-        &mut self.held.as_mut().expect("it is there until it is given back").0.connection
+        &mut self.inner.as_mut().expect("it is set until the connection is released").0.connection
     }
 }
 
-impl Drop for Lent {
+impl Drop for Connection {
     fn drop(&mut self) {
-        let Some((live, permit)) = self.held.take() else { return };
+        let Some((open, permit)) = self.inner.take() else { return };
         if !self.is_used {
-            self.connections.take_back(live, permit);
+            self.pool.release(open, permit);
         } else if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(Arc::clone(&self.connections).recover(live, permit, self.is_in_transaction));
+            runtime.spawn(Arc::clone(&self.pool).recover(open, permit, self.is_in_transaction));
         }
     }
 }
 
-impl Tx {
+impl Transaction {
     pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
         query("commit").execute(&mut *self.0).await?;
-        self.0.give_back();
+        self.0.release();
         Ok(())
     }
 
     pub(super) async fn rollback(mut self) -> Result<(), sqlx::Error> {
         query("rollback").execute(&mut *self.0).await?;
-        self.0.give_back();
+        self.0.release();
         Ok(())
     }
 }
 
-impl Deref for Tx {
+impl Deref for Transaction {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
@@ -346,16 +356,16 @@ impl Deref for Tx {
     }
 }
 
-impl DerefMut for Tx {
+impl DerefMut for Transaction {
     fn deref_mut(&mut self) -> &mut PgConnection {
         &mut self.0
     }
 }
 
-/// Whether the server answered, be it with an error: then the connection is in order.
+/// Whether the server sent a complete response, a result or an error. Only then can the connection be used again.
 fn was_answered<T>(outcome: &Result<T, sqlx::Error>) -> bool {
     match outcome {
-        // Of class 57 the server says goodbye with an error, except where it cancelled a statement.
+        // The server closes the connection after an error of class 57 (operator intervention), except a cancelled statement.
         Err(sqlx::Error::Database(error)) => {
             error.code().is_none_or(|code| code == "57014" || !(code.starts_with("57") || code.starts_with("08")))
         }
@@ -364,33 +374,33 @@ fn was_answered<T>(outcome: &Result<T, sqlx::Error>) -> bool {
     }
 }
 
-/// One statement on a connection of its own.
-macro_rules! single {
-    ($pool:expr, $lent:ident => $work:expr) => {{
+/// Runs one statement on its own connection, within the pool's timeout.
+macro_rules! with_timeout {
+    ($pool:expr, $connection:ident => $work:expr) => {{
         let pool = $pool.clone();
         async move {
             let work = async {
-                let mut $lent = pool.lend().await?;
+                let mut $connection = pool.acquire().await?;
                 let outcome = $work.await;
                 if was_answered(&outcome) {
-                    $lent.give_back();
+                    $connection.release();
                 }
                 outcome
             };
-            timeout(pool.answer_within, work).await.unwrap_or_else(|_| Err(late(pool.answer_within)))
+            timeout(pool.call_timeout, work).await.unwrap_or_else(|_| Err(timed_out(pool.call_timeout)))
         }
     }};
 }
 impl<'p> Executor<'p> for &'_ Pool {
     type Database = Postgres;
 
-    /// Reads all rows before it gives the first: no statement here asks for more than fit in memory.
+    /// Reads all rows before it returns the first: no statement here asks for more rows than fit in memory.
     fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> BoxStream<'e, Result<Either<PgQueryResult, PgRow>, sqlx::Error>>
     where
         'p: 'e,
         E: 'q + Execute<'q, Postgres>,
     {
-        let rows = single!(self, lent => (&mut *lent).fetch_many(query).try_collect::<Vec<_>>());
+        let rows = with_timeout!(self, connection => (&mut *connection).fetch_many(query).try_collect::<Vec<_>>());
         stream::once(rows).map_ok(|rows| stream::iter(rows.into_iter().map(Ok))).try_flatten().boxed()
     }
 
@@ -399,20 +409,20 @@ impl<'p> Executor<'p> for &'_ Pool {
         'p: 'e,
         E: 'q + Execute<'q, Postgres>,
     {
-        Box::pin(single!(self, lent => (&mut *lent).fetch_optional(query)))
+        Box::pin(with_timeout!(self, connection => (&mut *connection).fetch_optional(query)))
     }
 
     fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [PgTypeInfo]) -> BoxFuture<'e, Result<PgStatement, sqlx::Error>>
     where
         'p: 'e,
     {
-        Box::pin(single!(self, lent => (&mut *lent).prepare_with(sql, parameters)))
+        Box::pin(with_timeout!(self, connection => (&mut *connection).prepare_with(sql, parameters)))
     }
 
     fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<Describe<Postgres>, sqlx::Error>>
     where
         'p: 'e,
     {
-        Box::pin(single!(self, lent => (&mut *lent).describe(sql)))
+        Box::pin(with_timeout!(self, connection => (&mut *connection).describe(sql)))
     }
 }

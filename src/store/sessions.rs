@@ -1,8 +1,8 @@
-//! Sessions: opened once, moved under their version, read in many ways.
+//! Sessions: creating them, saving their state changes under optimistic locking, and reading them.
 
 mod list;
 mod row;
-mod walk;
+mod scan;
 mod write;
 
 use lfs_broker_client::api::UploadState;
@@ -11,22 +11,22 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-pub(crate) use list::Listed;
+pub(crate) use list::SessionPage;
 pub(super) use row::record_headers;
-use row::{Row, rows};
-pub(super) use write::fold_history;
+use row::{Row, session_rows};
+pub(super) use write::compact_history;
 
-use super::pool::{WORK_WITHIN, within};
+use super::pool::{WORKER_TIMEOUT, with_timeout};
 use super::{Error, Store};
 use crate::failpoint;
 use crate::session::Session;
 
-/// How much a tenant may hold at once; 0 is no limit.
+/// The limits of one tenant; 0 means no limit.
 #[derive(Debug, Clone, Copy)]
 pub struct Quota {
-    /// `LFS_BROKER_TENANT_OPEN_SESSIONS`: sessions that are open or completing.
+    /// `LFS_BROKER_TENANT_OPEN_SESSIONS`: how many sessions may be open or completing.
     pub open_sessions: i64,
-    /// `LFS_BROKER_TENANT_RESERVED_BYTES`: their promised sizes in bytes.
+    /// `LFS_BROKER_TENANT_RESERVED_BYTES`: the sum of their declared sizes in bytes.
     pub reserved_bytes: i64,
 }
 
@@ -36,20 +36,20 @@ impl Default for Quota {
     }
 }
 
-/// What came of opening a session.
+/// The outcome of [`Store::create`].
 #[derive(Debug, PartialEq)]
-pub(crate) enum Created {
-    New,
-    /// The idempotency key was taken meanwhile.
-    KeyTaken,
-    /// The idempotency key is being stored by another request, and has been for a while.
+pub(crate) enum CreateOutcome {
+    Created,
+    /// Another request has stored the same idempotency key.
+    KeyExists,
+    /// Another request is storing the same idempotency key, and held its lock until `lock_timeout`.
     KeyInFlight,
     TooManySessions,
     TooManyBytes,
 }
 
-/// A session's move: where it came from, why, and who moved it.
-pub(crate) struct Move<'a> {
+/// A state change of a session: its previous state, the new session, the reason and the actor.
+pub(crate) struct Transition<'a> {
     pub(crate) from: UploadState,
     pub(crate) to: &'a Session,
     pub(crate) reason: &'a str,
@@ -57,8 +57,8 @@ pub(crate) struct Move<'a> {
     pub(crate) now: OffsetDateTime,
 }
 
-/// A transition as it is remembered.
-pub(crate) struct Transition {
+/// A row of `upload_history`: one saved state change.
+pub(crate) struct HistoryEntry {
     pub(crate) version: i64,
     pub(crate) at: OffsetDateTime,
     pub(crate) from_state: Option<String>,
@@ -67,7 +67,7 @@ pub(crate) struct Transition {
     pub(crate) by: String,
 }
 
-/// Which sessions a list shows.
+/// Which sessions a list contains.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Filter {
     /// `None`: every tenant, for administrators.
@@ -81,31 +81,36 @@ pub(crate) struct Filter {
     pub(crate) created_before: Option<OffsetDateTime>,
 }
 
-/// Where a page begins: after this session, going back in time.
-pub(crate) type Page = Option<(OffsetDateTime, Uuid)>;
+/// Where a page begins: after this session, newest first. `None`: at the newest session.
+pub(crate) type Cursor = Option<(OffsetDateTime, Uuid)>;
 
 impl Store {
-    /// Opens a session: its row, its part hashes, its idempotency key and its share of the quota, or nothing.
+    /// Stores a new session, its part hashes, its idempotency key and its quota usage: all of it or nothing.
     pub(crate) async fn create(
         &self,
         session: &Session,
         part_hashes: &[Sha256],
         idempotency: Option<(&str, &[u8])>,
         quota: Quota,
-    ) -> Result<Created, Error> {
-        let created = self
+    ) -> Result<CreateOutcome, Error> {
+        let outcome = self
             .pool
-            .in_time(async {
-                let _turn = self.turns.wait(&session.tenant).await;
+            .with_timeout(async {
+                let _permit = self.tenant_limiter.acquire(&session.tenant).await;
                 write::create(self, session, part_hashes, idempotency, quota).await
             })
             .await?;
         failpoint::reach("open.stored").await?;
-        Ok(created)
+        Ok(outcome)
     }
 
-    /// The session that an idempotency key opened, and the digest of the request that did.
-    pub(crate) async fn idempotent(&self, tenant: &str, subject: &str, key: &str) -> Result<Option<(Uuid, Vec<u8>)>, Error> {
+    /// The session that was opened with an idempotency key, and the digest of the request that opened it.
+    pub(crate) async fn session_by_idempotency_key(
+        &self,
+        tenant: &str,
+        subject: &str,
+        key: &str,
+    ) -> Result<Option<(Uuid, Vec<u8>)>, Error> {
         let row = query!(
             "select session_id, request_sha256 from idempotency_keys where tenant = $1 and subject = $2 and key = $3",
             tenant,
@@ -117,46 +122,46 @@ impl Store {
         Ok(row.map(|row| (row.session_id, row.request_sha256)))
     }
 
-    /// A session.
+    /// The session with this id.
     pub(crate) async fn session(&self, id: Uuid) -> Result<Option<Session>, Error> {
-        let row = rows!("select ", " from upload_sessions where id = $1", id).fetch_optional(&self.pool).await?;
+        let row = session_rows!("select ", " from upload_sessions where id = $1", id).fetch_optional(&self.pool).await?;
         row.map(Session::try_from).transpose()
     }
 
-    /// The versions of these sessions.
+    /// The current versions of these sessions.
     pub(crate) async fn versions(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, i64)>, Error> {
         let rows = query!("select id, version from upload_sessions where id = any($1)", ids).fetch_all(&self.pool).await?;
         Ok(rows.into_iter().map(|row| (row.id, row.version)).collect())
     }
 
-    /// The session whose object this is.
+    /// The session that owns this object.
     pub(crate) async fn session_of_object(&self, bucket: &str, object_key: &str) -> Result<Option<Session>, Error> {
-        let row = rows!("select ", " from upload_sessions where object_key = $1 and bucket = $2", object_key, bucket)
+        let row = session_rows!("select ", " from upload_sessions where object_key = $1 and bucket = $2", object_key, bucket)
             .fetch_optional(&self.pool)
             .await?;
         row.map(Session::try_from).transpose()
     }
 
-    /// Writes a session's new state, if nobody moved it first.
+    /// Saves a session's new state, unless another writer changed the session first (optimistic locking by version).
     ///
-    /// One statement: the session, its history, the tenant's quota where it leaves {open, completing}, and where
-    /// it becomes verified its outbox row. That row's number is drawn under a lock on topic and key, so that
-    /// numbers of one key are in the order of commit.
-    pub(crate) async fn save(&self, step: &Move<'_>, shards: i32) -> Result<Session, Error> {
+    /// One statement writes the session and its history. It also updates the tenant's quota when the session leaves
+    /// {open, completing}, and inserts the outbox row when the session becomes verified. The outbox number is drawn under a
+    /// lock on topic and key, so the numbers of one key follow the order of commit.
+    pub(crate) async fn save(&self, transition: &Transition<'_>, shards: i32) -> Result<Session, Error> {
         let row = self
             .pool
-            .in_time(async {
-                let _turn = self.turns.wait(&step.to.tenant).await;
-                write::save(&self.pool, step, shards).await?.ok_or(Error::Moved(step.to.id))
+            .with_timeout(async {
+                let _permit = self.tenant_limiter.acquire(&transition.to.tenant).await;
+                write::save(&self.pool, transition, shards).await?.ok_or(Error::VersionConflict(transition.to.id))
             })
             .await?;
-        write::fold_if_long(&self.pool, &row).await;
+        write::compact_history_if_long(&self.pool, &row).await;
         let saved = Session::try_from(row)?;
-        failpoint::reach(saved_as(saved.state.name())).await?;
+        failpoint::reach(saved_failpoint(saved.state.name())).await?;
         Ok(saved)
     }
 
-    /// Renews the lease on a session that is being completed. `false`: somebody took it over.
+    /// Renews the lease of a completing session. `false`: the lease was taken over or the session is no longer completing.
     pub(crate) async fn renew_lease(&self, id: Uuid, owner: Uuid, attempt: i32, until: OffsetDateTime) -> Result<bool, Error> {
         let renewed = query!(
             "update upload_sessions set lease_until = $4
@@ -171,13 +176,13 @@ impl Store {
         Ok(renewed.rows_affected() == 1)
     }
 
-    /// Gives a lease back with what went wrong (a code and words); workers leave it alone until `until`.
+    /// Releases a lease and stores the failure, a code and its detail. Workers do not take the session before `until`.
     pub(crate) async fn release_lease(
         &self,
         id: Uuid,
         owner: Uuid,
         attempt: i32,
-        trouble: (&str, &str),
+        failure: (&str, &str),
         now: OffsetDateTime,
         until: OffsetDateTime,
     ) -> Result<(), Error> {
@@ -189,16 +194,16 @@ impl Store {
             attempt,
             now,
             until,
-            trouble.0,
-            trouble.1
+            failure.0,
+            failure.1
         )
         .execute(&self.pool)
         .await?;
         Ok(())
     }
 
-    /// Remembers the multipart upload made for an open session, whose end slides to `expires_at`. Gives the end that holds
-    /// now; `None`: another was first, abort this one.
+    /// Stores the multipart upload of an open session and extends the session's expiry to `expires_at`. Returns the expiry
+    /// that now applies. `None`: another request stored its upload first or the session is not open, so abort this upload.
     pub(crate) async fn set_s3_upload(
         &self,
         id: Uuid,
@@ -217,8 +222,8 @@ impl Store {
         Ok(expires_at)
     }
 
-    /// Lets a session end soon for which no URL could be signed.
-    pub(crate) async fn end_unopened(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<(), Error> {
+    /// Lets a session expire by `expires_at`, because no URL could be signed for it.
+    pub(crate) async fn shorten_expiry(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<(), Error> {
         query!(
             "update upload_sessions set expires_at = least(expires_at, $2)
              where id = $1 and s3_upload_id is null and state = 'open'",
@@ -230,16 +235,16 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets a multipart upload that S3 no longer knows.
-    pub(crate) async fn forget_s3_upload(&self, id: Uuid, s3_upload_id: &str) -> Result<(), Error> {
+    /// Clears the id of a multipart upload that S3 no longer knows.
+    pub(crate) async fn clear_s3_upload(&self, id: Uuid, s3_upload_id: &str) -> Result<(), Error> {
         query!("update upload_sessions set s3_upload_id = null where id = $1 and s3_upload_id = $2", id, s3_upload_id)
             .execute(&self.pool)
             .await?;
         Ok(())
     }
 
-    /// Slides an open session's end. Gives the end that holds now; `None` when it is not open any more.
-    pub(crate) async fn slide(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<Option<OffsetDateTime>, Error> {
+    /// Extends the expiry of an open session. Returns the expiry that now applies; `None`: the session is no longer open.
+    pub(crate) async fn extend_expiry(&self, id: Uuid, expires_at: OffsetDateTime) -> Result<Option<OffsetDateTime>, Error> {
         let expires_at = query_scalar!(
             "update upload_sessions set expires_at = least(greatest(expires_at, $2), expires_latest_at)
              where id = $1 and state = 'open' returning expires_at",
@@ -251,13 +256,13 @@ impl Store {
         Ok(expires_at)
     }
 
-    /// Promises hashes of parts; a promise that stands already stays. Gives all that stand for these numbers.
-    pub(crate) async fn promise_parts(&self, id: Uuid, parts: &[(u32, Sha256)]) -> Result<Vec<(u32, Sha256)>, Error> {
+    /// Stores declared part hashes; a hash that is already stored stays. Returns the stored hashes of these parts.
+    pub(crate) async fn store_part_hashes(&self, id: Uuid, parts: &[(u32, Sha256)]) -> Result<Vec<(u32, Sha256)>, Error> {
         self.pool
-            .in_time(async {
-                let mut lent = self.pool.lend().await?;
-                write::insert_parts(&mut lent, id, parts).await?;
-                lent.give_back();
+            .with_timeout(async {
+                let mut connection = self.pool.acquire().await?;
+                write::insert_parts(&mut connection, id, parts).await?;
+                connection.release();
                 Ok(())
             })
             .await?;
@@ -265,17 +270,17 @@ impl Store {
         self.part_hashes_of(id, &numbers).await
     }
 
-    /// The promised hashes of a session's parts, in order.
+    /// The declared hashes of a session's parts, in order of part number.
     pub(crate) async fn part_hashes(&self, id: Uuid) -> Result<Vec<(u32, Sha256)>, Error> {
         let rows = sqlx::query_as!(
             PartHash,
             "select part_number, sha256 from upload_parts where session_id = $1 order by part_number",
             id
         );
-        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.read(id)).collect()
+        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.parse(id)).collect()
     }
 
-    /// The same of these numbers only, where they are promised: a session may have 10,000.
+    /// The declared hashes of these parts only: a session may have 10,000 parts.
     pub(crate) async fn part_hashes_of(&self, id: Uuid, numbers: &[u32]) -> Result<Vec<(u32, Sha256)>, Error> {
         let numbers: Vec<i32> = numbers.iter().filter_map(|number| i32::try_from(*number).ok()).collect();
         let rows = sqlx::query_as!(
@@ -284,13 +289,13 @@ impl Store {
             id,
             &numbers
         );
-        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.read(id)).collect()
+        rows.fetch_all(&self.pool).await?.into_iter().map(|row| row.parse(id)).collect()
     }
 
-    /// Transitions of a session after this version, oldest first.
-    pub(crate) async fn history(&self, id: Uuid, after: i64, limit: i64) -> Result<Vec<Transition>, Error> {
+    /// State changes of a session after version `after`, oldest first.
+    pub(crate) async fn history(&self, id: Uuid, after: i64, limit: i64) -> Result<Vec<HistoryEntry>, Error> {
         let rows = sqlx::query_as!(
-            Transition,
+            HistoryEntry,
             "select version, at, from_state, to_state, reason, by from upload_history
              where session_id = $1 and version > $2 order by version limit $3",
             id,
@@ -300,9 +305,9 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?)
     }
 
-    /// Open sessions whose time is over. A row that cannot be one holds the others up nowhere: it comes as an error beside them.
+    /// Open sessions that have expired. A corrupt row is returned as an error beside the others, so it does not block them.
     pub(crate) async fn overdue(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Result<Session, Error>>, Error> {
-        let rows = rows!(
+        let rows = session_rows!(
             "select ",
             " from upload_sessions where state = 'open' and expires_at <= $1 order by expires_at limit $2",
             now,
@@ -311,45 +316,47 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
-    /// Completing sessions that nobody works on: a lease ran out, or bytes wait to be read. The oldest `each` of every
-    /// tenant by name after `after`, of a few tenants, and without those that are `busy`.
-    pub(crate) async fn unattended(
+    /// Completing sessions whose lease has ended: its owner stopped, or the object must be read back. Returns the oldest
+    /// `limit_per_tenant` sessions of each of 20 tenants at most, in order of tenant name after `after_tenant`. Tenants in
+    /// `busy_tenants` are skipped.
+    pub(crate) async fn sessions_with_expired_lease(
         &self,
         now: OffsetDateTime,
-        after: &str,
-        busy: &[String],
-        each: i64,
+        after_tenant: &str,
+        busy_tenants: &[String],
+        limit_per_tenant: i64,
     ) -> Result<Vec<(String, Result<Session, Error>)>, Error> {
-        // From tenant to tenant by the index, not through all that wait.
-        let rows = rows!(
-            "with recursive waiting as (
+        // A loose index scan: it jumps from tenant to tenant in the index and does not read all waiting sessions.
+        let rows = session_rows!(
+            "with recursive waiting_tenants as (
                  (select tenant as name from upload_sessions where state = 'completing' and tenant > $2 order by tenant limit 1)
                  union all
-                 select (select tenant from upload_sessions where state = 'completing' and tenant > waiting.name order by tenant limit 1)
-                 from waiting where waiting.name is not null)
+                 select (select tenant from upload_sessions where state = 'completing' and tenant > waiting_tenants.name
+                         order by tenant limit 1)
+                 from waiting_tenants where waiting_tenants.name is not null)
              select ",
-            " from (select name from waiting where name is not null and name <> all($3) limit 20) waiting
+            " from (select name from waiting_tenants where name is not null and name <> all($3) limit 20) waiting_tenants
               cross join lateral (
                   select * from upload_sessions where state = 'completing' and tenant = name and lease_until <= $1
                   order by lease_until limit $4) due
               order by tenant, lease_until",
             now,
-            after,
-            busy,
-            each
+            after_tenant,
+            busy_tenants,
+            limit_per_tenant
         );
-        let rows = rows.fetch_all(self.pool.unbounded()).await?;
+        let rows = rows.fetch_all(self.pool.worker_pool()).await?;
         Ok(rows.into_iter().map(|row| (row.tenant.clone(), Session::try_from(row))).collect())
     }
 
-    /// Failed sessions whose traces in S3 are due to be removed, taken until `until`: no other replica takes them before.
-    pub(crate) async fn take_cleanups(
+    /// Claims failed sessions whose S3 clean-up is due. No other replica claims them before `until`.
+    pub(crate) async fn claim_cleanups(
         &self,
         now: OffsetDateTime,
         until: OffsetDateTime,
         limit: i64,
     ) -> Result<Vec<Result<Session, Error>>, Error> {
-        let rows = rows!(
+        let rows = session_rows!(
             "update upload_sessions set cleanup_due_at = $2
              where id in (
                  select due.id from upload_sessions due where due.cleanup_due_at <= $1
@@ -363,8 +370,8 @@ impl Store {
         Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Session::try_from).collect())
     }
 
-    /// Those of these sessions that have failed.
-    pub(crate) async fn failed(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    /// Those of these sessions that are in a failed state.
+    pub(crate) async fn filter_failed(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
         let failed = query_scalar!(
             "select id from upload_sessions where id = any($1) and state in ('aborted', 'expired', 'rejected')",
             ids
@@ -372,9 +379,9 @@ impl Store {
         Ok(failed.fetch_all(&self.pool).await?)
     }
 
-    /// Says when a failed session's traces are due again; `None`: they are gone for good.
-    pub(crate) async fn set_cleanup(&self, id: Uuid, due_at: Option<OffsetDateTime>) -> Result<(), Error> {
-        // What still holds bytes of the quota stays where the sweeper looks for it.
+    /// Sets when the next S3 clean-up of a failed session is due; `None`: no further clean-up is needed.
+    pub(crate) async fn schedule_cleanup(&self, id: Uuid, due_at: Option<OffsetDateTime>) -> Result<(), Error> {
+        // While the session's bytes count in the quota, it keeps a due time, so that the sweeper finds it again.
         query!(
             "update upload_sessions set cleanup_due_at = case when bytes_held_until is null then $2 else coalesce($2, cleanup_due_at) end
              where id = $1 and state in ('aborted', 'expired', 'rejected')",
@@ -386,23 +393,23 @@ impl Store {
         Ok(())
     }
 
-    /// Failed sessions whose bytes count in the quota although their last URL has ended.
-    pub(crate) async fn held(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Uuid>, Error> {
+    /// Failed sessions whose bytes still count in the quota although their last URL has expired.
+    pub(crate) async fn sessions_with_releasable_bytes(&self, now: OffsetDateTime, limit: i64) -> Result<Vec<Uuid>, Error> {
         let ids = query_scalar!(
             "select id from upload_sessions where bytes_held_until <= $1 order by bytes_held_until limit $2",
             now,
             limit
         );
-        within(WORK_WITHIN, async { Ok(ids.fetch_all(self.pool.unbounded()).await?) }).await
+        with_timeout(WORKER_TIMEOUT, async { Ok(ids.fetch_all(self.pool.worker_pool()).await?) }).await
     }
 
-    /// No longer counts a failed session's bytes against its tenant, once.
-    pub(crate) async fn free_held(&self, id: Uuid) -> Result<(), Error> {
+    /// Removes a failed session's bytes from its tenant's quota. A repeated call changes nothing.
+    pub(crate) async fn release_held_bytes(&self, id: Uuid) -> Result<(), Error> {
         query!(
-            "with freed as (
+            "with released as (
                  update upload_sessions set bytes_held_until = null where id = $1 and bytes_held_until is not null
                  returning tenant, size_bytes)
-             update tenants t set held_bytes = t.held_bytes - freed.size_bytes from freed where t.tenant = freed.tenant",
+             update tenants t set held_bytes = t.held_bytes - released.size_bytes from released where t.tenant = released.tenant",
             id
         )
         .execute(&self.pool)
@@ -410,16 +417,16 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets the promised hashes of a failed session's parts: 10,000 of them take a megabyte, and nobody asks again.
-    pub(crate) async fn forget_parts(&self, id: Uuid) -> Result<(), Error> {
+    /// Deletes the part hashes of a failed session: 10,000 of them take 1 MB, and no request reads them again.
+    pub(crate) async fn delete_part_hashes(&self, id: Uuid) -> Result<(), Error> {
         query!("delete from upload_parts where session_id = $1", id).execute(&self.pool).await?;
         Ok(())
     }
 
-    /// Forgets idempotency keys of sessions that have been final since before `before`, the oldest first.
-    pub(crate) async fn forget_keys(&self, before: OffsetDateTime, limit: i64) -> Result<u64, Error> {
-        // A key is as old as its session, so that only old ones are looked at. What another replica forgets is passed over.
-        let gone = query!(
+    /// Deletes idempotency keys of sessions that have been final since before `before`, oldest first. Returns how many.
+    pub(crate) async fn delete_idempotency_keys(&self, before: OffsetDateTime, limit: i64) -> Result<u64, Error> {
+        // A key is as old as its session, so only old keys are scanned. Keys that another replica is deleting are skipped.
+        let deleted = query!(
             "delete from idempotency_keys where ctid = any(array(
                  select k.ctid from idempotency_keys k join upload_sessions s on s.id = k.session_id
                  where k.created_at < $1 and s.state in ('published', 'aborted', 'expired', 'rejected') and s.updated_at < $1
@@ -427,7 +434,7 @@ impl Store {
             before,
             limit
         );
-        within(WORK_WITHIN, async { Ok(gone.execute(self.pool.unbounded()).await?.rows_affected()) }).await
+        with_timeout(WORKER_TIMEOUT, async { Ok(deleted.execute(self.pool.worker_pool()).await?.rows_affected()) }).await
     }
 }
 
@@ -437,14 +444,15 @@ struct PartHash {
 }
 
 impl PartHash {
-    fn read(self, id: Uuid) -> Result<(u32, Sha256), Error> {
-        let sha256 = self.sha256.try_into().map_err(|_| Error::Corrupt { id, what: "a part's hash has not 32 bytes".into() })?;
+    fn parse(self, id: Uuid) -> Result<(u32, Sha256), Error> {
+        let sha256 =
+            self.sha256.try_into().map_err(|_| Error::Corrupt { id, reason: "a part hash does not have 32 bytes".into() })?;
         Ok((self.part_number.unsigned_abs(), Sha256(sha256)))
     }
 }
 
-/// The failpoint between the COMMIT of a move and the word of it.
-fn saved_as(state: UploadState) -> &'static str {
+/// The failpoint between the COMMIT of a state change and the return to the caller.
+fn saved_failpoint(state: UploadState) -> &'static str {
     match state {
         UploadState::Open => "saved.open",
         UploadState::Completing => "saved.completing",

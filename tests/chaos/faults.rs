@@ -1,4 +1,4 @@
-//! Plays the plan: kills, stops and poisons, each healed after its time while the next ones go on.
+//! Runs the plan: kills, stops and network faults. Each is undone after its time while the next ones already begin.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,122 +10,122 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::JoinSet;
 
 use crate::Failure;
+use crate::cluster::Cluster;
 use crate::plan::{Event, Fault, Link, Target, kills_of};
-use crate::stage::Stage;
 
-/// What was done, and when parts were back.
+/// How many faults of each kind were injected, and when each killed server recovered.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct FaultCounts {
     pub(crate) kills: BTreeMap<String, usize>,
     pub(crate) stops: BTreeMap<String, usize>,
     pub(crate) toxics: BTreeMap<&'static str, usize>,
     pub(crate) killed: usize,
-    /// Each part that was killed, and when it answered again.
-    pub(crate) back: Vec<(Target, OffsetDateTime)>,
+    /// Each target that was killed, with the time when it answered again.
+    pub(crate) recovered: Vec<(Target, OffsetDateTime)>,
 }
 
-/// What is broken now: a part or link that has not healed is left alone until it has.
+/// One lock per server and link: a fault waits until the previous fault of the same server or link is undone.
 #[derive(Default)]
-struct Busy(BTreeMap<String, Arc<Mutex<()>>>);
+struct FaultLocks(BTreeMap<String, Arc<Mutex<()>>>);
 
-impl Busy {
-    async fn take(&mut self, names: impl IntoIterator<Item = String>) -> Vec<OwnedMutexGuard<()>> {
+impl FaultLocks {
+    async fn lock(&mut self, names: impl IntoIterator<Item = String>) -> Vec<OwnedMutexGuard<()>> {
         let locks: Vec<_> = names.into_iter().map(|name| Arc::clone(self.0.entry(name).or_default())).collect();
         join_all(locks.into_iter().map(Mutex::lock_owned)).await
     }
 }
 
-type Healing = JoinSet<Result<Option<(Target, OffsetDateTime)>, Failure>>;
+type Recoveries = JoinSet<Result<Option<(Target, OffsetDateTime)>, Failure>>;
 
-/// Plays all of it; returns when everything works again.
-pub(crate) async fn play(stage: &Arc<Stage>, plan: &[Event]) -> Result<Tally, Failure> {
-    let (mut tally, mut busy, mut healing) = (Tally::default(), Busy::default(), Healing::new());
+/// Runs the whole plan. Returns when every fault is undone.
+pub(crate) async fn run(cluster: &Arc<Cluster>, plan: &[Event]) -> Result<FaultCounts, Failure> {
+    let (mut counts, mut locks, mut recoveries) = (FaultCounts::default(), FaultLocks::default(), Recoveries::new());
     for (number, event) in plan.iter().enumerate() {
-        tokio::time::sleep(event.gap).await;
+        tokio::time::sleep(event.delay).await;
         match event.fault {
             Fault::Kill(Target::Backend) => {
-                let _postgres = busy.take(["postgres".to_owned()]).await;
-                stage.postgres.kill_one_child(number).await;
-                tally.kill(Target::Backend, stage.replicas.len());
+                let _postgres = locks.lock(["postgres".to_owned()]).await;
+                cluster.postgres.kill_one_child(number).await;
+                counts.kill(Target::Backend, cluster.replicas.len());
             }
             Fault::Kill(target) => {
-                let parts = stage.parts(target);
-                let guards = busy.take(parts.iter().map(|part| part.name().to_owned())).await;
-                try_join_all(parts.iter().map(|part| part.kill())).await?;
-                tally.kill(target, stage.replicas.len());
-                let lasts = event.lasts;
-                healing.spawn(async move {
-                    tokio::time::sleep(lasts).await;
-                    try_join_all(parts.iter().map(|part| part.up())).await?;
+                let servers = cluster.servers(target);
+                let guards = locks.lock(servers.iter().map(|server| server.name().to_owned())).await;
+                try_join_all(servers.iter().map(|server| server.kill())).await?;
+                counts.kill(target, cluster.replicas.len());
+                let duration = event.duration;
+                recoveries.spawn(async move {
+                    tokio::time::sleep(duration).await;
+                    try_join_all(servers.iter().map(|server| server.start_until_ready())).await?;
                     drop(guards);
                     Ok(Some((target, OffsetDateTime::now_utc())))
                 });
             }
             Fault::Stop(target) => {
-                let parts = stage.parts(target);
-                let guards = busy.take(parts.iter().map(|part| part.name().to_owned())).await;
-                join_all(parts.iter().map(|part| part.signal("STOP"))).await;
-                *tally.stops.entry(target.to_string()).or_default() += 1;
-                let lasts = event.lasts;
-                healing.spawn(async move {
-                    tokio::time::sleep(lasts).await;
-                    join_all(parts.iter().map(|part| part.signal("CONT"))).await;
+                let servers = cluster.servers(target);
+                let guards = locks.lock(servers.iter().map(|server| server.name().to_owned())).await;
+                join_all(servers.iter().map(|server| server.signal("STOP"))).await;
+                *counts.stops.entry(target.to_string()).or_default() += 1;
+                let duration = event.duration;
+                recoveries.spawn(async move {
+                    tokio::time::sleep(duration).await;
+                    join_all(servers.iter().map(|server| server.signal("CONT"))).await;
                     drop(guards);
                     Ok(None)
                 });
             }
-            Fault::Poison(link, toxic) => {
-                let guards = busy.take([format!("link {link}")]).await;
-                stage.proxies.poison(link, toxic).await?;
-                *tally.toxics.entry(toxic.name()).or_default() += 1;
-                let (stage, lasts) = (Arc::clone(stage), event.lasts);
-                healing.spawn(async move {
-                    tokio::time::sleep(lasts).await;
-                    stage.proxies.heal(link, toxic).await?;
+            Fault::Network(link, toxic) => {
+                let guards = locks.lock([format!("link {link}")]).await;
+                cluster.proxies.add_toxic(link, toxic).await?;
+                *counts.toxics.entry(toxic.name()).or_default() += 1;
+                let (cluster, duration) = (Arc::clone(cluster), event.duration);
+                recoveries.spawn(async move {
+                    tokio::time::sleep(duration).await;
+                    cluster.proxies.remove_toxic(link, toxic).await?;
                     drop(guards);
                     Ok(None)
                 });
             }
         }
-        tally.heal(&mut healing, false).await?;
+        counts.collect_recoveries(&mut recoveries, false).await?;
         if (number + 1) % 100 == 0 {
-            eprintln!("{} of {} faults, {} kills", number + 1, plan.len(), tally.killed);
+            eprintln!("{} of {} faults, {} kills", number + 1, plan.len(), counts.killed);
         }
     }
-    tally.heal(&mut healing, true).await?;
-    Ok(tally)
+    counts.collect_recoveries(&mut recoveries, true).await?;
+    Ok(counts)
 }
 
-impl Tally {
+impl FaultCounts {
     fn kill(&mut self, target: Target, replicas: usize) {
         let kills = kills_of(target, replicas);
         *self.kills.entry(target.to_string()).or_default() += kills;
         self.killed += kills;
     }
 
-    /// Takes note of what has healed; with `all` waits for the rest.
-    async fn heal(&mut self, healing: &mut Healing, all: bool) -> Result<(), Failure> {
+    /// Collects the recoveries that are done; with `all` it waits for every one.
+    async fn collect_recoveries(&mut self, recoveries: &mut Recoveries, all: bool) -> Result<(), Failure> {
         loop {
-            let healed = match all {
-                true => tokio::time::timeout(Duration::from_secs(300), healing.join_next())
+            let recovered = match all {
+                true => tokio::time::timeout(Duration::from_secs(300), recoveries.join_next())
                     .await
-                    .map_err(|_| Failure("something did not heal within 300 s".into()))?,
-                false => healing.try_join_next(),
+                    .map_err(|_| Failure("a server or link did not recover within 300 s".into()))?,
+                false => recoveries.try_join_next(),
             };
-            match healed {
-                Some(Ok(healed)) => self.back.extend(healed?),
-                Some(Err(error)) => return Err(Failure(format!("a healing ended badly: {error}"))),
+            match recovered {
+                Some(Ok(recovered)) => self.recovered.extend(recovered?),
+                Some(Err(error)) => return Err(Failure(format!("a recovery task panicked: {error}"))),
                 None => return Ok(()),
             }
         }
     }
 }
 
-/// All links work, all parts answer: whatever a run that broke off left spoiled.
-pub(crate) async fn all_up(stage: &Stage) -> Result<(), Failure> {
-    try_join_all(stage.parts(Target::Everything).iter().map(|part| part.up())).await?;
-    for link in Link::all(stage.replicas.len()) {
-        tokio::net::TcpStream::connect(stage.proxies.address(link)).await?;
+/// Starts every server and connects to every link, also after a plan that failed.
+pub(crate) async fn wait_until_all_run(cluster: &Cluster) -> Result<(), Failure> {
+    try_join_all(cluster.servers(Target::Everything).iter().map(|server| server.start_until_ready())).await?;
+    for link in Link::all(cluster.replicas.len()) {
+        tokio::net::TcpStream::connect(cluster.proxies.address(link)).await?;
     }
     Ok(())
 }

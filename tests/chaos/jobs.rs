@@ -1,89 +1,89 @@
-//! What the clients are to do: uploads of every kind, drawn from the seed.
+//! The clients' jobs: uploads of every kind, drawn from the seed.
 
 use std::time::Duration;
 
 use lfs_broker_client::checksum::Sha256;
 use serde_json::{Value, json};
 
-use crate::journal::Intent;
-use crate::stage::{PARTITIONS, TOPICS};
+use crate::cluster::{PARTITIONS, TOPICS};
+use crate::journal::DeclaredUpload;
 
-/// Size of every part but the last; S3 takes no smaller ones.
-pub(crate) const PART: usize = 5 << 20;
+/// The size of every part but the last; S3 accepts no smaller ones.
+pub(crate) const PART_BYTES: usize = 5 << 20;
 
-/// What a job is about.
+/// The kinds of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Work {
-    /// The crate that we ship does it.
+pub(crate) enum JobKind {
+    /// An upload with the client crate.
     Sdk,
-    /// One PUT with its hash.
+    /// A single PUT with its hash at open.
     Single,
-    /// One PUT whose hash comes with complete: the bytes are read again.
+    /// A single PUT whose hash comes with complete: the broker reads the bytes back.
     Deferred,
-    /// S3 refuses the bytes, by their hash.
+    /// Wrong bytes that S3 refuses because of their signed hash.
     WrongBytes,
-    /// The broker refuses the bytes, after it has read them.
+    /// Wrong bytes that the broker rejects after it has read them back.
     WrongHash,
-    /// Parts with hashes from the start.
+    /// Parts with hashes at open.
     PartsGiven,
-    /// Parts whose hashes come as they are signed.
+    /// Parts whose hashes come when they are presigned.
     PartsDeferred,
-    /// Parts without hashes: the object is read again.
+    /// Parts without hashes: the broker reads the object back.
     PartsRead,
-    /// Aborted; the number says how far it got.
+    /// An upload that is aborted; the number is the stage that it reaches before.
     Abort(u8),
-    /// Left alone; the number says how far it got.
+    /// An upload that is abandoned; the number is the stage that it reaches before.
     Abandon(u8),
-    /// Bytes that are sent after the abort.
+    /// Bytes that are put after the abort.
     Late,
     /// Abort and complete at the same time.
     Race,
 }
 
-/// One upload, before anything has happened to it.
+/// One upload, before it starts.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
-    pub(crate) work: Work,
+    pub(crate) kind: JobKind,
     pub(crate) name: String,
     pub(crate) topic: &'static str,
     pub(crate) key: Option<String>,
     pub(crate) partition: Option<i32>,
     pub(crate) bytes: Vec<u8>,
     pub(crate) with_idempotency_key: bool,
-    /// Does not wait for the first answers to complete.
-    pub(crate) is_impatient: bool,
-    /// Wants to know where the record is.
-    pub(crate) follows: bool,
-    pub(crate) think: Duration,
+    /// Whether the client gives up its first requests to complete.
+    pub(crate) gives_up_early: bool,
+    /// Whether the client waits for the record's position.
+    pub(crate) waits_for_record: bool,
+    pub(crate) pause: Duration,
 }
 
 impl Job {
-    /// The job of this number of a client; it follows from the seed.
+    /// The client's job with this number, derived from the seed.
     pub(crate) fn draw(seed: u64, client: usize, number: usize) -> Self {
         let mixed = seed ^ (client as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ ((number as u64 + 1) << 20);
         let mut random = fastrand::Rng::with_seed(mixed);
-        let work = match random.u32(..200) {
-            0..44 => Work::Sdk,
-            44..122 => Work::Single,
-            122..134 => Work::Deferred,
-            134..140 => Work::WrongBytes,
-            140..146 => Work::WrongHash,
-            146..148 => Work::PartsGiven,
-            148..150 => Work::PartsDeferred,
-            150..152 => Work::PartsRead,
-            152..166 => Work::Abort(random.u8(..4)),
-            166..180 => Work::Abandon(random.u8(..4)),
-            180..190 => Work::Late,
-            _ => Work::Race,
+        let kind = match random.u32(..200) {
+            0..44 => JobKind::Sdk,
+            44..122 => JobKind::Single,
+            122..134 => JobKind::Deferred,
+            134..140 => JobKind::WrongBytes,
+            140..146 => JobKind::WrongHash,
+            146..148 => JobKind::PartsGiven,
+            148..150 => JobKind::PartsDeferred,
+            150..152 => JobKind::PartsRead,
+            152..166 => JobKind::Abort(random.u8(..4)),
+            166..180 => JobKind::Abandon(random.u8(..4)),
+            180..190 => JobKind::Late,
+            _ => JobKind::Race,
         };
-        let is_multipart = match work {
-            Work::PartsGiven | Work::PartsDeferred | Work::PartsRead => true,
-            // The last stage of what is broken off.
-            Work::Abort(3) | Work::Abandon(3) => random.bool(),
+        let is_multipart = match kind {
+            JobKind::PartsGiven | JobKind::PartsDeferred | JobKind::PartsRead => true,
+            // The last stage of aborted and abandoned uploads.
+            JobKind::Abort(3) | JobKind::Abandon(3) => random.bool(),
             _ => false,
         };
         let size = match is_multipart {
-            true => PART * random.usize(1..3) + random.usize(1..2000),
+            true => PART_BYTES * random.usize(1..3) + random.usize(1..2000),
             false => random.usize(..3000).saturating_sub(40),
         };
         let mut bytes = vec![0; size];
@@ -95,29 +95,29 @@ impl Job {
             _ => (None, Some(random.i32(0..PARTITIONS))),
         };
         Self {
-            work,
+            kind,
             name: format!("{seed}-{client}-{number}"),
             topic: TOPICS[usize::from(random.u32(..4) == 0)],
             key,
             partition,
             bytes,
             with_idempotency_key: random.u32(..8) > 0,
-            is_impatient: random.u32(..6) == 0,
-            follows: random.bool(),
-            think: Duration::from_millis(random.u64(..700)),
+            gives_up_early: random.u32(..6) == 0,
+            waits_for_record: random.bool(),
+            pause: Duration::from_millis(random.u64(..700)),
         }
     }
 
     pub(crate) fn is_multipart(&self) -> bool {
-        self.bytes.len() > PART
+        self.bytes.len() > PART_BYTES
     }
 
     pub(crate) fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        self.bytes.chunks(PART)
+        self.bytes.chunks(PART_BYTES)
     }
 
-    /// What is asked for; the hashes are those of the bytes that are meant.
-    pub(crate) fn opening(&self) -> Value {
+    /// The body of the open. Its hashes are those of the right bytes.
+    pub(crate) fn open_body(&self) -> Value {
         let sha256 = Sha256::of(&self.bytes).to_string();
         let mut body = json!({"topic": self.topic, "size": self.bytes.len(), "headers": {"job": self.name}});
         let mut put = |name: &str, value: Value| body[name] = value;
@@ -127,16 +127,16 @@ impl Job {
         if let Some(partition) = self.partition {
             put("partition", json!(partition));
         }
-        match self.work {
-            Work::Deferred | Work::WrongHash => {}
-            Work::PartsGiven => {
+        match self.kind {
+            JobKind::Deferred | JobKind::WrongHash => {}
+            JobKind::PartsGiven => {
                 put("sha256", json!(sha256));
-                put("part_size", json!(PART));
+                put("part_size", json!(PART_BYTES));
                 put("part_sha256", self.parts().map(|part| json!(Sha256::of(part).to_string())).collect());
             }
-            Work::PartsDeferred => {
+            JobKind::PartsDeferred => {
                 put("sha256", json!(sha256));
-                put("part_size", json!(PART));
+                put("part_size", json!(PART_BYTES));
                 put("part_hashes", json!("deferred"));
             }
             _ => put("sha256", json!(sha256)),
@@ -144,20 +144,20 @@ impl Job {
         body
     }
 
-    pub(crate) fn intent(&self) -> Intent {
-        Intent {
+    pub(crate) fn declared(&self) -> DeclaredUpload {
+        DeclaredUpload {
             topic: self.topic.to_owned(),
             key: self.key.clone(),
             size_bytes: self.bytes.len() as u64,
             sha256: Sha256::of(&self.bytes).to_string(),
-            is_sound: !matches!(self.work, Work::WrongBytes | Work::WrongHash),
+            sends_right_bytes: !matches!(self.kind, JobKind::WrongBytes | JobKind::WrongHash),
         }
     }
 
-    /// The bytes that are sent: as many, but in some jobs others.
-    pub(crate) fn sent(&self) -> Vec<u8> {
+    /// The bytes that are sent: the right ones, or in some jobs wrong ones of the same size.
+    pub(crate) fn bytes_to_send(&self) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
-        if matches!(self.work, Work::WrongBytes | Work::WrongHash) {
+        if matches!(self.kind, JobKind::WrongBytes | JobKind::WrongHash) {
             match bytes.first_mut() {
                 Some(first) => *first ^= 1,
                 None => bytes.push(0),

@@ -1,9 +1,9 @@
-//! What goes wrong, and when: a list that follows from the seed alone, so that the same seed gives the same list.
+//! Which faults happen, and when: a list that depends only on the seed.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What is killed or stopped.
+/// The servers that a fault kills or stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Target {
     /// One replica of the broker.
@@ -12,11 +12,11 @@ pub(crate) enum Target {
     Replicas,
     /// All of PostgreSQL's processes.
     Postgres,
-    /// One of PostgreSQL's processes: the server throws out everybody and recovers.
+    /// One of PostgreSQL's processes: then the server closes every connection and recovers.
     Backend,
     Kafka,
     Minio,
-    /// Everything at once, as when a machine loses power (but for what its page cache held).
+    /// Every server at once, as in a power loss, except that the page cache survives.
     Everything,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Display for Target {
     }
 }
 
-/// A connection that a proxy stands in.
+/// A connection that goes through a proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Link {
     /// Clients to a replica.
@@ -62,7 +62,7 @@ impl fmt::Display for Link {
 }
 
 impl Link {
-    /// Every link of so many replicas.
+    /// Every link of this many replicas.
     pub(crate) fn all(replicas: usize) -> Vec<Self> {
         let of = |number| [Self::Http(number), Self::Postgres(number), Self::Kafka(number), Self::S3(number)];
         (0..replicas).flat_map(of).chain([Self::Bytes]).collect()
@@ -72,19 +72,19 @@ impl Link {
 /// What a proxy does to its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Toxic {
-    /// Requests vanish; connections hang.
+    /// Requests are lost, and connections hang.
     LostRequests,
-    /// Requests arrive, answers vanish.
-    LostAnswers,
+    /// Requests arrive, but responses are lost.
+    LostResponses,
     /// Connections end in the middle of a request.
     CutRequests(u32),
-    /// Connections end in the middle of an answer.
-    CutAnswers(u32),
+    /// Connections end in the middle of a response.
+    CutResponses(u32),
     /// Connections are reset.
     Reset,
-    /// Nobody can connect, and whoever was is cut off.
+    /// New connections are refused, and existing ones are closed.
     Refused,
-    /// Answers come late.
+    /// Responses are delayed.
     Slow(u32),
 }
 
@@ -92,9 +92,9 @@ impl Toxic {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::LostRequests => "lost requests",
-            Self::LostAnswers => "lost answers",
+            Self::LostResponses => "lost responses",
             Self::CutRequests(_) => "cut requests",
-            Self::CutAnswers(_) => "cut answers",
+            Self::CutResponses(_) => "cut responses",
             Self::Reset => "resets",
             Self::Refused => "refusals",
             Self::Slow(_) => "delays",
@@ -102,29 +102,29 @@ impl Toxic {
     }
 }
 
-/// One thing that goes wrong, and for how long.
+/// One fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// SIGKILL, and started again after that time.
+    /// SIGKILL, and a restart after the event's duration.
     Kill(Target),
-    /// SIGSTOP, and SIGCONT after that time.
+    /// SIGSTOP, and SIGCONT after the event's duration.
     Stop(Target),
-    Poison(Link, Toxic),
+    Network(Link, Toxic),
 }
 
-/// A fault in its place.
+/// A fault with its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Event {
-    /// How long after the one before.
-    pub(crate) gap: Duration,
+    /// The delay after the previous event.
+    pub(crate) delay: Duration,
     pub(crate) fault: Fault,
-    pub(crate) lasts: Duration,
+    pub(crate) duration: Duration,
 }
 
-/// Servers that a kill of everything ends, besides the replicas.
+/// The servers besides the replicas that a kill of everything includes.
 const SERVERS: usize = 3;
 
-/// How many kills a target counts for.
+/// How many kills a target counts as.
 pub(crate) fn kills_of(target: Target, replicas: usize) -> usize {
     match target {
         Target::Replicas => replicas,
@@ -133,32 +133,32 @@ pub(crate) fn kills_of(target: Target, replicas: usize) -> usize {
     }
 }
 
-/// Draws faults until there are so many kills. Each kind comes once before chance decides, in an order by chance.
-pub(crate) fn draw(seed: u64, kills: usize, replicas: usize) -> Vec<Event> {
+/// Draws faults until they include this many kills. Each kind of fault comes once, in random order, before the rest is random.
+pub(crate) fn generate(seed: u64, kills: usize, replicas: usize) -> Vec<Event> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut faults: Vec<Fault> = Vec::new();
-    let each = |make: fn(Target) -> Fault| {
+    let each = |build: fn(Target) -> Fault| {
         let replicas = (0..replicas).map(Target::Replica);
-        replicas.chain([Target::Postgres, Target::Kafka, Target::Minio]).map(make).collect::<Vec<_>>()
+        replicas.chain([Target::Postgres, Target::Kafka, Target::Minio]).map(build).collect::<Vec<_>>()
     };
     faults.extend(each(Fault::Kill));
     faults.extend(each(Fault::Stop));
     faults.extend([Target::Replicas, Target::Backend].map(Fault::Kill));
     let links = Link::all(replicas);
     for toxic in 0..TOXICS {
-        faults.push(Fault::Poison(links[random.usize(..links.len())], toxic_of(toxic, &mut random)));
+        faults.push(Fault::Network(links[random.usize(..links.len())], toxic_of(toxic, &mut random)));
     }
     random.shuffle(&mut faults);
     let mut events = Vec::new();
-    let mut left = kills;
-    let mut first = faults.into_iter();
-    while left > 0 {
-        let fault = first.next().unwrap_or_else(|| chance(&mut random, &links, replicas));
+    let mut kills_left = kills;
+    let mut each_once = faults.into_iter();
+    while kills_left > 0 {
+        let fault = each_once.next().unwrap_or_else(|| random_fault(&mut random, &links, replicas));
         if let Fault::Kill(target) = fault {
-            left = left.saturating_sub(kills_of(target, replicas));
+            kills_left = kills_left.saturating_sub(kills_of(target, replicas));
         }
-        let gap = Duration::from_millis(random.u64(100..1600));
-        events.push(Event { gap, fault, lasts: length(fault, &mut random) });
+        let delay = Duration::from_millis(random.u64(100..1600));
+        events.push(Event { delay, fault, duration: duration_of(fault, &mut random) });
     }
     events
 }
@@ -168,23 +168,23 @@ const TOXICS: usize = 7;
 fn toxic_of(number: usize, random: &mut fastrand::Rng) -> Toxic {
     match number {
         0 => Toxic::LostRequests,
-        1 => Toxic::LostAnswers,
+        1 => Toxic::LostResponses,
         2 => Toxic::CutRequests(random.u32(0..3000)),
-        3 => Toxic::CutAnswers(random.u32(0..3000)),
+        3 => Toxic::CutResponses(random.u32(0..3000)),
         4 => Toxic::Reset,
         5 => Toxic::Refused,
         _ => Toxic::Slow(random.u32(50..1500)),
     }
 }
 
-fn chance(random: &mut fastrand::Rng, links: &[Link], replicas: usize) -> Fault {
+fn random_fault(random: &mut fastrand::Rng, links: &[Link], replicas: usize) -> Fault {
     match random.u32(..100) {
         0..52 => Fault::Kill(match random.u32(..100) {
             0..45 => Target::Replica(random.usize(..replicas)),
             45..53 => Target::Replicas,
             53..63 => Target::Postgres,
             63..72 => Target::Backend,
-            // Java takes seconds to be back, and nothing else can be learned meanwhile.
+            // Kafka takes seconds to restart, and a run learns little meanwhile.
             72..79 => Target::Kafka,
             79..98 => Target::Minio,
             _ => Target::Everything,
@@ -197,22 +197,22 @@ fn chance(random: &mut fastrand::Rng, links: &[Link], replicas: usize) -> Fault 
         }),
         _ => {
             let toxic = random.usize(..TOXICS);
-            Fault::Poison(links[random.usize(..links.len())], toxic_of(toxic, random))
+            Fault::Network(links[random.usize(..links.len())], toxic_of(toxic, random))
         }
     }
 }
 
-/// How long it lasts. A replica stays stopped for longer than its leases live, so that it wakes up as a zombie.
-fn length(fault: Fault, random: &mut fastrand::Rng) -> Duration {
+/// How long a fault lasts. A replica may be stopped for longer than its leases, so that it continues as a zombie.
+fn duration_of(fault: Fault, random: &mut fastrand::Rng) -> Duration {
     let within = |random: &mut fastrand::Rng, from, to| Duration::from_millis(random.u64(from..to));
     match fault {
         Fault::Kill(Target::Replica(_)) => within(random, 0, 3000),
         Fault::Kill(_) => within(random, 0, 1500),
         Fault::Stop(Target::Replica(_)) => within(random, 500, 9000),
-        // Longer than its session lasts: it finds itself fenced when it goes on.
+        // Longer than Kafka's session timeout, so that the node finds itself fenced when it continues.
         Fault::Stop(Target::Kafka) => within(random, 2500, 6000),
         Fault::Stop(_) => within(random, 300, 6000),
-        Fault::Poison(_, Toxic::Refused) => within(random, 200, 3000),
-        Fault::Poison(..) => within(random, 300, 5000),
+        Fault::Network(_, Toxic::Refused) => within(random, 200, 3000),
+        Fault::Network(..) => within(random, 300, 5000),
     }
 }

@@ -1,4 +1,4 @@
-//! Shows that the checker can fail: sound facts, then each thing that may be wrong with them, one at a time.
+//! Shows that the checker can fail: valid observations are changed in one way at a time.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::Failure;
-use crate::checker::{Verdict, check};
-use crate::facts::{Facts, Object, Record, Session};
-use crate::goes_back::{Lost, forgive};
-use crate::journal::{Intent, Promise};
+use crate::checker::{FindingKind, check};
+use crate::database_rollback::{LostCommits, remove_explained};
+use crate::journal::{Acknowledgement, DeclaredUpload};
+use crate::observed::{Object, Observed, Record, Session};
 
 const SHA256: &str = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824";
 
@@ -33,7 +33,7 @@ fn session(number: u128, state: &str) -> Session {
         topic: "a".into(),
         object_key: object_key(number),
         pointer: published.then(|| pointer(number)),
-        place: published.then(|| (0, i64::try_from(number).expect("a small number"))),
+        position: published.then(|| (0, i64::try_from(number).expect("a small number"))),
         cleanup_due: false,
         verified_at: None,
         published_at: None,
@@ -54,144 +54,160 @@ fn record(number: u128) -> Record {
 }
 
 /// Uploads 1 and 2 are published one after the other; 3 was aborted.
-fn sound() -> Facts {
-    let mut facts = Facts::default();
+fn valid() -> Observed {
+    let mut observed = Observed::default();
     for number in [1, 2] {
-        facts.sessions.insert(id(number), session(number, "published"));
-        facts.records.push(record(number));
-        facts.objects.insert(object_key(number), Object { size_bytes: 5, sha256: Some(SHA256.into()) });
+        observed.sessions.insert(id(number), session(number, "published"));
+        observed.records.push(record(number));
+        observed.objects.insert(object_key(number), Object { size_bytes: 5, sha256: Some(SHA256.into()) });
         let at = |more: u64| Duration::from_secs(u64::try_from(number).expect("a small number") * 10 + more);
         let pointer = serde_json::from_str(&pointer(number)).expect("it is JSON");
-        let place = Some((0, i64::try_from(number).expect("a small number")));
-        facts.known.promises.push(Promise { id: id(number), pointer, place, asked_at: at(0), heard_at: at(1) });
+        let position = Some((0, i64::try_from(number).expect("a small number")));
+        observed.clients.acknowledged.push(Acknowledgement {
+            id: id(number),
+            pointer,
+            position,
+            requested_at: at(0),
+            received_at: at(1),
+        });
     }
-    facts.sessions.insert(id(3), session(3, "aborted"));
-    facts.known.failed.insert(id(3), "aborted".into());
+    observed.sessions.insert(id(3), session(3, "aborted"));
+    observed.clients.failed.insert(id(3), "aborted".into());
     for number in 1..=3 {
-        let intent = Intent { topic: "a".into(), key: Some("k".into()), size_bytes: 5, sha256: SHA256.into(), is_sound: true };
-        facts.known.intents.insert(id(number), intent);
+        let upload = DeclaredUpload {
+            topic: "a".into(),
+            key: Some("k".into()),
+            size_bytes: 5,
+            sha256: SHA256.into(),
+            sends_right_bytes: true,
+        };
+        observed.clients.declared.insert(id(number), upload);
         let opened_at = Duration::from_secs(u64::try_from(number).expect("a small number") * 10 - 1);
-        facts.known.opened_at.insert(id(number), opened_at);
+        observed.clients.opened_at.insert(id(number), opened_at);
     }
-    facts
+    observed
 }
 
-type Spoil = fn(&mut Facts);
+type Change = fn(&mut Observed);
 
-/// What may be wrong, and what the checker has to say to it.
-const SPOILT: [(&str, &[Verdict], Spoil); 24] = [
-    ("a record is missing", &[Verdict::Lost], |f| drop(f.records.pop())),
-    ("a record is elsewhere", &[Verdict::Lost], |f| f.records[1].offset = 9),
-    ("a promised session is gone", &[Verdict::Lost, Verdict::Wrong, Verdict::Orphan], |f| drop(f.sessions.remove(&id(2)))),
-    ("a promise is not kept", &[Verdict::Lost, Verdict::Wrong, Verdict::Stuck], |f| {
-        let verified = f.sessions.get_mut(&id(2)).expect("it is there");
-        (verified.state, verified.place) = ("verified".into(), None);
+/// Changes to the observations, with the findings that the checker must report.
+const CHANGES: [(&str, &[FindingKind], Change); 24] = [
+    ("a record is missing", &[FindingKind::Lost], |f| drop(f.records.pop())),
+    ("a record is at another offset", &[FindingKind::Lost], |f| f.records[1].offset = 9),
+    ("an acknowledged session is gone", &[FindingKind::Lost, FindingKind::Wrong, FindingKind::Orphan], |f| {
+        drop(f.sessions.remove(&id(2)))
+    }),
+    ("an acknowledged upload is not published", &[FindingKind::Lost, FindingKind::Wrong, FindingKind::Stuck], |f| {
+        let verified = f.sessions.get_mut(&id(2)).expect("the entry exists");
+        (verified.state, verified.position) = ("verified".into(), None);
         verified.entered.pop();
     }),
-    ("a record comes twice", &[Verdict::Duplicate], |f| f.records.push(Record { offset: 3, ..record(2) })),
-    ("a record is of nobody", &[Verdict::Wrong], |f| f.records.push(Record { upload_id: None, key: None, ..record(9) })),
-    ("a record is of an unknown upload", &[Verdict::Wrong], |f| f.records.push(record(9))),
-    ("an aborted upload is in Kafka", &[Verdict::Wrong], |f| f.records.push(record(3))),
-    ("a record has another value", &[Verdict::Wrong], |f| f.records[0].value = pointer(2)),
-    ("a record has another key", &[Verdict::Wrong], |f| f.records[0].key = None),
-    ("a place was told wrongly", &[Verdict::Wrong], |f| f.known.promises[0].place = Some((1, 1))),
-    ("a pointer was told wrongly", &[Verdict::Wrong], |f| f.known.promises[0].pointer = json!({"size": 6})),
-    ("a promised upload was told to have failed", &[Verdict::Wrong], |f| {
-        f.known.failed.insert(id(1), "expired".into());
+    ("an upload has two records", &[FindingKind::Duplicate], |f| f.records.push(Record { offset: 3, ..record(2) })),
+    ("a record has no upload id", &[FindingKind::Wrong], |f| f.records.push(Record { upload_id: None, key: None, ..record(9) })),
+    ("a record is of an unknown upload", &[FindingKind::Wrong], |f| f.records.push(record(9))),
+    ("an aborted upload is in Kafka", &[FindingKind::Wrong], |f| f.records.push(record(3))),
+    ("a record has another value", &[FindingKind::Wrong], |f| f.records[0].value = pointer(2)),
+    ("a record has another key", &[FindingKind::Wrong], |f| f.records[0].key = None),
+    ("a wrong position was acknowledged", &[FindingKind::Wrong], |f| f.clients.acknowledged[0].position = Some((1, 1))),
+    ("a wrong pointer was acknowledged", &[FindingKind::Wrong], |f| f.clients.acknowledged[0].pointer = json!({"size": 6})),
+    ("an acknowledged upload was reported as failed", &[FindingKind::Wrong], |f| {
+        f.clients.failed.insert(id(1), "expired".into());
     }),
-    ("wrong bytes are promised", &[Verdict::Wrong], |f| {
-        f.known.intents.get_mut(&id(1)).expect("it is there").is_sound = false;
+    ("wrong bytes are acknowledged", &[FindingKind::Wrong], |f| {
+        f.clients.declared.get_mut(&id(1)).expect("the entry exists").sends_right_bytes = false;
     }),
-    ("other bytes were meant", &[Verdict::Wrong], |f| {
-        f.known.intents.get_mut(&id(1)).expect("it is there").size_bytes = 6;
+    ("other bytes were declared", &[FindingKind::Wrong], |f| {
+        f.clients.declared.get_mut(&id(1)).expect("the entry exists").size_bytes = 6;
     }),
-    ("an object is missing", &[Verdict::Wrong], |f| drop(f.objects.remove(&object_key(1)))),
-    ("an object has other bytes", &[Verdict::Wrong], |f| {
-        f.objects.get_mut(&object_key(1)).expect("it is there").sha256 = Some("00".into());
+    ("an object is missing", &[FindingKind::Wrong], |f| drop(f.objects.remove(&object_key(1)))),
+    ("an object has other bytes", &[FindingKind::Wrong], |f| {
+        f.objects.get_mut(&object_key(1)).expect("the entry exists").sha256 = Some("00".into());
     }),
-    ("a session is in two final states", &[Verdict::Wrong], |f| {
-        f.sessions.get_mut(&id(3)).expect("it is there").entered.push("expired".into());
+    ("a session is in two final states", &[FindingKind::Wrong], |f| {
+        f.sessions.get_mut(&id(3)).expect("the entry exists").entered.push("expired".into());
     }),
-    ("an answer is not allowed, or audit finds something", &[Verdict::Wrong], |f| f.complaints.push("500".into())),
-    ("a session is not over", &[Verdict::Stuck], |f| {
+    ("a response is not allowed, or the audit reports a finding", &[FindingKind::Wrong], |f| f.errors.push("500".into())),
+    ("a session has not ended", &[FindingKind::Stuck], |f| {
         f.sessions.insert(id(4), session(4, "open"));
-        f.sessions.get_mut(&id(4)).expect("it is there").entered.pop();
+        f.sessions.get_mut(&id(4)).expect("the entry exists").entered.pop();
     }),
-    ("nobody has cleaned up", &[Verdict::Stuck], |f| f.sessions.get_mut(&id(3)).expect("it is there").cleanup_due = true),
-    ("a pointer waits", &[Verdict::Stuck], |f| f.waiting.push(id(1))),
-    ("an object or a multipart upload is nobody's", &[Verdict::Orphan], |f| {
+    ("a cleanup is still due", &[FindingKind::Stuck], |f| {
+        f.sessions.get_mut(&id(3)).expect("the entry exists").cleanup_due = true
+    }),
+    ("a pointer waits", &[FindingKind::Stuck], |f| f.waiting.push(id(1))),
+    ("an object and a multipart upload have no pointer", &[FindingKind::Orphan], |f| {
         f.objects.insert(object_key(3), Object { size_bytes: 5, sha256: None });
         f.uploads.push(format!("{} in a directory", id(3)));
     }),
-    ("records of a key are in the wrong order", &[Verdict::Order], |f| {
-        let (before, after) = f.known.promises.split_at_mut(1);
-        std::mem::swap(&mut before[0].asked_at, &mut after[0].asked_at);
-        std::mem::swap(&mut before[0].heard_at, &mut after[0].heard_at);
+    ("records of a key are in the wrong order", &[FindingKind::Order], |f| {
+        let (before, after) = f.clients.acknowledged.split_at_mut(1);
+        std::mem::swap(&mut before[0].requested_at, &mut after[0].requested_at);
+        std::mem::swap(&mut before[0].received_at, &mut after[0].received_at);
     }),
 ];
 
-/// What a database that lost the commits of upload 1 takes away, and what it does not: whatever is in Kafka is there once,
-/// where it was told to be, and its bytes are in S3.
-const LOST: [(&str, &[Verdict], Spoil); 10] = [
-    ("an upload and its promise are gone, its record is there", &[], |f| drop(f.sessions.remove(&id(1)))),
-    ("a promise is gone that was not sent", &[], |f| {
+/// Changes after a database has lost the commits of upload 1: what the loss explains, and what it does not. Each record
+/// must still exist once, at the acknowledged position, with its bytes in S3.
+const CHANGES_AFTER_LOSS: [(&str, &[FindingKind], Change); 10] = [
+    ("an upload and its acknowledgement are gone, but its record exists", &[], |f| drop(f.sessions.remove(&id(1)))),
+    ("an acknowledged upload is gone that was not sent to Kafka", &[], |f| {
         f.sessions.insert(id(1), session(1, "expired"));
         f.records.remove(0);
         f.objects.remove(&object_key(1));
-        f.known.promises[0].place = None;
+        f.clients.acknowledged[0].position = None;
     }),
     ("an abort is gone", &[], |f| {
-        f.known.failed.insert(id(1), "aborted".into());
-        f.known.failed_at.insert(id(1), Duration::from_secs(12));
+        f.clients.failed.insert(id(1), "aborted".into());
+        f.clients.failed_at.insert(id(1), Duration::from_secs(12));
     }),
-    ("an unknown record is told", &[], |f| f.complaints.push("audit: record-unknown: {}".into())),
+    ("the audit reports an unknown record", &[], |f| f.errors.push("audit: record-unknown: {}".into())),
     (
-        "a record of an upload that is gone comes twice",
-        &[Verdict::Lost, Verdict::Duplicate, Verdict::Wrong, Verdict::Orphan],
+        "an upload that is gone has two records",
+        &[FindingKind::Lost, FindingKind::Duplicate, FindingKind::Wrong, FindingKind::Orphan],
         |f| {
             f.sessions.remove(&id(1));
             f.records.insert(1, Record { offset: 3, ..record(1) });
         },
     ),
-    ("a record comes twice", &[Verdict::Duplicate], |f| f.records.insert(1, Record { offset: 3, ..record(1) })),
-    ("the object of a record is gone with its upload", &[Verdict::Lost, Verdict::Wrong], |f| {
+    ("an upload has two records", &[FindingKind::Duplicate], |f| f.records.insert(1, Record { offset: 3, ..record(1) })),
+    ("the object of a record is gone with its upload", &[FindingKind::Lost, FindingKind::Wrong], |f| {
         f.sessions.remove(&id(1));
         f.objects.remove(&object_key(1));
     }),
-    ("a record that was told of is missing", &[Verdict::Lost, Verdict::Wrong, Verdict::Orphan], |f| {
+    ("an acknowledged record is missing", &[FindingKind::Lost, FindingKind::Wrong, FindingKind::Orphan], |f| {
         f.sessions.remove(&id(1));
         f.records.remove(0);
     }),
-    ("an upload is gone that was opened afterwards", &[Verdict::Lost, Verdict::Wrong, Verdict::Orphan], |f| {
+    ("an upload is gone that was opened afterwards", &[FindingKind::Lost, FindingKind::Wrong, FindingKind::Orphan], |f| {
         f.sessions.remove(&id(2));
     }),
-    ("records of a key are in the wrong order", &[Verdict::Order], |f| f.records.swap(0, 1)),
+    ("records of a key are in the wrong order", &[FindingKind::Order], |f| f.records.swap(0, 1)),
 ];
 
-/// Runs the checker over all of it; says how many ways to fail it knows.
+/// Runs the checker over every change and returns how many changes it must detect.
 pub(crate) fn run() -> Result<usize, Failure> {
-    let findings = check(&sound());
+    let findings = check(&valid());
     if !findings.is_empty() {
-        return Err(Failure(format!("the checker finds fault with sound facts: {findings:?}")));
+        return Err(Failure(format!("the checker reports findings for valid observations: {findings:?}")));
     }
-    for (name, expected, spoil) in SPOILT {
-        let mut facts = sound();
-        spoil(&mut facts);
-        expect(name, &facts, expected)?;
+    for (name, expected, change) in CHANGES {
+        let mut observed = valid();
+        change(&mut observed);
+        expect(name, &observed, expected)?;
     }
     let second = Duration::from_secs(1);
-    let lost = Lost { between: vec![(5 * second, 15 * second)], ..Lost::default() };
-    for (name, expected, spoil) in LOST {
-        let mut facts = sound();
-        spoil(&mut facts);
-        forgive(&mut facts, &lost);
-        expect(&format!("after a loss, {name}"), &facts, expected)?;
+    let lost = LostCommits { intervals: vec![(5 * second, 15 * second)], ..LostCommits::default() };
+    for (name, expected, change) in CHANGES_AFTER_LOSS {
+        let mut observed = valid();
+        change(&mut observed);
+        remove_explained(&mut observed, &lost);
+        expect(&format!("after a loss, {name}"), &observed, expected)?;
     }
-    Ok(SPOILT.len() + LOST.iter().filter(|(_, expected, _)| !expected.is_empty()).count())
+    Ok(CHANGES.len() + CHANGES_AFTER_LOSS.iter().filter(|(_, expected, _)| !expected.is_empty()).count())
 }
 
-fn expect(name: &str, facts: &Facts, expected: &[Verdict]) -> Result<(), Failure> {
-    let mut found: Vec<Verdict> = check(facts).into_iter().map(|finding| finding.verdict).collect();
+fn expect(name: &str, observed: &Observed, expected: &[FindingKind]) -> Result<(), Failure> {
+    let mut found: Vec<FindingKind> = check(observed).into_iter().map(|finding| finding.kind).collect();
     found.sort_unstable();
     found.dedup();
     (found == expected).then_some(()).ok_or_else(|| Failure(format!("{name}: the checker says {found:?}, not {expected:?}")))

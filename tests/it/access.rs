@@ -1,13 +1,13 @@
-//! Who may do what: every route, for every role, in one's own tenant and in another's.
+//! Authorization: every route, for every scope, in the caller's own tenant and in another tenant.
 
 use serde_json::{Value, json};
 
 use crate::harness::tokens::token;
-use crate::harness::{Answer, House};
+use crate::harness::{ApiResponse, TestBroker};
 
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
 
-/// What a route asks of whoever calls it.
+/// What a route requires from its caller.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Needs {
     Nothing,
@@ -31,20 +31,20 @@ impl Needs {
     }
 }
 
-/// A route with a request that is in order; `{id}` is an upload of the tenant acme.
+/// A route with a valid request. `{id}` is an upload of the tenant acme.
 struct Route {
     needs: Needs,
     method: &'static str,
     path: &'static str,
     body: Option<Value>,
-    /// The status for whoever may; with tenants apart, for the upload's own.
-    fine: u16,
+    /// The status for an authorized caller; on routes of one upload, for a caller of its tenant.
+    expected_status: u16,
 }
 
-/// Every route of the contract. The first of them leave the upload as it is, for whoever comes next.
+/// Every route of the API. The first routes do not change the upload, because later routes use it too.
 fn routes(topic: &str, pointer: &Value) -> Vec<Route> {
     use Needs::{Admin, Nothing, Read, Token, Write, WriteOrRead};
-    let route = |needs, method, path, body, fine| Route { needs, method, path, body, fine };
+    let route = |needs, method, path, body, expected_status| Route { needs, method, path, body, expected_status };
     vec![
         route(Write, "POST", "/lfs/uploads", Some(json!({"topic": topic, "size": 5})), 201),
         route(WriteOrRead, "GET", "/lfs/uploads/{id}", None, 200),
@@ -69,18 +69,18 @@ fn routes(topic: &str, pointer: &Value) -> Vec<Route> {
     ]
 }
 
-async fn ask(house: &House, route: &Route, id: &str, token: Option<&str>) -> Answer {
-    let mut request = house.request(route.method, &route.path.replace("{id}", id));
+async fn call(broker: &TestBroker, route: &Route, id: &str, token: Option<&str>) -> ApiResponse {
+    let mut request = broker.request(route.method, &route.path.replace("{id}", id));
     if let Some(body) = &route.body {
         request = request.header("content-type", "application/json").body(text(body));
     }
     if let Some(token) = token {
         request = request.bearer_auth(token);
     }
-    house.send(request).await
+    broker.send(request).await
 }
 
-/// JSON as it is sent: a pointer is known by its first member.
+/// The JSON as clients send it: the broker recognizes a pointer by its first member.
 fn text(body: &Value) -> String {
     let mut rest = body.clone();
     match rest.as_object_mut().and_then(|members| members.remove("kfs_lfs")) {
@@ -89,102 +89,104 @@ fn text(body: &Value) -> String {
     }
 }
 
-/// An upload of acme that is published: its id and its pointer.
-async fn published(house: &House) -> (String, Value) {
+/// Publishes an upload of acme and returns its id and its pointer.
+async fn published(broker: &TestBroker) -> (String, Value) {
     let acme = token("acme", "lfs:write", &["*"]);
-    let body = json!({"topic": house.topic, "size": 5, "sha256": crate::harness::sha256(b"hello")});
-    let opened = house.send(house.request("POST", "/lfs/uploads").bearer_auth(&acme).json(&body)).await.expect(201);
-    house.put(&opened.json["upload"], b"hello").await.expect(200);
-    let complete = house.request("POST", &format!("/lfs/uploads/{}/complete", opened.id())).bearer_auth(&acme);
-    let done = house.send(complete).await.expect(200);
+    let body = json!({"topic": broker.topic, "size": 5, "sha256": crate::harness::sha256(b"hello")});
+    let opened = broker.send(broker.request("POST", "/lfs/uploads").bearer_auth(&acme).json(&body)).await.expect(201);
+    broker.put(&opened.json["upload"], b"hello").await.expect(200);
+    let complete = broker.request("POST", &format!("/lfs/uploads/{}/complete", opened.id())).bearer_auth(&acme);
+    let done = broker.send(complete).await.expect(200);
     (opened.id(), done.json["pointer"].clone())
 }
 
 #[tokio::test]
-async fn every_route_lets_in_those_who_may_and_nobody_else() {
-    let house = House::with_tokens(|_| {}).await;
-    let (id, pointer) = published(&house).await;
+async fn every_route_accepts_authorized_callers_and_no_others() {
+    let broker = TestBroker::start_with_tokens(|_| {}).await;
+    let (id, pointer) = published(&broker).await;
     let scopes = ["", "lfs:write", "lfs:read", "lfs:admin", "lfs:write lfs:read", "lfs:write lfs:read lfs:admin", "lfs:other"];
-    let mut asked = 0;
-    for route in routes(&house.topic, &pointer) {
-        let what = format!("{} {}", route.method, route.path);
+    let mut calls = 0;
+    for route in routes(&broker.topic, &pointer) {
+        let name = format!("{} {}", route.method, route.path);
         if route.needs != Needs::Nothing {
-            ask(&house, &route, &id, None).await.expect_problem(401, "unauthenticated");
-            ask(&house, &route, &id, Some("no.token.atall")).await.expect_problem(401, "invalid-token");
+            call(&broker, &route, &id, None).await.expect_problem(401, "unauthenticated");
+            call(&broker, &route, &id, Some("no.token.atall")).await.expect_problem(401, "invalid-token");
         }
         for scope in scopes {
             for tenant in ["acme", "globex"] {
-                let answer = ask(&house, &route, &id, Some(&token(tenant, scope, &["*"]))).await;
-                let told = (answer.status, answer.code());
-                asked += 1;
+                let response = call(&broker, &route, &id, Some(&token(tenant, scope, &["*"]))).await;
+                let found = (response.status, response.code());
+                calls += 1;
                 let of_acme = route.path.contains("{id}") || route.path == "/lfs/resolve";
-                // An administrator is broker-wide.
+                // `lfs:admin` is valid in every tenant.
                 let foreign = tenant == "globex" && of_acme && !scope.contains("lfs:admin");
                 match (route.needs.has(scope), foreign) {
-                    (false, _) => assert_eq!(told, (403, "insufficient-scope"), "{what} for {scope:?}"),
-                    (true, true) if route.path == "/lfs/resolve" => assert_eq!(told, (403, "pointer-forbidden"), "{what}"),
-                    (true, true) => assert_eq!(told, (404, "upload-not-found"), "{what} for {scope:?} of {tenant}"),
-                    (true, false) => assert_eq!(told.0, route.fine, "{what} for {scope:?} of {tenant}: {}", answer.text),
+                    (false, _) => assert_eq!(found, (403, "insufficient-scope"), "{name} for {scope:?}"),
+                    (true, true) if route.path == "/lfs/resolve" => assert_eq!(found, (403, "pointer-forbidden"), "{name}"),
+                    (true, true) => assert_eq!(found, (404, "upload-not-found"), "{name} for {scope:?} of {tenant}"),
+                    (true, false) => {
+                        assert_eq!(found.0, route.expected_status, "{name} for {scope:?} of {tenant}: {}", response.text)
+                    }
                 }
             }
         }
     }
-    assert_eq!(asked, 20 * 7 * 2);
+    assert_eq!(calls, 20 * 7 * 2);
 }
 
 #[tokio::test]
-async fn a_foreign_upload_and_an_unknown_one_are_the_same() {
-    let house = House::with_tokens(|_| {}).await;
-    let (id, pointer) = published(&house).await;
+async fn the_upload_of_another_tenant_gets_the_same_response_as_an_unknown_upload() {
+    let broker = TestBroker::start_with_tokens(|_| {}).await;
+    let (id, pointer) = published(&broker).await;
     let stranger = token("globex", "lfs:write lfs:read", &["*"]);
     let without_topic = token("acme", "lfs:write lfs:read", &["other"]);
-    for route in routes(&house.topic, &pointer).into_iter().filter(|route| route.path.contains("{id}")) {
+    for route in routes(&broker.topic, &pointer).into_iter().filter(|route| route.path.contains("{id}")) {
         if route.needs == Needs::Admin {
             continue;
         }
-        let same = |answer: Answer, id: &str| {
-            let mut json = answer.expect_problem(404, "upload-not-found").json;
+        let same = |response: ApiResponse, id: &str| {
+            let mut json = response.expect_problem(404, "upload-not-found").json;
             json.as_object_mut().unwrap().remove("request_id");
             json.to_string().replace(id, "ID")
         };
-        let unknown = same(ask(&house, &route, UNKNOWN, Some(&stranger)).await, UNKNOWN);
-        assert_eq!(same(ask(&house, &route, &id, Some(&stranger)).await, &id), unknown, "{} {}", route.method, route.path);
-        assert_eq!(same(ask(&house, &route, &id, Some(&without_topic)).await, &id), unknown, "{} {}", route.method, route.path);
+        let unknown = same(call(&broker, &route, UNKNOWN, Some(&stranger)).await, UNKNOWN);
+        assert_eq!(same(call(&broker, &route, &id, Some(&stranger)).await, &id), unknown, "{} {}", route.method, route.path);
+        assert_eq!(same(call(&broker, &route, &id, Some(&without_topic)).await, &id), unknown, "{} {}", route.method, route.path);
     }
 }
 
 #[tokio::test]
-async fn a_list_shows_the_callers_tenant_and_topics_only() {
-    let house = House::with_tokens(|_| {}).await;
-    let (id, _) = published(&house).await;
+async fn a_list_shows_only_the_callers_tenant_and_topics() {
+    let broker = TestBroker::start_with_tokens(|_| {}).await;
+    let (id, _) = published(&broker).await;
     let list = async |token: String, query: &str| {
-        let answer = house.send(house.request("GET", &format!("/lfs/uploads{query}")).bearer_auth(token)).await.expect(200);
-        answer.json["items"].as_array().unwrap().iter().map(|item| item["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        let response = broker.send(broker.request("GET", &format!("/lfs/uploads{query}")).bearer_auth(token)).await.expect(200);
+        response.json["items"].as_array().unwrap().iter().map(|item| item["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    let (own, nobody) = (vec![id.clone()], Vec::<String>::new());
+    let (own, none) = (vec![id.clone()], Vec::<String>::new());
     assert_eq!(list(token("acme", "lfs:read", &["*"]), "").await, own);
-    assert_eq!(list(token("acme", "lfs:read", &[&house.topic]), "").await, own);
+    assert_eq!(list(token("acme", "lfs:read", &[&broker.topic]), "").await, own);
     assert_eq!(list(token("acme", "lfs:read", &["it-*"]), "").await, own);
-    assert_eq!(list(token("acme", "lfs:read", &["other", "x*"]), "").await, nobody);
-    // Only the last star stands for anything, in a list as elsewhere.
-    assert_eq!(list(token("acme", "lfs:read", &["it-**"]), "").await, nobody);
-    assert_eq!(list(token("acme", "lfs:read", &[]), "").await, nobody);
-    assert_eq!(list(token("globex", "lfs:read", &["*"]), "").await, nobody);
-    assert_eq!(list(token("globex", "lfs:read", &["*"]), &format!("?topic={}", house.topic)).await, nobody);
+    assert_eq!(list(token("acme", "lfs:read", &["other", "x*"]), "").await, none);
+    // Only a trailing star is a wildcard, in a list as elsewhere.
+    assert_eq!(list(token("acme", "lfs:read", &["it-**"]), "").await, none);
+    assert_eq!(list(token("acme", "lfs:read", &[]), "").await, none);
+    assert_eq!(list(token("globex", "lfs:read", &["*"]), "").await, none);
+    assert_eq!(list(token("globex", "lfs:read", &["*"]), &format!("?topic={}", broker.topic)).await, none);
     assert_eq!(list(token("globex", "lfs:read lfs:admin", &["*"]), "?tenant=acme").await, [id]);
-    // Asking for another tenant is an administrator's.
-    let asked = house.request("GET", "/lfs/uploads?tenant=acme").bearer_auth(token("globex", "lfs:read", &["*"]));
-    assert!([403, 422].contains(&house.send(asked).await.status));
+    // Only an administrator may list another tenant.
+    let calls = broker.request("GET", "/lfs/uploads?tenant=acme").bearer_auth(token("globex", "lfs:read", &["*"]));
+    assert!([403, 422].contains(&broker.send(calls).await.status));
 }
 
 #[tokio::test]
-async fn a_pointer_resolves_in_its_own_tenant_and_topic_only() {
-    let house = House::with_tokens(|_| {}).await;
-    let (_, pointer) = published(&house).await;
+async fn a_pointer_resolves_only_in_its_own_tenant_and_topic() {
+    let broker = TestBroker::start_with_tokens(|_| {}).await;
+    let (_, pointer) = published(&broker).await;
     let resolve = async |token: String, pointer: &Value| {
-        house
+        broker
             .send(
-                house
+                broker
                     .request("POST", "/lfs/resolve")
                     .bearer_auth(token)
                     .header("content-type", "application/json")
@@ -192,28 +194,28 @@ async fn a_pointer_resolves_in_its_own_tenant_and_topic_only() {
             )
             .await
     };
-    resolve(token("acme", "lfs:read", &[&house.topic]), &pointer).await.expect(200);
+    resolve(token("acme", "lfs:read", &[&broker.topic]), &pointer).await.expect(200);
     resolve(token("acme", "lfs:read", &["other"]), &pointer).await.expect_problem(403, "pointer-forbidden");
     resolve(token("acme", "lfs:read", &[]), &pointer).await.expect_problem(403, "pointer-forbidden");
-    // Whatever the key is spelt like, it is acme's.
+    // However the key is spelled, it belongs to acme.
     let key = pointer["key"].as_str().unwrap();
-    for spelt in [
+    for spelled in [
         key.to_owned(),
         format!("globex/../{key}"),
         format!("./{key}"),
         format!("/{key}"),
         format!("globex//{key}"),
-        format!("globex/{}/lfs/../../../{key}", house.topic),
+        format!("globex/{}/lfs/../../../{key}", broker.topic),
         key.replacen('/', "%2F", 1),
         key.replacen("acme", "ACME", 1),
         format!("{key}\u{0}"),
     ] {
         let mut forged = pointer.clone();
-        forged["key"] = spelt.clone().into();
-        let answer = resolve(token("globex", "lfs:read", &["*"]), &forged).await;
-        assert!([403, 410, 422].contains(&answer.status) && answer.json["url"].is_null(), "{spelt}: {}", answer.text);
+        forged["key"] = spelled.clone().into();
+        let response = resolve(token("globex", "lfs:read", &["*"]), &forged).await;
+        assert!([403, 410, 422].contains(&response.status) && response.json["url"].is_null(), "{spelled}: {}", response.text);
     }
-    let mut elsewhere = pointer;
-    elsewhere["bucket"] = "another-bucket".into();
-    resolve(token("acme", "lfs:read", &["*"]), &elsewhere).await.expect_problem(403, "pointer-forbidden");
+    let mut other_bucket = pointer;
+    other_bucket["bucket"] = "another-bucket".into();
+    resolve(token("acme", "lfs:read", &["*"]), &other_bucket).await.expect_problem(403, "pointer-forbidden");
 }

@@ -1,4 +1,4 @@
-//! The audit: a clean house is clean, each kind of disagreement made by hand is found, and `fix` heals what it says.
+//! The audit: it reports nothing for a consistent broker, finds each inconsistency made by hand, and `--fix` repairs what it can.
 
 mod forged;
 mod restored;
@@ -6,7 +6,7 @@ mod restored;
 use std::process::Stdio;
 use std::time::Duration;
 
-use lfs_broker::audit::{Audit, Error, Finding, Kind, Report};
+use lfs_broker::audit::{Audit, Error, Finding, FindingKind, Report};
 use lfs_broker::kafka::{Delivery, Kafka};
 use lfs_broker::objects::Objects;
 use lfs_broker::store::Store;
@@ -16,64 +16,64 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::servers::servers;
-use crate::harness::uploads::PART;
-use crate::harness::{Answer, House, bytes, sha256};
+use crate::harness::uploads::PART_BYTES;
+use crate::harness::{ApiResponse, TestBroker, bytes, sha256};
 
-/// The audit as the command runs it, on the house's settings.
-pub(crate) async fn audit(house: &House, fix: bool) -> Result<Report, Error> {
-    let store = Store::connect(&house.settings.store).unwrap();
-    let objects = Objects::connect(&house.settings.objects).await.unwrap();
-    let kafka = Kafka::connect(&house.settings.kafka).unwrap();
+/// Runs the audit like the command, with the test broker's settings.
+pub(crate) async fn audit(broker: &TestBroker, fix: bool) -> Result<Report, Error> {
+    let store = Store::connect(&broker.settings.store).unwrap();
+    let objects = Objects::connect(&broker.settings.objects).await.unwrap();
+    let kafka = Kafka::connect(&broker.settings.kafka).unwrap();
     Audit { store, objects, kafka, fix }.run().await
 }
 
-/// Runs the audit, which must find exactly these kinds.
+/// Asserts that the report contains exactly these kinds of findings.
 #[track_caller]
-fn found(report: &Report, kinds: &[Kind]) {
-    let told: Vec<Kind> = report.findings.iter().map(|finding| finding.kind).collect();
-    assert_eq!(told, kinds, "{:#?}", report.findings);
+fn assert_kinds(report: &Report, kinds: &[FindingKind]) {
+    let kinds_found: Vec<FindingKind> = report.findings.iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds_found, kinds, "{:#?}", report.findings);
     assert_eq!(report.clean, kinds.is_empty());
 }
 
-/// A finding's count, bytes and repairs.
+/// The finding's count, bytes and number of repairs.
 #[track_caller]
-fn figures(report: &Report, kind: Kind) -> (u64, u64, u64) {
+fn figures(report: &Report, kind: FindingKind) -> (u64, u64, u64) {
     let Finding { count, bytes, fixed, .. } = report.finding(kind).unwrap_or_else(|| panic!("{:#?}", report.findings));
     (*count, *bytes, *fixed)
 }
 
-/// Runs the audit, which must find nothing. Kafka may answer late on a machine that is busy with tests.
-pub(crate) async fn is_clean(house: &House) {
-    let mut report = audit(house, false).await;
+/// Runs the audit until it finds nothing. Kafka may answer late on a machine that is busy with tests.
+pub(crate) async fn assert_clean(broker: &TestBroker) {
+    let mut report = audit(broker, false).await;
     for _ in 0..10 {
         if report.is_ok() {
             break;
         }
-        report = audit(house, false).await;
+        report = audit(broker, false).await;
     }
-    found(&report.unwrap(), &[]);
+    assert_kinds(&report.unwrap(), &[]);
 }
 
-fn id(answer: &Answer) -> Uuid {
-    answer.id().parse().unwrap()
+fn id(response: &ApiResponse) -> Uuid {
+    response.id().parse().unwrap()
 }
 
-async fn sql(house: &House, statement: &'static str, id: Uuid) -> u64 {
-    sqlx::query(statement).bind(id).execute(&house.db).await.unwrap().rows_affected()
+async fn sql(broker: &TestBroker, statement: &'static str, id: Uuid) -> u64 {
+    sqlx::query(statement).bind(id).execute(&broker.db).await.unwrap().rows_affected()
 }
 
 fn producer() -> FutureProducer {
     rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).set("linger.ms", "0").create().unwrap()
 }
 
-/// Puts a record into a topic that refers to an object the other way of the field: by a header, without a value.
-pub(crate) async fn refer(topic: &str, key: &str) {
+/// Produces a record without a value that refers to an object by the header `S3-REF-FILE-PATH`.
+pub(crate) async fn produce_reference(topic: &str, key: &str) {
     let header = OwnedHeaders::new().insert(Header { key: "S3-REF-FILE-PATH", value: Some(key) });
     let record = FutureRecord::<str, [u8]>::to(topic).partition(0).headers(header);
     producer().send(record, Duration::from_secs(10)).await.unwrap();
 }
 
-/// Puts a record into a topic past the broker.
+/// Produces a record without the broker.
 pub(crate) async fn produce(topic: &str, partition: i32, value: &[u8], upload_id: Option<&str>) {
     let record = FutureRecord::<str, [u8]>::to(topic).partition(partition).payload(value);
     let record = match upload_id {
@@ -83,7 +83,7 @@ pub(crate) async fn produce(topic: &str, partition: i32, value: &[u8], upload_id
     producer().send(record, Duration::from_secs(10)).await.unwrap();
 }
 
-/// Puts a record into a topic that claims to be an upload's, proved whole, as whoever may write to the topic can.
+/// Produces a record that claims to be a verified upload's. Any producer with write access to the topic can do this.
 pub(crate) async fn forge(topic: &str, partition: i32, value: &[u8], upload_id: &str) {
     let headers = OwnedHeaders::new()
         .insert(Header { key: "lfs-upload-id", value: Some(upload_id) })
@@ -92,319 +92,319 @@ pub(crate) async fn forge(topic: &str, partition: i32, value: &[u8], upload_id: 
     producer().send(record, Duration::from_secs(10)).await.unwrap();
 }
 
-/// A pointer as somebody else may write it: only its beginning is a rule.
-fn written(house: &House, key: &str, size: usize) -> String {
+/// A pointer as another producer may write it. Only its beginning is fixed by the format.
+fn foreign_pointer(broker: &TestBroker, key: &str, size: usize) -> String {
     let sha256 = sha256(b"any");
-    format!(r#"{{"kfs_lfs":1,"bucket":"{}","key":"{key}","size":{size},"sha256":"{sha256}"}}"#, house.bucket)
+    format!(r#"{{"kfs_lfs":1,"bucket":"{}","key":"{key}","size":{size},"sha256":"{sha256}"}}"#, broker.bucket)
 }
 
-async fn object_key(house: &House, id: Uuid) -> String {
-    house.upload(&id.to_string()).await.json["object_key"].as_str().unwrap().to_owned()
+async fn object_key(broker: &TestBroker, id: Uuid) -> String {
+    broker.upload(&id.to_string()).await.json["object_key"].as_str().unwrap().to_owned()
 }
 
-/// An upload that is verified and waits for a topic where its record is not.
-async fn waiting_elsewhere(house: &House, content: &[u8]) -> (Uuid, String) {
-    let done = id(&house.publish(content, json!({})).await);
+/// Publishes an upload, then moves its session back to `verified` and to a topic that has no record of it.
+async fn verified_without_record(broker: &TestBroker, content: &[u8]) -> (Uuid, String) {
+    let done = id(&broker.publish(content, json!({})).await);
     let other = format!("it-{}", Uuid::new_v4().simple());
-    house.make_topic(&other, 1).await;
+    broker.create_topic(&other, 1).await;
     let moved = sqlx::query(
         "update upload_sessions set state = 'verified', topic = $2, verified_at = verified_at - interval '2 minutes',
              published_partition = null, published_offset = null, published_at = null where id = $1",
     );
-    assert_eq!(moved.bind(done).bind(&other).execute(&house.db).await.unwrap().rows_affected(), 1);
+    assert_eq!(moved.bind(done).bind(&other).execute(&broker.db).await.unwrap().rows_affected(), 1);
     (done, other)
 }
 
 #[tokio::test]
-async fn a_clean_house_is_clean_whatever_its_uploads_came_to() {
-    let house = House::new().await;
-    house.publish(b"one", json!({"key": "k"})).await;
-    house.publish(b"two", json!({"key": "k"})).await;
-    let content = bytes(2 * PART + 1, 1);
-    let parts = house.open_hashed_parts(&content, json!({})).await.expect(201);
-    house.put_parts(&parts.json["parts"], &content).await;
-    house.complete_and_wait(&parts.id(), json!({})).await;
-    house.open(b"still open", json!({})).await.expect(201);
-    house.open_parts(&content, json!({})).await.expect(201);
-    let aborted = house.open_parts(&content, json!({})).await.expect(201);
-    house.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
-    // Others may use the topic and the bucket too.
-    produce(&house.topic, 0, b"inline data", None).await;
-    produce(&house.topic, 0, b"a copy of a stranger's", Some(&Uuid::now_v7().to_string())).await;
-    house.put_object("somebody/else.bin", b"x", None).await;
-    house.put_object(&format!("acme/t/lfs/2026/01/01/{}", Uuid::now_v7()), b"not through our URLs", None).await;
-    let report = audit(&house, false).await.unwrap();
-    found(&report, &[]);
+async fn the_audit_finds_nothing_wrong_after_normal_uploads() {
+    let broker = TestBroker::start().await;
+    broker.publish(b"one", json!({"key": "k"})).await;
+    broker.publish(b"two", json!({"key": "k"})).await;
+    let content = bytes(2 * PART_BYTES + 1, 1);
+    let parts = broker.open_multipart_with_hashes(&content, json!({})).await.expect(201);
+    broker.put_parts(&parts.json["parts"], &content).await;
+    broker.complete_and_wait(&parts.id(), json!({})).await;
+    broker.open(b"still open", json!({})).await.expect(201);
+    broker.open_multipart(&content, json!({})).await.expect(201);
+    let aborted = broker.open_multipart(&content, json!({})).await.expect(201);
+    broker.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
+    // Other producers and writers may use the topic and the bucket too.
+    produce(&broker.topic, 0, b"inline data", None).await;
+    produce(&broker.topic, 0, b"a copy of a stranger's", Some(&Uuid::now_v7().to_string())).await;
+    broker.put_object("somebody/else.bin", b"x", None).await;
+    broker.put_object(&format!("acme/t/lfs/2026/01/01/{}", Uuid::now_v7()), b"not through our URLs", None).await;
+    let report = audit(&broker, false).await.unwrap();
+    assert_kinds(&report, &[]);
     assert_eq!((report.sessions, report.objects, report.records), (6, 5, 5));
-    found(&audit(&house, true).await.unwrap(), &[]);
+    assert_kinds(&audit(&broker, true).await.unwrap(), &[]);
 }
 
 #[tokio::test]
-async fn an_object_that_a_failed_upload_left_is_handed_to_the_sweeper() {
-    let house = House::new().await;
-    let opened = house.open(b"hello", json!({})).await.expect(201);
-    house.put(&opened.json["upload"], b"hello").await.expect(200);
-    house.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect(204);
-    house.until_nothing_is_left(opened.json["object_key"].as_str().unwrap()).await;
-    // The second pass is still due: what appears before it is no orphan.
-    house.put_object(opened.json["object_key"].as_str().unwrap(), b"late bytes", Some(&opened.id())).await;
-    is_clean(&house).await;
-    assert_eq!(sql(&house, "update upload_sessions set cleanup_due_at = null where id = $1", id(&opened)).await, 1);
+async fn the_audit_fix_removes_an_object_that_an_aborted_upload_left() {
+    let broker = TestBroker::start().await;
+    let opened = broker.open(b"hello", json!({})).await.expect(201);
+    broker.put(&opened.json["upload"], b"hello").await.expect(200);
+    broker.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect(204);
+    broker.wait_until_s3_is_empty(opened.json["object_key"].as_str().unwrap()).await;
+    // The second cleanup of the upload is still due: until then the object is no orphan.
+    broker.put_object(opened.json["object_key"].as_str().unwrap(), b"late bytes", Some(&opened.id())).await;
+    assert_clean(&broker).await;
+    assert_eq!(sql(&broker, "update upload_sessions set cleanup_due_at = null where id = $1", id(&opened)).await, 1);
 
-    let told = audit(&house, false).await.unwrap();
-    found(&told, &[Kind::ObjectOrphan]);
-    assert_eq!(figures(&told, Kind::ObjectOrphan), (1, 10, 0));
-    assert_eq!(figures(&audit(&house, true).await.unwrap(), Kind::ObjectOrphan), (1, 10, 1));
-    house.until_nothing_is_left(opened.json["object_key"].as_str().unwrap()).await;
-    is_clean(&house).await;
+    let report = audit(&broker, false).await.unwrap();
+    assert_kinds(&report, &[FindingKind::ObjectOrphan]);
+    assert_eq!(figures(&report, FindingKind::ObjectOrphan), (1, 10, 0));
+    assert_eq!(figures(&audit(&broker, true).await.unwrap(), FindingKind::ObjectOrphan), (1, 10, 1));
+    broker.wait_until_s3_is_empty(opened.json["object_key"].as_str().unwrap()).await;
+    assert_clean(&broker).await;
 }
 
 #[tokio::test]
-async fn an_object_whose_upload_is_unknown_is_told_and_never_removed() {
-    let house = House::new().await;
+async fn the_audit_reports_an_object_of_an_unknown_upload_and_never_removes_it() {
+    let broker = TestBroker::start().await;
     let stranger = Uuid::now_v7();
-    let key = format!("acme/{}/lfs/2020/01/01/{stranger}", house.topic);
-    house.put_object(&key, b"the only copy", Some(&stranger.to_string())).await;
+    let key = format!("acme/{}/lfs/2020/01/01/{stranger}", broker.topic);
+    broker.put_object(&key, b"the only copy", Some(&stranger.to_string())).await;
     for fix in [false, true] {
-        let report = audit(&house, fix).await.unwrap();
-        found(&report, &[Kind::ObjectUnknown]);
-        assert_eq!(figures(&report, Kind::ObjectUnknown), (1, 13, 0));
+        let report = audit(&broker, fix).await.unwrap();
+        assert_kinds(&report, &[FindingKind::ObjectUnknown]);
+        assert_eq!(figures(&report, FindingKind::ObjectUnknown), (1, 13, 0));
     }
-    assert_eq!(house.objects().await, [key]);
+    assert_eq!(broker.objects().await, [key]);
 }
 
 #[tokio::test]
-async fn multipart_uploads_that_nobody_will_complete_are_aborted() {
-    let house = House::new().await;
-    let content = bytes(PART + 1, 2);
-    let opened = house.open_hashed_parts(&content, json!({})).await.expect(201);
-    house.put_parts(&opened.json["parts"], &content).await;
-    house.complete_and_wait(&opened.id(), json!({})).await;
+async fn the_audit_fix_aborts_multipart_uploads_of_finished_sessions_only() {
+    let broker = TestBroker::start().await;
+    let content = bytes(PART_BYTES + 1, 2);
+    let opened = broker.open_multipart_with_hashes(&content, json!({})).await.expect(201);
+    broker.put_parts(&opened.json["parts"], &content).await;
+    broker.complete_and_wait(&opened.id(), json!({})).await;
     let key = opened.json["object_key"].as_str().unwrap();
-    let begin = |key: String| house.s3.create_multipart_upload().bucket(&house.bucket).key(key).send();
-    let left = begin(key.to_owned()).await.unwrap();
-    let part = house.s3.upload_part().bucket(&house.bucket).key(key).upload_id(left.upload_id().unwrap()).part_number(1);
+    let create = |key: String| broker.s3.create_multipart_upload().bucket(&broker.bucket).key(key).send();
+    let stray = create(key.to_owned()).await.unwrap();
+    let part = broker.s3.upload_part().bucket(&broker.bucket).key(key).upload_id(stray.upload_id().unwrap()).part_number(1);
     part.body(bytes(1000, 3).into()).send().await.unwrap();
 
-    found(&audit(&house, false).await.unwrap(), &[Kind::UploadOrphan]);
-    assert_eq!(figures(&audit(&house, true).await.unwrap(), Kind::UploadOrphan), (1, 1000, 1));
-    assert!(!house.has_open_multipart(key).await);
-    is_clean(&house).await;
+    assert_kinds(&audit(&broker, false).await.unwrap(), &[FindingKind::UploadOrphan]);
+    assert_eq!(figures(&audit(&broker, true).await.unwrap(), FindingKind::UploadOrphan), (1, 1000, 1));
+    assert!(!broker.has_open_multipart(key).await);
+    assert_clean(&broker).await;
 
-    let nobodys = format!("acme/{}/lfs/2020/01/01/{}", house.topic, Uuid::now_v7());
-    begin(nobodys.clone()).await.unwrap();
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::UploadUnknown]);
-    // Somebody may be putting its parts now.
-    assert_eq!(figures(&report, Kind::UploadUnknown), (1, 0, 0));
-    assert!(house.has_open_multipart(&nobodys).await);
+    let unknown = format!("acme/{}/lfs/2020/01/01/{}", broker.topic, Uuid::now_v7());
+    create(unknown.clone()).await.unwrap();
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::UploadUnknown]);
+    // A client may be putting its parts now.
+    assert_eq!(figures(&report, FindingKind::UploadUnknown), (1, 0, 0));
+    assert!(broker.has_open_multipart(&unknown).await);
 }
 
 #[tokio::test]
-async fn promised_objects_that_are_gone_or_others_are_found() {
-    let house = House::new().await;
-    let gone = id(&house.publish(b"gone", json!({})).await);
-    let longer = id(&house.publish(b"longer", json!({})).await);
-    let foreign = id(&house.publish(b"foreign", json!({})).await);
-    house.s3.delete_object().bucket(&house.bucket).key(object_key(&house, gone).await).send().await.unwrap();
-    house.put_object(&object_key(&house, longer).await, b"longer than it was", Some(&longer.to_string())).await;
-    house.put_object(&object_key(&house, foreign).await, b"foreign", Some("somebody")).await;
+async fn the_audit_finds_published_objects_that_are_missing_or_replaced() {
+    let broker = TestBroker::start().await;
+    let gone = id(&broker.publish(b"gone", json!({})).await);
+    let longer = id(&broker.publish(b"longer", json!({})).await);
+    let foreign = id(&broker.publish(b"foreign", json!({})).await);
+    broker.s3.delete_object().bucket(&broker.bucket).key(object_key(&broker, gone).await).send().await.unwrap();
+    broker.put_object(&object_key(&broker, longer).await, b"longer than it was", Some(&longer.to_string())).await;
+    broker.put_object(&object_key(&broker, foreign).await, b"foreign", Some("somebody")).await;
     for fix in [false, true] {
-        let report = audit(&house, fix).await.unwrap();
-        found(&report, &[Kind::ObjectMissing, Kind::ObjectMismatch]);
-        assert_eq!(figures(&report, Kind::ObjectMissing), (1, 4, 0));
-        assert_eq!(figures(&report, Kind::ObjectMismatch), (2, 13, 0));
-        assert!(report.finding(Kind::ObjectMissing).unwrap().examples[0].contains(&gone.to_string()));
+        let report = audit(&broker, fix).await.unwrap();
+        assert_kinds(&report, &[FindingKind::ObjectMissing, FindingKind::ObjectMismatch]);
+        assert_eq!(figures(&report, FindingKind::ObjectMissing), (1, 4, 0));
+        assert_eq!(figures(&report, FindingKind::ObjectMismatch), (2, 13, 0));
+        assert!(report.finding(FindingKind::ObjectMissing).unwrap().examples[0].contains(&gone.to_string()));
     }
 }
 
 #[tokio::test]
-async fn a_promise_that_nothing_would_keep_is_promised_again() {
-    let house = House::new().await;
-    let (upload, topic) = waiting_elsewhere(&house, b"forgotten").await;
-    let report = audit(&house, false).await.unwrap();
-    found(&report, &[Kind::OutboxMissing]);
-    assert_eq!(figures(&report, Kind::OutboxMissing), (1, 9, 0));
-    assert!(house.records(&topic).await.is_empty());
+async fn the_audit_fix_requeues_a_pointer_that_is_missing_in_the_outbox() {
+    let broker = TestBroker::start().await;
+    let (upload, topic) = verified_without_record(&broker, b"forgotten").await;
+    let report = audit(&broker, false).await.unwrap();
+    assert_kinds(&report, &[FindingKind::OutboxMissing]);
+    assert_eq!(figures(&report, FindingKind::OutboxMissing), (1, 9, 0));
+    assert!(broker.records(&topic).await.is_empty());
 
-    assert_eq!(figures(&audit(&house, true).await.unwrap(), Kind::OutboxMissing), (1, 9, 1));
-    let published = house.until(&upload.to_string(), "published").await;
-    let records = house.records(&topic).await;
+    assert_eq!(figures(&audit(&broker, true).await.unwrap(), FindingKind::OutboxMissing), (1, 9, 1));
+    let published = broker.wait_for_state(&upload.to_string(), "published").await;
+    let records = broker.records(&topic).await;
     assert_eq!(records.len(), 1);
     assert_eq!(records[0].json(), published.json["pointer"]);
     assert_eq!(records[0].header("lfs-upload-id"), Some(upload.to_string().as_str()));
-    is_clean(&house).await;
+    assert_clean(&broker).await;
 }
 
 #[tokio::test]
-async fn a_pointer_that_waits_too_long_is_told_with_its_reason() {
-    let house = House::new().await;
-    let (upload, _) = waiting_elsewhere(&house, b"parked").await;
-    let parked = "insert into outbox (session_id, shard, topic, value, headers, created_at, next_try_at, error)
+async fn the_audit_reports_a_long_deferred_pointer_with_its_reason() {
+    let broker = TestBroker::start().await;
+    let (upload, _) = verified_without_record(&broker, b"parked").await;
+    let deferred = "insert into outbox (session_id, shard, topic, value, headers, created_at, next_try_at, error)
          select id, 0, topic, pointer, '[]', verified_at, now() + interval '1 hour', 'the topic is on fire'
          from upload_sessions where id = $1";
-    assert_eq!(sql(&house, parked, upload).await, 1);
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::Unpublished]);
-    assert_eq!(figures(&report, Kind::Unpublished), (1, 6, 0));
+    assert_eq!(sql(&broker, deferred, upload).await, 1);
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::Unpublished]);
+    assert_eq!(figures(&report, FindingKind::Unpublished), (1, 6, 0));
     assert!(report.findings[0].examples[0].contains("the topic is on fire"), "{:?}", report.findings);
 }
 
 #[tokio::test]
-async fn a_pointer_that_would_be_sent_twice_is_taken_out_of_the_outbox() {
-    let house = House::new().await;
-    let done = id(&house.publish(b"once", json!({})).await);
+async fn the_audit_fix_removes_the_outbox_row_of_a_pointer_that_is_published_already() {
+    let broker = TestBroker::start().await;
+    let done = id(&broker.publish(b"once", json!({})).await);
     let again = "insert into outbox (session_id, shard, topic, value, headers, created_at, next_try_at, error)
          select id, 0, topic, pointer, '[]', now(), now() + interval '1 hour', 'refused' from upload_sessions where id = $1";
-    assert_eq!(sql(&house, again, done).await, 1);
-    assert_eq!(figures(&audit(&house, false).await.unwrap(), Kind::OutboxStray), (1, 4, 0));
-    assert_eq!(figures(&audit(&house, true).await.unwrap(), Kind::OutboxStray), (1, 4, 1));
-    is_clean(&house).await;
-    assert_eq!(house.records(&house.topic).await.len(), 1);
+    assert_eq!(sql(&broker, again, done).await, 1);
+    assert_eq!(figures(&audit(&broker, false).await.unwrap(), FindingKind::OutboxStray), (1, 4, 0));
+    assert_eq!(figures(&audit(&broker, true).await.unwrap(), FindingKind::OutboxStray), (1, 4, 1));
+    assert_clean(&broker).await;
+    assert_eq!(broker.records(&broker.topic).await.len(), 1);
 }
 
 #[tokio::test]
-async fn records_and_sessions_that_do_not_meet_are_found() {
-    let house = House::new().await;
+async fn the_audit_finds_sessions_whose_record_position_or_value_is_wrong() {
+    let broker = TestBroker::start().await;
     let mut done = Vec::new();
     for content in [b"1st", b"2nd", b"3rd", b"4th"] {
-        done.push(id(&house.publish(content, json!({"partition": 0})).await));
+        done.push(id(&broker.publish(content, json!({"partition": 0})).await));
     }
-    is_clean(&house).await;
-    // The second is said to be where the third is, the third where nothing ever was, the fourth to be another.
+    assert_clean(&broker).await;
+    // The second session gets the third's offset, the third an offset that never existed, and the fourth another pointer.
     let moved = sqlx::query(
         "update upload_sessions s set published_offset = t.published_offset from upload_sessions t where s.id = $1 and t.id = $2",
     );
-    moved.bind(done[1]).bind(done[2]).execute(&house.db).await.unwrap();
-    sql(&house, "update upload_sessions set published_offset = published_offset + 1000 where id = $1", done[2]).await;
-    sql(&house, "update upload_sessions set pointer = pointer || ' ' where id = $1", done[3]).await;
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::RecordMissing, Kind::RecordMismatch, Kind::RecordDuplicate]);
-    assert_eq!(figures(&report, Kind::RecordMissing), (1, 3, 0));
-    assert_eq!(figures(&report, Kind::RecordMismatch), (2, 6, 0));
-    // The records of the second and the third are where no session says they are.
-    assert_eq!(figures(&report, Kind::RecordDuplicate), (2, 6, 0));
+    moved.bind(done[1]).bind(done[2]).execute(&broker.db).await.unwrap();
+    sql(&broker, "update upload_sessions set published_offset = published_offset + 1000 where id = $1", done[2]).await;
+    sql(&broker, "update upload_sessions set pointer = pointer || ' ' where id = $1", done[3]).await;
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::RecordMissing, FindingKind::RecordMismatch, FindingKind::RecordDuplicate]);
+    assert_eq!(figures(&report, FindingKind::RecordMissing), (1, 3, 0));
+    assert_eq!(figures(&report, FindingKind::RecordMismatch), (2, 6, 0));
+    // No session names the offsets of the second and the third record.
+    assert_eq!(figures(&report, FindingKind::RecordDuplicate), (2, 6, 0));
 }
 
 #[tokio::test]
-async fn a_record_that_is_missing_in_the_middle_of_the_log_is_found() {
-    let house = House::new().await;
-    let done = id(&house.publish(b"at the front", json!({"partition": 1})).await);
-    // An inline record is between; the session's own goes for one of another topic.
-    produce(&house.topic, 1, b"inline data", None).await;
-    produce(&house.topic, 1, b"inline data", None).await;
-    sql(&house, "update upload_sessions set published_offset = published_offset + 2 where id = $1", done).await;
-    let report = audit(&house, false).await.unwrap();
-    // With transactions the commit has an offset of its own, so what is there may be one of either kind: not ours.
-    assert_eq!(figures(&report, Kind::RecordMissing), (1, 12, 0));
-    assert_eq!(figures(&report, Kind::RecordDuplicate), (1, 12, 0));
+async fn the_audit_finds_a_record_that_is_missing_in_the_middle_of_the_log() {
+    let broker = TestBroker::start().await;
+    let done = id(&broker.publish(b"at the front", json!({"partition": 1})).await);
+    // Inline records follow, so that the changed offset is inside the log.
+    produce(&broker.topic, 1, b"inline data", None).await;
+    produce(&broker.topic, 1, b"inline data", None).await;
+    sql(&broker, "update upload_sessions set published_offset = published_offset + 2 where id = $1", done).await;
+    let report = audit(&broker, false).await.unwrap();
+    // With transactions the commit marker has an offset too: at the changed offset is an inline record or a marker.
+    assert_eq!(figures(&report, FindingKind::RecordMissing), (1, 12, 0));
+    assert_eq!(figures(&report, FindingKind::RecordDuplicate), (1, 12, 0));
 }
 
 #[tokio::test]
-async fn second_records_unknown_ones_and_unpromised_ones_are_found() {
-    let house = House::new().await;
-    let done = house.publish(b"twice", json!({})).await;
-    let pointer = house.only_record().await.0.value;
-    produce(&house.topic, 2, &pointer, Some(&done.id())).await;
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::RecordDuplicate]);
-    assert_eq!(figures(&report, Kind::RecordDuplicate), (1, 5, 0));
+async fn the_audit_finds_duplicate_unknown_and_undeclared_records() {
+    let broker = TestBroker::start().await;
+    let done = broker.publish(b"twice", json!({})).await;
+    let pointer = broker.only_record().await.0.value;
+    produce(&broker.topic, 2, &pointer, Some(&done.id())).await;
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::RecordDuplicate]);
+    assert_eq!(figures(&report, FindingKind::RecordDuplicate), (1, 5, 0));
 
-    let aborted = house.open(b"taken back", json!({})).await.expect(201);
-    house.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
-    produce(&house.topic, 2, b"whatever it says", Some(&aborted.id())).await;
-    // A pointer to what is still open, by somebody who cannot know what the bytes are: there is no object.
-    let open = house.open(b"not put", json!({})).await.expect(201);
-    let claimed = written(&house, open.json["object_key"].as_str().unwrap(), 7);
-    produce(&house.topic, 2, claimed.as_bytes(), Some(&open.id())).await;
+    let aborted = broker.open(b"taken back", json!({})).await.expect(201);
+    broker.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
+    produce(&broker.topic, 2, b"whatever it says", Some(&aborted.id())).await;
+    // A pointer to an open upload, by a producer that cannot know the bytes: the object does not exist.
+    let open = broker.open(b"not put", json!({})).await.expect(201);
+    let claimed = foreign_pointer(&broker, open.json["object_key"].as_str().unwrap(), 7);
+    produce(&broker.topic, 2, claimed.as_bytes(), Some(&open.id())).await;
     let stranger = Uuid::now_v7();
-    let key = format!("acme/{}/lfs/2026/01/01/{stranger}", house.topic);
-    produce(&house.topic, 2, written(&house, &key, 3).as_bytes(), Some(&stranger.to_string())).await;
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::RecordDuplicate, Kind::RecordUnknown, Kind::RecordUnpromised]);
-    assert_eq!(figures(&report, Kind::RecordUnknown), (1, 3, 0));
-    assert_eq!(figures(&report, Kind::RecordUnpromised), (2, 17, 0));
-    assert_eq!(house.upload(&open.id()).await.state(), "open");
+    let key = format!("acme/{}/lfs/2026/01/01/{stranger}", broker.topic);
+    produce(&broker.topic, 2, foreign_pointer(&broker, &key, 3).as_bytes(), Some(&stranger.to_string())).await;
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::RecordDuplicate, FindingKind::RecordUnknown, FindingKind::RecordUnpromised]);
+    assert_eq!(figures(&report, FindingKind::RecordUnknown), (1, 3, 0));
+    assert_eq!(figures(&report, FindingKind::RecordUnpromised), (2, 17, 0));
+    assert_eq!(broker.upload(&open.id()).await.state(), "open");
 }
 
 #[tokio::test]
-async fn more_than_a_page_of_everything_is_counted_to_the_end() {
-    let house = House::new().await;
-    house.publish(b"one", json!({"key": "k"})).await;
-    let aborted = house.open(b"many", json!({})).await.expect(201);
-    house.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
+async fn the_audit_counts_more_than_one_page_of_sessions_and_records() {
+    let broker = TestBroker::start().await;
+    broker.publish(b"one", json!({"key": "k"})).await;
+    let aborted = broker.open(b"many", json!({})).await.expect(201);
+    broker.delete(&format!("/lfs/uploads/{}", aborted.id())).await.expect(204);
     let copies = "insert into upload_sessions
          select (jsonb_populate_record(s, jsonb_build_object(
              'id', gen_random_uuid(), 'object_key', s.object_key || n, 'bytes_held_until', null))).*
          from upload_sessions s, generate_series(1, 2100) n where s.id = $1";
-    assert_eq!(sql(&house, copies, id(&aborted)).await, 2100);
+    assert_eq!(sql(&broker, copies, id(&aborted)).await, 2100);
     let stranger = Uuid::now_v7();
-    let key = format!("acme/{}/lfs/2026/01/01/{stranger}", house.topic);
-    let pointer = written(&house, &key, 2);
+    let key = format!("acme/{}/lfs/2026/01/01/{stranger}", broker.topic);
+    let pointer = foreign_pointer(&broker, &key, 2);
     let producer: FutureProducer = rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).create().unwrap();
     let headers = OwnedHeaders::new().insert(Header { key: "lfs-upload-id", value: Some(&stranger.to_string()) });
-    let record = || FutureRecord::<str, str>::to(&house.topic).partition(0).payload(&pointer).headers(headers.clone());
+    let record = || FutureRecord::<str, str>::to(&broker.topic).partition(0).payload(&pointer).headers(headers.clone());
     let sent: Vec<_> = (0..2500).map(|_| producer.send_result(record()).unwrap_or_else(|(error, _)| panic!("{error}"))).collect();
     for sent in sent {
         sent.await.unwrap().unwrap();
     }
-    let report = audit(&house, false).await.unwrap();
-    found(&report, &[Kind::RecordUnknown]);
-    assert_eq!(figures(&report, Kind::RecordUnknown), (2500, 5000, 0));
+    let report = audit(&broker, false).await.unwrap();
+    assert_kinds(&report, &[FindingKind::RecordUnknown]);
+    assert_eq!(figures(&report, FindingKind::RecordUnknown), (2500, 5000, 0));
     assert_eq!(report.findings[0].examples.len(), 20);
     assert_eq!((report.sessions, report.records), (2102, 2501));
 }
 
 #[tokio::test]
-async fn quotas_are_counted_again() {
-    let house = House::new().await;
-    house.open(b"12345", json!({})).await.expect(201);
-    sqlx::query("update tenants set open_sessions = 7, reserved_bytes = 105").execute(&house.db).await.unwrap();
-    sqlx::query("insert into tenants values ('ghost', 1, 10)").execute(&house.db).await.unwrap();
-    assert_eq!(figures(&audit(&house, false).await.unwrap(), Kind::Quota), (2, 110, 0));
-    assert_eq!(figures(&audit(&house, true).await.unwrap(), Kind::Quota), (2, 110, 2));
-    is_clean(&house).await;
-    let held: Vec<(String, i64, i64)> = sqlx::query_as("select tenant, open_sessions, reserved_bytes from tenants order by 1")
-        .fetch_all(&house.db)
+async fn the_audit_fix_recounts_quotas() {
+    let broker = TestBroker::start().await;
+    broker.open(b"12345", json!({})).await.expect(201);
+    sqlx::query("update tenants set open_sessions = 7, reserved_bytes = 105").execute(&broker.db).await.unwrap();
+    sqlx::query("insert into tenants values ('ghost', 1, 10)").execute(&broker.db).await.unwrap();
+    assert_eq!(figures(&audit(&broker, false).await.unwrap(), FindingKind::Quota), (2, 110, 0));
+    assert_eq!(figures(&audit(&broker, true).await.unwrap(), FindingKind::Quota), (2, 110, 2));
+    assert_clean(&broker).await;
+    let usage: Vec<(String, i64, i64)> = sqlx::query_as("select tenant, open_sessions, reserved_bytes from tenants order by 1")
+        .fetch_all(&broker.db)
         .await
         .unwrap();
-    assert_eq!(held, [("default".to_owned(), 1, 5), ("ghost".to_owned(), 0, 0)]);
+    assert_eq!(usage, [("default".to_owned(), 1, 5), ("ghost".to_owned(), 0, 0)]);
 }
 
 #[tokio::test]
-async fn a_row_that_breaks_its_rules_is_named_and_stops_nothing() {
-    let house = House::new().await;
-    let broken = house.open(b"broken", json!({})).await.expect(201);
-    sql(&house, r#"update upload_sessions set record_headers = '{"a": 1}' where id = $1"#, id(&broken)).await;
-    let gone = id(&house.publish(b"gone", json!({})).await);
-    house.s3.delete_object().bucket(&house.bucket).key(object_key(&house, gone).await).send().await.unwrap();
-    let report = audit(&house, true).await.unwrap();
-    found(&report, &[Kind::Corrupt, Kind::ObjectMissing]);
+async fn the_audit_names_a_corrupt_row_and_continues() {
+    let broker = TestBroker::start().await;
+    let broken = broker.open(b"broken", json!({})).await.expect(201);
+    sql(&broker, r#"update upload_sessions set record_headers = '{"a": 1}' where id = $1"#, id(&broken)).await;
+    let gone = id(&broker.publish(b"gone", json!({})).await);
+    broker.s3.delete_object().bucket(&broker.bucket).key(object_key(&broker, gone).await).send().await.unwrap();
+    let report = audit(&broker, true).await.unwrap();
+    assert_kinds(&report, &[FindingKind::Corrupt, FindingKind::ObjectMissing]);
     assert!(report.findings[0].examples[0].contains(&broken.id()));
 }
 
 #[tokio::test]
-async fn what_does_not_answer_leaves_nothing_known() {
-    let mut house = House::new().await;
-    house.publish(b"one", json!({})).await;
-    let sound = house.settings.clone();
-    house.settings.kafka.bootstrap_servers = "127.0.0.1:1".into();
-    assert!(matches!(audit(&house, false).await, Err(Error::Kafka(_))));
-    house.settings = sound.clone();
-    house.settings.objects.endpoint = Some("http://127.0.0.1:1".into());
-    assert!(matches!(audit(&house, false).await, Err(Error::Objects(_))));
-    house.settings = sound.clone();
-    house.settings.store.url = "postgres://u:p@127.0.0.1:1/x".into();
-    assert!(matches!(audit(&house, false).await, Err(Error::Store(_))));
-    house.settings = sound;
-    is_clean(&house).await;
+async fn the_audit_fails_when_a_dependency_does_not_answer() {
+    let mut broker = TestBroker::start().await;
+    broker.publish(b"one", json!({})).await;
+    let original = broker.settings.clone();
+    broker.settings.kafka.bootstrap_servers = "127.0.0.1:1".into();
+    assert!(matches!(audit(&broker, false).await, Err(Error::Kafka(_))));
+    broker.settings = original.clone();
+    broker.settings.objects.endpoint = Some("http://127.0.0.1:1".into());
+    assert!(matches!(audit(&broker, false).await, Err(Error::Objects(_))));
+    broker.settings = original.clone();
+    broker.settings.store.url = "postgres://u:p@127.0.0.1:1/x".into();
+    assert!(matches!(audit(&broker, false).await, Err(Error::Store(_))));
+    broker.settings = original;
+    assert_clean(&broker).await;
 }
 
 #[tokio::test]
-async fn the_command_tells_by_its_exit_code() {
-    let house = House::new().await;
-    house.publish(b"one", json!({})).await;
-    let settings = house.settings.clone();
+async fn the_audit_command_reports_its_result_by_its_exit_code() {
+    let broker = TestBroker::start().await;
+    broker.publish(b"one", json!({})).await;
+    let settings = broker.settings.clone();
     let run = async |arguments: &[&str], kafka: &str| {
         let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
         command.arg("audit").args(arguments).env_clear().stdin(Stdio::null());
@@ -412,22 +412,22 @@ async fn the_command_tells_by_its_exit_code() {
         command.env("AWS_ENDPOINT_URL_S3", settings.objects.endpoint.clone().unwrap());
         command.env("AWS_ACCESS_KEY_ID", settings.objects.access_key_id.clone().unwrap());
         command.env("AWS_SECRET_ACCESS_KEY", settings.objects.secret_access_key.clone().unwrap());
-        command.env("AWS_REGION", "us-east-1").env("LFS_BROKER_S3_BUCKET", &house.bucket);
+        command.env("AWS_REGION", "us-east-1").env("LFS_BROKER_S3_BUCKET", &broker.bucket);
         let delivery = if settings.kafka.delivery == Delivery::ExactlyOnce { "exactly_once" } else { "at_least_once" };
         command.env("LFS_BROKER_DELIVERY", delivery).env("LFS_BROKER_AUTH_MODE", "none");
         let output = command.output().await.unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
     };
-    let kafka = &house.settings.kafka.bootstrap_servers;
-    let (code, told, talk) = run(&[], kafka).await;
-    assert_eq!((code, talk.as_str()), (0, ""), "{told}");
-    assert_eq!(told, "looked at 1 sessions, 1 objects, 1 records\nthey tell the same story\n");
+    let kafka = &broker.settings.kafka.bootstrap_servers;
+    let (code, stdout, stderr) = run(&[], kafka).await;
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert_eq!(stdout, "looked at 1 sessions, 1 objects, 1 records\nthey tell the same story\n");
 
-    sqlx::query("update tenants set open_sessions = 7").execute(&house.db).await.unwrap();
-    let (code, told, talk) = run(&["--json"], kafka).await;
-    assert_eq!((code, talk.as_str()), (1, "error: 1 findings\n"));
-    let report: Value = serde_json::from_str(&told).unwrap();
+    sqlx::query("update tenants set open_sessions = 7").execute(&broker.db).await.unwrap();
+    let (code, stdout, stderr) = run(&["--json"], kafka).await;
+    assert_eq!((code, stderr.as_str()), (1, "error: 1 findings\n"));
+    let report: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!((&report["clean"], report["findings"].as_array().unwrap().len()), (&json!(false), 1));
     let finding = &report["findings"][0];
     assert_eq!(finding["kind"], "quota");
@@ -435,28 +435,28 @@ async fn the_command_tells_by_its_exit_code() {
     assert_eq!(run(&["--fix"], kafka).await.0, 1);
     assert_eq!(run(&["--json"], kafka).await.0, 0);
 
-    let (code, told, talk) = run(&["--json"], "127.0.0.1:1").await;
-    assert_eq!((code, told.as_str()), (2, ""));
-    assert!(talk.starts_with("error: could not check: kafka"), "{talk}");
+    let (code, stdout, stderr) = run(&["--json"], "127.0.0.1:1").await;
+    assert_eq!((code, stdout.as_str()), (2, ""));
+    assert!(stderr.starts_with("error: could not check: kafka"), "{stderr}");
 }
 
 #[tokio::test]
-async fn a_bucket_that_only_the_sessions_name_is_looked_into() {
-    let house = House::new().await;
-    let done = house.publish(b"hello", json!({})).await;
-    let key = format!("acme/{}/lfs/2020/01/01/{}", house.topic, Uuid::now_v7());
-    house.put_object(&key, b"nobody's", None).await;
-    let mut settings = house.settings.objects.clone();
+async fn the_audit_also_scans_buckets_that_only_sessions_name() {
+    let broker = TestBroker::start().await;
+    let done = broker.publish(b"hello", json!({})).await;
+    let key = format!("acme/{}/lfs/2020/01/01/{}", broker.topic, Uuid::now_v7());
+    broker.put_object(&key, b"nobody's", None).await;
+    let mut settings = broker.settings.objects.clone();
     settings.bucket = None;
-    let store = Store::connect(&house.settings.store).unwrap();
-    let kafka = Kafka::connect(&house.settings.kafka).unwrap();
+    let store = Store::connect(&broker.settings.store).unwrap();
+    let kafka = Kafka::connect(&broker.settings.kafka).unwrap();
     let objects = Objects::connect(&settings).await.unwrap();
     let audit = Audit { store, objects, kafka, fix: false };
     assert_eq!(audit.run().await.unwrap().objects, 2, "no bucket is set, and no policy names one");
 
-    // One that is gone has nothing in it: what was promised there is told as missing.
+    // A deleted bucket has no objects: the audit reports the published object as missing.
     let moved = "update upload_sessions set bucket = 'it-is-not-there' where id = $1";
-    assert_eq!(sql(&house, moved, id(&done)).await, 1);
+    assert_eq!(sql(&broker, moved, id(&done)).await, 1);
     let report = audit.run().await.unwrap();
-    assert_eq!((report.objects, figures(&report, Kind::ObjectMissing).0), (0, 1));
+    assert_eq!((report.objects, figures(&report, FindingKind::ObjectMissing).0), (0, 1));
 }

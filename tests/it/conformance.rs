@@ -1,7 +1,7 @@
-//! What the broker relies on in an object store, held against the store at hand.
+//! The S3 behaviour that the broker relies on, tested with the store of this run.
 //!
-//! The embedded store must answer as AWS documents it. Where MinIO and VersityGW are known to differ, `expected` says
-//! how, so that every test asserts something definite on each of them.
+//! The embedded store must answer like AWS. `expected` lists where MinIO and VersityGW differ, so that every test
+//! asserts an exact outcome on each store.
 
 mod multipart;
 mod objects;
@@ -17,26 +17,26 @@ use aws_sdk_s3::types::ChecksumMode;
 use lfs_broker_client::checksum::{Algorithm, Sha256};
 use reqwest::Method;
 
-use crate::stores::{Flavour, Store};
+use crate::s3_server::{Flavour, TestBucket};
 
-/// The least size of a part that is not the last.
+/// The smallest size of a part that is not the last.
 const PART_BYTES: usize = 5 << 20;
 
-/// An answer in short: its status, and the code of its error.
+/// A response in short: its status and its error code.
 type Outcome = (u16, &'static str);
 
 const OK: Outcome = (200, "");
 
-/// What the stores differ in.
+/// Requests to which the stores answer differently.
 #[derive(Debug, Clone, Copy)]
 enum Case {
     WrongChecksum,
     UnsignedCopySource,
     UnsignedHeader,
-    HeaderLeftOut,
-    EndsAfterTheUrl,
+    SignedHeaderMissing,
+    EndsAfterUrlExpiry,
     UnknownLength,
-    LifeOverAWeek,
+    LifetimeOverOneWeek,
     UnknownCredential,
     RefusedChecksumType,
     PartWithoutChecksum,
@@ -47,10 +47,10 @@ enum Case {
     ListedWithoutChecksum,
     WrongObjectSize,
     SecondComplete,
-    AbortAgain,
+    SecondAbort,
 }
 
-/// What a store answers; the arm of no name is AWS and the embedded store.
+/// What a store answers. Arms without a store name are for AWS and the embedded store.
 fn expected(flavour: Flavour, case: Case) -> Outcome {
     use Case::*;
     use Flavour::*;
@@ -61,20 +61,20 @@ fn expected(flavour: Flavour, case: Case) -> Outcome {
         (UnsignedCopySource, _) => (403, "AccessDenied"),
         (UnsignedHeader, Minio) => (400, "AccessDenied"),
         (UnsignedHeader, _) => (403, "AccessDenied"),
-        (HeaderLeftOut, Minio) => (400, "AccessDenied"),
-        (HeaderLeftOut, _) => (403, "SignatureDoesNotMatch"),
-        // It looks at the clock only when the body is there.
-        (EndsAfterTheUrl, Versitygw) => (403, "AccessDenied"),
-        (EndsAfterTheUrl, _) => OK,
+        (SignedHeaderMissing, Minio) => (400, "AccessDenied"),
+        (SignedHeaderMissing, _) => (403, "SignatureDoesNotMatch"),
+        // VersityGW checks the URL's expiry only after it has read the body.
+        (EndsAfterUrlExpiry, Versitygw) => (403, "AccessDenied"),
+        (EndsAfterUrlExpiry, _) => OK,
         (UnknownLength, _) => (411, "MissingContentLength"),
-        (LifeOverAWeek, _) => (400, "AuthorizationQueryParametersError"),
+        (LifetimeOverOneWeek, _) => (400, "AuthorizationQueryParametersError"),
         (UnknownCredential, Versitygw) => (404, "XAdminUserNotFound"),
         (UnknownCredential, _) => (403, "InvalidAccessKeyId"),
         (CrcPartWithoutChecksum, Embedded | Versitygw) | (CrcListedWithoutChecksum, Embedded) => OK,
         (RefusedChecksumType | PartWithoutChecksum | CrcPartWithoutChecksum, Minio) => (400, "InvalidArgument"),
         (RefusedChecksumType | PartWithoutChecksum, _) => (400, "InvalidRequest"),
         (UndeclaredChecksum, _) => OK,
-        // It looks at the sizes first.
+        // VersityGW checks the part sizes first.
         (WrongOrder, Versitygw) => (400, "EntityTooSmall"),
         (WrongOrder, _) => (400, "InvalidPartOrder"),
         (ListedWithoutChecksum | CrcListedWithoutChecksum, Minio) => (400, "InvalidPart"),
@@ -83,26 +83,26 @@ fn expected(flavour: Flavour, case: Case) -> Outcome {
         (WrongObjectSize, _) => (400, "InvalidRequest"),
         (SecondComplete, Versitygw) => OK,
         (SecondComplete, _) => (404, "NoSuchUpload"),
-        (AbortAgain, Minio) => (204, ""),
-        (AbortAgain, _) => (404, "NoSuchUpload"),
+        (SecondAbort, Minio) => (204, ""),
+        (SecondAbort, _) => (404, "NoSuchUpload"),
     }
 }
 
-/// Asserts that `found` is what the store at hand answers in `case`.
+/// Asserts that `found` is what the store of this run answers in `case`.
 #[track_caller]
-fn assert_outcome(store: &Store, case: Case, found: (u16, String)) {
-    let (status, code) = expected(store.place.flavour, case);
-    assert_eq!(found, (status, code.to_owned()), "{case:?} on {:?}", store.place.flavour);
+fn assert_outcome(s3: &TestBucket, case: Case, found: (u16, String)) {
+    let (status, code) = expected(s3.server.flavour, case);
+    assert_eq!(found, (status, code.to_owned()), "{case:?} on {:?}", s3.server.flavour);
 }
 
-/// A request that somebody presigned, as its holder sends it.
-struct Holder {
+/// A presigned request as its client sends it.
+struct PresignedCall {
     method: Method,
     url: String,
     headers: Vec<(String, String)>,
 }
 
-impl Holder {
+impl PresignedCall {
     fn of(presigned: &PresignedRequest) -> Self {
         Self {
             method: presigned.method().parse().unwrap(),
@@ -122,22 +122,22 @@ impl Holder {
         self
     }
 
-    async fn send(self, body: impl Into<reqwest::Body>) -> Answer {
+    async fn send(self, body: impl Into<reqwest::Body>) -> S3Response {
         let request = reqwest::Client::new().request(self.method, self.url).body(body);
         let request = self.headers.iter().fold(request, |request, (name, value)| request.header(name, value));
-        Answer::of(request.timeout(Duration::from_secs(60)).send().await.unwrap()).await
+        S3Response::of(request.timeout(Duration::from_secs(60)).send().await.unwrap()).await
     }
 }
 
-/// What came back.
+/// An S3 response.
 #[derive(Debug)]
-struct Answer {
+struct S3Response {
     status: u16,
     headers: reqwest::header::HeaderMap,
     body: Vec<u8>,
 }
 
-impl Answer {
+impl S3Response {
     async fn of(response: reqwest::Response) -> Self {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         Self { status, headers, body: response.bytes().await.unwrap().into() }
@@ -147,7 +147,7 @@ impl Answer {
         self.headers.get(name).map(|value| value.to_str().unwrap())
     }
 
-    /// Its status, and the code in its XML.
+    /// The status, and the error code in the XML body.
     fn outcome(&self) -> (u16, String) {
         let text = String::from_utf8_lossy(&self.body);
         let code = text.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
@@ -155,7 +155,7 @@ impl Answer {
     }
 }
 
-/// The outcome of a call of the SDK.
+/// The outcome of an SDK call.
 fn outcome<T, E: ProvideErrorMetadata>(result: &Result<T, SdkError<E>>) -> (u16, String) {
     match result {
         Ok(_) => (200, String::new()),
@@ -168,8 +168,8 @@ fn minutes(minutes: u64) -> PresigningConfig {
     PresigningConfig::expires_in(Duration::from_secs(minutes * 60)).unwrap()
 }
 
-/// A presigning that begins `ago` and lives for `life`.
-fn signed_since(ago: Duration, life: Duration) -> PresigningConfig {
+/// A presigning configuration that began `ago` and is valid for `life`.
+fn presigned_since(ago: Duration, life: Duration) -> PresigningConfig {
     PresigningConfig::builder().start_time(SystemTime::now() - ago).expires_in(life).build().unwrap()
 }
 
@@ -185,25 +185,25 @@ fn md5_hex(bytes: &[u8]) -> String {
     hasher.finish().hex()
 }
 
-/// Bytes that differ from place to place and from seed to seed.
+/// Bytes that depend on their position and the seed.
 fn bytes(size: usize, seed: u8) -> Vec<u8> {
-    (0..size).map(|place| (place % 251) as u8 ^ (place >> 12) as u8 ^ seed).collect()
+    (0..size).map(|position| (position % 251) as u8 ^ (position >> 12) as u8 ^ seed).collect()
 }
 
-/// A PUT as the broker signs it.
-fn put(store: &Store, key: &str, body: &[u8]) -> PutObjectFluentBuilder {
-    let request = store.client.put_object().bucket(&store.bucket).key(key).content_type("text/plain").if_none_match("*");
+/// A PUT with the headers that the broker signs.
+fn put(s3: &TestBucket, key: &str, body: &[u8]) -> PutObjectFluentBuilder {
+    let request = s3.client.put_object().bucket(&s3.bucket).key(key).content_type("text/plain").if_none_match("*");
     let request = request.content_length(i64::try_from(body.len()).unwrap()).metadata("lfs-upload-id", "write-token");
     request.checksum_sha256(Sha256::of(body).base64())
 }
 
-async fn holder(request: PutObjectFluentBuilder) -> Holder {
-    Holder::of(&request.presigned(minutes(10)).await.unwrap())
+async fn presign(request: PutObjectFluentBuilder) -> PresignedCall {
+    PresignedCall::of(&request.presigned(minutes(10)).await.unwrap())
 }
 
-/// What S3 says of an object with its checksum; `None` where there is none.
-async fn head(store: &Store, key: &str) -> Option<HeadObjectOutput> {
-    let request = store.client.head_object().bucket(&store.bucket).key(key).checksum_mode(ChecksumMode::Enabled);
+/// The object's HEAD with its checksum; `None` if there is no object.
+async fn head(s3: &TestBucket, key: &str) -> Option<HeadObjectOutput> {
+    let request = s3.client.head_object().bucket(&s3.bucket).key(key).checksum_mode(ChecksumMode::Enabled);
     let result = request.send().await;
     if let Err(error) = &result {
         assert!(error.as_service_error().is_some_and(|error| error.is_not_found()), "{error:?}");
@@ -212,7 +212,7 @@ async fn head(store: &Store, key: &str) -> Option<HeadObjectOutput> {
 }
 
 /// The bytes of an object.
-async fn get(store: &Store, key: &str) -> Vec<u8> {
-    let found = store.client.get_object().bucket(&store.bucket).key(key).send().await.unwrap();
+async fn get(s3: &TestBucket, key: &str) -> Vec<u8> {
+    let found = s3.client.get_object().bucket(&s3.bucket).key(key).send().await.unwrap();
     found.body.collect().await.unwrap().to_vec()
 }

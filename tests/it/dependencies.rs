@@ -1,273 +1,285 @@
-//! S3, PostgreSQL or Kafka away: an answer within two seconds, nothing guessed, and recovery without help.
+//! S3, PostgreSQL or Kafka is away: the broker answers within two seconds, assumes nothing, and recovers by itself.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::harness::faults::{refused_soon, wire_to_database, wire_to_s3};
-use crate::harness::proxy::Wire;
-use crate::harness::uploads::PART;
-use crate::harness::{House, bytes, sha256};
+use crate::harness::fault_proxy::FaultProxy;
+use crate::harness::faults::{expect_quick_refusal, proxy_to_database, proxy_to_s3};
+use crate::harness::uploads::PART_BYTES;
+use crate::harness::{TestBroker, bytes, sha256};
 
-/// What nobody serves.
-const CLOSED: &str = "127.0.0.1:9";
+/// A port on which no server listens.
+const NO_SERVER: &str = "127.0.0.1:9";
 
-/// A house whose broker reaches S3 through a wire; its clients do not need it.
-async fn house_behind_s3() -> (House, Wire) {
-    let wire = wire_to_s3().await;
-    let endpoint = format!("http://{}", wire.address());
-    let house = House::with(|settings| {
+/// A test broker that reaches S3 through a proxy; its clients connect to S3 directly.
+async fn broker_behind_s3() -> (TestBroker, FaultProxy) {
+    let proxy = proxy_to_s3().await;
+    let endpoint = format!("http://{}", proxy.address());
+    let broker = TestBroker::start_with(|settings| {
         settings.objects.public_endpoint = settings.objects.endpoint.replace(endpoint);
     })
     .await;
-    (house, wire)
+    (broker, proxy)
 }
 
-async fn house_behind_database() -> (House, Wire) {
-    house_behind_database_with(8).await
+async fn broker_behind_database() -> (TestBroker, FaultProxy) {
+    broker_behind_database_with(8).await
 }
 
-async fn house_behind_database_with(max_connections: u32) -> (House, Wire) {
-    let wire = wire_to_database().await;
-    let address = wire.address().to_string();
-    let house = House::with(|settings| {
-        settings.store.answer_within = lfs_broker::store::ANSWER_WITHIN;
+async fn broker_behind_database_with(max_connections: u32) -> (TestBroker, FaultProxy) {
+    let proxy = proxy_to_database().await;
+    let address = proxy.address().to_string();
+    let broker = TestBroker::start_with(|settings| {
+        settings.store.call_timeout = lfs_broker::store::CALL_TIMEOUT;
         let (_, server) = settings.store.url.rsplit_once('@').unwrap();
         let (server, _) = server.split_once('/').unwrap();
         settings.store.url = settings.store.url.replace(server, &address);
         settings.store.max_connections = max_connections;
     })
     .await;
-    (house, wire)
+    (broker, proxy)
 }
 
-/// What can be asked of a broker without S3.
-async fn without_s3(house: &House, wire: &Wire, silent: bool) {
-    let content = bytes(PART + 9, 1);
-    let waiting = house.put_up(b"hello", json!({})).await;
-    let parts = house.put_up(&content, json!({"part_size": PART})).await;
-    let reading = house.open_hashed_parts(&content, json!({})).await.expect(201);
-    match silent {
-        true => wire.silence(),
-        false => wire.refuse().await,
+/// What the broker answers while S3 is away.
+async fn without_s3(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
+    let content = bytes(PART_BYTES + 9, 1);
+    let waiting = broker.open_and_put(b"hello", json!({})).await;
+    let parts = broker.open_and_put(&content, json!({"part_size": PART_BYTES})).await;
+    let reading = broker.open_multipart_with_hashes(&content, json!({})).await.expect(201);
+    match stalled {
+        true => proxy.stall(),
+        false => proxy.refuse_connections().await,
     }
     let away = ["dependency-unavailable"];
-    refused_soon(house.open_parts(&content, json!({})), &away).await;
-    refused_soon(house.upload(&reading.id()), &away).await;
-    refused_soon(house.complete(&waiting.id()), &away).await;
-    let unknown = refused_soon(house.complete(&parts.id()), &["completion-unknown"]).await;
+    expect_quick_refusal(broker.open_multipart(&content, json!({})), &away).await;
+    expect_quick_refusal(broker.upload(&reading.id()), &away).await;
+    expect_quick_refusal(broker.complete(&waiting.id()), &away).await;
+    let unknown = expect_quick_refusal(broker.complete(&parts.id()), &["completion-unknown"]).await;
     assert_eq!(unknown.json["upload_state"], "completing");
-    // One PUT is signed without asking S3.
-    house.open(b"hello", json!({})).await.expect(201);
-    let ready = house.get("/readyz").await.expect(503);
+    // The broker presigns a single PUT without a call to S3.
+    broker.open(b"hello", json!({})).await.expect(201);
+    let ready = broker.get("/readyz").await.expect(503);
     assert_eq!((&ready.json["storage"]["ok"], &ready.json["database"]["ok"]), (&json!(false), &json!(true)));
-    assert_eq!(house.records(&house.topic).await.len(), 0, "nothing was guessed");
+    assert_eq!(broker.records(&broker.topic).await.len(), 0, "no pointer was published");
 
-    wire.restore().await;
-    house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
-    house.insist(&waiting.id()).await;
-    house.insist(&parts.id()).await;
-    assert_eq!(house.upload(&reading.id()).await.expect(200).json["next"], "parts");
-    assert_eq!(house.records(&house.topic).await.len(), 2);
+    proxy.restore().await;
+    broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
+    broker.complete_with_retries(&waiting.id()).await;
+    broker.complete_with_retries(&parts.id()).await;
+    assert_eq!(broker.upload(&reading.id()).await.expect(200).json["next"], "parts");
+    assert_eq!(broker.records(&broker.topic).await.len(), 2);
 }
 
 #[tokio::test]
-async fn an_s3_that_refuses_connections_is_told_within_two_seconds() {
-    let (house, wire) = house_behind_s3().await;
-    without_s3(&house, &wire, false).await;
+async fn an_s3_that_refuses_connections_is_reported_within_two_seconds() {
+    let (broker, proxy) = broker_behind_s3().await;
+    without_s3(&broker, &proxy, false).await;
 }
 
 #[tokio::test]
-async fn an_s3_that_says_nothing_is_told_within_two_seconds() {
-    let (house, wire) = house_behind_s3().await;
-    without_s3(&house, &wire, true).await;
+async fn an_s3_that_does_not_answer_is_reported_within_two_seconds() {
+    let (broker, proxy) = broker_behind_s3().await;
+    without_s3(&broker, &proxy, true).await;
 }
 
 #[tokio::test]
-async fn a_completion_that_s3_left_in_doubt_ends_without_anyone_asking() {
-    let (house, wire) = house_behind_s3().await;
-    let parts = house.put_up(&bytes(PART + 9, 2), json!({"part_size": PART})).await;
-    wire.silence();
-    refused_soon(house.complete(&parts.id()), &["completion-unknown"]).await;
-    wire.restore().await;
-    house.until(&parts.id(), "published").await;
-    assert_eq!(house.records(&house.topic).await.len(), 1);
+async fn a_completion_that_s3_left_unanswered_is_completed_without_a_further_request() {
+    let (broker, proxy) = broker_behind_s3().await;
+    let parts = broker.open_and_put(&bytes(PART_BYTES + 9, 2), json!({"part_size": PART_BYTES})).await;
+    proxy.stall();
+    expect_quick_refusal(broker.complete(&parts.id()), &["completion-unknown"]).await;
+    proxy.restore().await;
+    broker.wait_for_state(&parts.id(), "published").await;
+    assert_eq!(broker.records(&broker.topic).await.len(), 1);
 }
 
 #[tokio::test]
-async fn bytes_that_must_be_read_wait_for_s3() {
-    let (house, wire) = house_behind_s3().await;
-    let parts = house.put_up(&bytes(PART + 9, 3), json!({"part_size": PART})).await;
+async fn an_upload_that_must_be_read_back_waits_for_s3() {
+    let (broker, proxy) = broker_behind_s3().await;
+    let parts = broker.open_and_put(&bytes(PART_BYTES + 9, 3), json!({"part_size": PART_BYTES})).await;
     let due = "update upload_sessions set state = 'completing', must_read = true, lease_owner = gen_random_uuid(),
                    lease_until = clock_timestamp(), version = version + 1";
-    wire.refuse().await;
-    sqlx::raw_sql(due).execute(&house.db).await.unwrap();
-    house.eventually("the verifier has tried", || async { house.upload(&parts.id()).await.json["error"].is_object() }).await;
-    assert_eq!(house.upload(&parts.id()).await.state(), "completing");
-    wire.restore().await;
-    // Its parts were never joined: it is the client's again.
-    house.until(&parts.id(), "open").await;
-    house.complete(&parts.id()).await;
-    house.until(&parts.id(), "published").await;
-    assert_eq!(house.records(&house.topic).await.len(), 1);
+    proxy.refuse_connections().await;
+    sqlx::raw_sql(due).execute(&broker.db).await.unwrap();
+    broker.eventually("the verifier has tried", || async { broker.upload(&parts.id()).await.json["error"].is_object() }).await;
+    assert_eq!(broker.upload(&parts.id()).await.state(), "completing");
+    proxy.restore().await;
+    // Its parts were never joined: the upload is open again.
+    broker.wait_for_state(&parts.id(), "open").await;
+    broker.complete(&parts.id()).await;
+    broker.wait_for_state(&parts.id(), "published").await;
+    assert_eq!(broker.records(&broker.topic).await.len(), 1);
 }
 
-/// Every route, while the database is away.
-async fn without_database(house: &House, wire: &Wire, silent: bool) {
-    let content = bytes(PART + 9, 4);
-    let single = house.put_up(b"hello", json!({"key": "k"})).await;
-    let parts = house.put_up(&content, json!({"part_size": PART})).await;
-    let done = house.publish(b"done", json!({})).await;
-    let value = house.records(&house.topic).await.remove(0).value;
-    match silent {
-        true => wire.silence(),
-        false => wire.refuse().await,
+/// What every route answers while the database is away.
+async fn without_database(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
+    let content = bytes(PART_BYTES + 9, 4);
+    let single = broker.open_and_put(b"hello", json!({"key": "k"})).await;
+    let parts = broker.open_and_put(&content, json!({"part_size": PART_BYTES})).await;
+    let done = broker.publish(b"done", json!({})).await;
+    let value = broker.records(&broker.topic).await.remove(0).value;
+    match stalled {
+        true => proxy.stall(),
+        false => proxy.refuse_connections().await,
     }
     let id = parts.id();
     let away = ["dependency-unavailable"];
-    refused_soon(house.upload(&id), &away).await;
+    expect_quick_refusal(broker.upload(&id), &away).await;
     let (history, own) = (format!("/lfs/uploads/{id}/history"), format!("/lfs/uploads/{id}"));
     let (third, no_policy) = (done.id(), json!({}));
-    // Two at a time: neither takes the other's.
-    tokio::join!(refused_soon(house.open(b"new", json!({})), &away), refused_soon(house.get("/lfs/uploads"), &away));
-    tokio::join!(refused_soon(house.get(&history), &away), refused_soon(house.sign(&id, json!({"part_numbers": [1]})), &away));
-    tokio::join!(refused_soon(house.complete(&id), &away), refused_soon(house.complete(&third), &away));
-    tokio::join!(refused_soon(house.delete(&own), &away), refused_soon(house.resolve(&value, ""), &away));
-    tokio::join!(refused_soon(house.get("/lfs/topics"), &away), refused_soon(house.put_policy("other", &no_policy), &away));
-    // More at once than the pool has connections.
-    let many = (0..30).map(|_| refused_soon(house.upload(&id), &away));
+    // Two requests at a time, so that neither takes the other's connection.
+    tokio::join!(
+        expect_quick_refusal(broker.open(b"new", json!({})), &away),
+        expect_quick_refusal(broker.get("/lfs/uploads"), &away)
+    );
+    tokio::join!(
+        expect_quick_refusal(broker.get(&history), &away),
+        expect_quick_refusal(broker.presign_parts(&id, json!({"part_numbers": [1]})), &away)
+    );
+    tokio::join!(expect_quick_refusal(broker.complete(&id), &away), expect_quick_refusal(broker.complete(&third), &away));
+    tokio::join!(expect_quick_refusal(broker.delete(&own), &away), expect_quick_refusal(broker.resolve(&value, ""), &away));
+    tokio::join!(
+        expect_quick_refusal(broker.get("/lfs/topics"), &away),
+        expect_quick_refusal(broker.put_policy("other", &no_policy), &away)
+    );
+    // More requests at once than the pool has connections.
+    let many = (0..30).map(|_| expect_quick_refusal(broker.upload(&id), &away));
     futures_util::future::join_all(many).await;
-    let ready = house.get("/readyz").await.expect(503);
+    let ready = broker.get("/readyz").await.expect(503);
     assert_eq!((&ready.json["storage"]["ok"], &ready.json["database"]["ok"]), (&json!(true), &json!(false)));
-    house.get("/healthz").await.expect(200);
+    broker.get("/healthz").await.expect(200);
 
-    wire.restore().await;
-    house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
-    house.insist(&single.id()).await;
-    house.insist(&parts.id()).await;
-    assert_eq!(house.complete(&done.id()).await.expect(200).json, done.json);
-    assert_eq!(house.distinct_records().await.len(), 3);
+    proxy.restore().await;
+    broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
+    broker.complete_with_retries(&single.id()).await;
+    broker.complete_with_retries(&parts.id()).await;
+    assert_eq!(broker.complete(&done.id()).await.expect(200).json, done.json);
+    assert_eq!(broker.distinct_records().await.len(), 3);
 }
 
 #[tokio::test]
-async fn a_database_that_refuses_connections_is_told_within_two_seconds() {
-    let (house, wire) = house_behind_database().await;
-    without_database(&house, &wire, false).await;
+async fn a_database_that_refuses_connections_is_reported_within_two_seconds() {
+    let (broker, proxy) = broker_behind_database().await;
+    without_database(&broker, &proxy, false).await;
 }
 
 #[tokio::test]
-async fn a_database_that_says_nothing_is_told_within_two_seconds() {
-    let (house, wire) = house_behind_database().await;
-    without_database(&house, &wire, true).await;
+async fn a_database_that_does_not_answer_is_reported_within_two_seconds() {
+    let (broker, proxy) = broker_behind_database().await;
+    without_database(&broker, &proxy, true).await;
 }
 
 #[tokio::test]
-async fn a_database_that_falls_silent_under_load_does_not_keep_its_connections() {
-    let (house, wire) = house_behind_database().await;
+async fn a_database_that_stalls_under_load_does_not_keep_the_pools_connections() {
+    let (broker, proxy) = broker_behind_database().await;
     let mut ids = Vec::new();
     for number in 0..16 {
-        ids.push(house.put_up(b"hello", json!({"key": format!("k{}", number % 3)})).await.id());
+        ids.push(broker.open_and_put(b"hello", json!({"key": format!("k{}", number % 3)})).await.id());
     }
     for id in &ids {
-        let complete = house.http.post(format!("{}/lfs/uploads/{id}/complete", house.url()));
+        let complete = broker.http.post(format!("{}/lfs/uploads/{id}/complete", broker.url()));
         tokio::spawn(complete.send());
     }
     tokio::time::sleep(Duration::from_millis(15)).await;
-    // Everything that is under way in the database meets the silence.
-    wire.silence();
+    // Every statement in flight stalls.
+    proxy.stall();
     tokio::time::sleep(Duration::from_secs(2)).await;
-    wire.restore().await;
-    let back = Instant::now();
-    house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
+    proxy.restore().await;
+    let recovered = Instant::now();
+    broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     for id in &ids {
-        // Who was told to come again does.
-        house.insist(id).await;
-        assert!(back.elapsed() < Duration::from_secs(20), "some waited until a lease had run out");
+        // Each client retries after its 503.
+        broker.complete_with_retries(id).await;
+        assert!(recovered.elapsed() < Duration::from_secs(20), "a completion waited until a lease had expired");
     }
-    assert_eq!(house.distinct_records().await.len(), ids.len());
+    assert_eq!(broker.distinct_records().await.len(), ids.len());
 }
 
 #[tokio::test]
-async fn a_row_that_stays_locked_is_told_as_the_database_and_not_as_a_key_in_flight() {
-    let house = House::new().await;
-    let id = house.put_up(b"hello", json!({})).await.id();
-    // As when a replica's connection hung in the middle of its transaction.
-    let mut stuck = house.db.begin().await.unwrap();
-    sqlx::query("select from upload_sessions for update").execute(&mut *stuck).await.unwrap();
-    sqlx::query("select from tenants for update").execute(&mut *stuck).await.unwrap();
-    refused_soon(house.delete(&format!("/lfs/uploads/{id}")), &["dependency-unavailable"]).await;
-    refused_soon(house.open(b"x", json!({})), &["dependency-unavailable"]).await;
-    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
-    let under_key = house.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body);
-    refused_soon(house.send(under_key), &["dependency-unavailable"]).await;
-    stuck.rollback().await.unwrap();
-    house.complete(&id).await.expect(200);
+async fn a_locked_row_is_reported_as_database_unavailable_and_not_as_a_key_in_flight() {
+    let broker = TestBroker::start().await;
+    let id = broker.open_and_put(b"hello", json!({})).await.id();
+    // As when a replica's connection hangs in the middle of its transaction.
+    let mut blocking = broker.db.begin().await.unwrap();
+    sqlx::query("select from upload_sessions for update").execute(&mut *blocking).await.unwrap();
+    sqlx::query("select from tenants for update").execute(&mut *blocking).await.unwrap();
+    expect_quick_refusal(broker.delete(&format!("/lfs/uploads/{id}")), &["dependency-unavailable"]).await;
+    expect_quick_refusal(broker.open(b"x", json!({})), &["dependency-unavailable"]).await;
+    let body = json!({"topic": broker.topic, "size": 1, "sha256": sha256(b"x")});
+    let under_key = broker.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body);
+    expect_quick_refusal(broker.send(under_key), &["dependency-unavailable"]).await;
+    blocking.rollback().await.unwrap();
+    broker.complete(&id).await.expect(200);
 }
 
 #[tokio::test]
-async fn a_key_that_is_being_stored_is_in_flight() {
-    let house = House::new().await;
-    let body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
-    let open = || house.send(house.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body));
+async fn an_idempotency_key_that_is_being_stored_is_in_flight() {
+    let broker = TestBroker::start().await;
+    let body = json!({"topic": broker.topic, "size": 1, "sha256": sha256(b"x")});
+    let open = || broker.send(broker.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body));
     let first = open().await.expect(201).id();
-    let mut stuck = house.db.begin().await.unwrap();
-    // The same key, not yet committed: as the first request holds it while it is stored.
-    sqlx::query("delete from idempotency_keys").execute(&house.db).await.unwrap();
+    let mut blocking = broker.db.begin().await.unwrap();
+    // The same key, not yet committed, as while the first request stores it.
+    sqlx::query("delete from idempotency_keys").execute(&broker.db).await.unwrap();
     let store = "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
                  select tenant, subject, 'k', '\\x00', id, now() from upload_sessions";
-    sqlx::query(store).execute(&mut *stuck).await.unwrap();
+    sqlx::query(store).execute(&mut *blocking).await.unwrap();
     open().await.expect_problem(409, "idempotency-in-flight");
-    stuck.rollback().await.unwrap();
+    blocking.rollback().await.unwrap();
     assert_ne!(open().await.expect(201).id(), first);
 }
 
 #[tokio::test]
-async fn a_pool_whose_every_connection_hangs_is_whole_again() {
-    let (house, wire) = house_behind_database_with(2).await;
-    let id = house.open(b"hello", json!({})).await.expect(201).id();
-    // Both connections wait for a lock when the database falls silent.
-    let mut lock = house.db.begin().await.unwrap();
+async fn a_pool_recovers_after_every_connection_has_stalled() {
+    let (broker, proxy) = broker_behind_database_with(2).await;
+    let id = broker.open(b"hello", json!({})).await.expect(201).id();
+    // Both connections wait for a lock when the database stalls.
+    let mut lock = broker.db.begin().await.unwrap();
     sqlx::raw_sql("lock table upload_sessions in access exclusive mode").execute(&mut *lock).await.unwrap();
-    let stuck = (0..6).map(|_| tokio::spawn(house.http.get(format!("{}/lfs/uploads/{id}", house.url())).send()));
-    let stuck: Vec<_> = stuck.collect();
+    let blocking = (0..6).map(|_| tokio::spawn(broker.http.get(format!("{}/lfs/uploads/{id}", broker.url())).send()));
+    let blocking: Vec<_> = blocking.collect();
     tokio::time::sleep(Duration::from_millis(300)).await;
-    wire.silence();
+    proxy.stall();
     lock.rollback().await.unwrap();
-    for stuck in stuck {
-        assert_eq!(stuck.await.unwrap().unwrap().status(), 503);
+    for blocking in blocking {
+        assert_eq!(blocking.await.unwrap().unwrap().status(), 503);
     }
-    wire.restore().await;
-    house.eventually("the broker is ready again", || async { house.get("/readyz").await.status == 200 }).await;
-    house.upload(&id).await.expect(200);
+    proxy.restore().await;
+    broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
+    broker.upload(&id).await.expect(200);
 }
 
 #[tokio::test]
-async fn without_kafka_uploads_are_promised_and_published_later() {
-    let mut house = House::new().await;
-    let ids = [house.put_up(b"one", json!({"key": "k"})).await.id(), house.put_up(b"two", json!({"key": "k"})).await.id()];
-    let kafka = house.settings.kafka.bootstrap_servers.clone();
-    house
+async fn without_kafka_uploads_are_verified_and_published_later() {
+    let mut broker = TestBroker::start().await;
+    let ids = [
+        broker.open_and_put(b"one", json!({"key": "k"})).await.id(),
+        broker.open_and_put(b"two", json!({"key": "k"})).await.id(),
+    ];
+    let kafka = broker.settings.kafka.bootstrap_servers.clone();
+    broker
         .restart(|settings| {
-            settings.kafka.bootstrap_servers = CLOSED.to_owned();
+            settings.kafka.bootstrap_servers = NO_SERVER.to_owned();
             settings.broker.complete_wait = Duration::from_secs(1);
         })
         .await;
-    // A topic that this broker has never seen.
-    refused_soon(house.open(b"three", json!({})), &["dependency-unavailable"]).await;
-    let ready = house.get("/readyz").await.expect(200);
+    // This broker has no metadata of the topic yet.
+    expect_quick_refusal(broker.open(b"three", json!({})), &["dependency-unavailable"]).await;
+    let ready = broker.get("/readyz").await.expect(200);
     assert_eq!((ready.json["status"].as_str(), &ready.json["kafka"]["ok"]), (Some("degraded"), &json!(false)));
     for id in &ids {
         let begun = Instant::now();
-        let promised = house.complete(id).await.expect(202);
-        assert!(begun.elapsed() < Duration::from_millis(2500), "promised after {:?}", begun.elapsed());
-        assert_eq!((promised.state(), promised.headers.contains_key("retry-after")), ("verified", true));
-        assert_eq!(promised.json["pointer"]["sha256"], json!(sha256(if id == &ids[0] { b"one" } else { b"two" })));
+        let verified = broker.complete(id).await.expect(202);
+        assert!(begun.elapsed() < Duration::from_millis(2500), "verified after {:?}", begun.elapsed());
+        assert_eq!((verified.state(), verified.headers.contains_key("retry-after")), ("verified", true));
+        assert_eq!(verified.json["pointer"]["sha256"], json!(sha256(if id == &ids[0] { b"one" } else { b"two" })));
     }
-    house.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
+    broker.restart(|settings| settings.kafka.bootstrap_servers = kafka).await;
     for id in &ids {
-        house.until(id, "published").await;
+        broker.wait_for_state(id, "published").await;
     }
-    let records = house.records(&house.topic).await;
-    let sent: Vec<String> = records.iter().map(crate::harness::faults::upload_of).collect();
+    let records = broker.records(&broker.topic).await;
+    let sent: Vec<String> = records.iter().map(crate::harness::faults::upload_id_of).collect();
     assert_eq!(sent, ids);
 }

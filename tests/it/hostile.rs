@@ -1,30 +1,31 @@
-//! Input that nobody sends by mistake: refused by name, never a fault of ours.
+//! Hostile request bodies: each is refused by its error code and never causes a 5xx.
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, House, sha256};
+use crate::harness::{ApiResponse, TestBroker, sha256};
 
-mod places;
+mod inputs;
 
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
 
-/// Asserts a refusal of the caller's: never 5xx, and always whole.
+/// Asserts a 4xx problem document.
 #[track_caller]
-fn refused(answer: Answer, what: &str) -> Answer {
-    assert!((400..500).contains(&answer.status), "{what}: {} {}", answer.status, answer.text);
-    let (status, code) = (answer.status, answer.code().to_owned());
-    answer.expect_problem(status, &code)
+fn assert_refused(response: ApiResponse, case: &str) -> ApiResponse {
+    assert!((400..500).contains(&response.status), "{case}: {} {}", response.status, response.text);
+    let (status, code) = (response.status, response.code().to_owned());
+    response.expect_problem(status, &code)
 }
 
-/// Asserts that a request was understood or refused, and broke nothing.
+/// Asserts that a request was accepted or refused, but caused no 5xx.
 #[track_caller]
-fn survived(answer: &Answer, what: &str) {
-    assert!((200..500).contains(&answer.status), "{what}: {} {}", answer.status, answer.text);
+fn assert_no_server_error(response: &ApiResponse, case: &str) {
+    assert!((200..500).contains(&response.status), "{case}: {} {}", response.status, response.text);
 }
 
-/// A good open with one member's text replaced.
-fn open_with(house: &House, member: &str, raw: &str) -> String {
-    let good = [("topic", json!(house.topic).to_string()), ("size", "1".to_owned()), ("sha256", json!(sha256(b"x")).to_string())];
+/// A valid open with one member's JSON text replaced.
+fn open_with(broker: &TestBroker, member: &str, raw: &str) -> String {
+    let good =
+        [("topic", json!(broker.topic).to_string()), ("size", "1".to_owned()), ("sha256", json!(sha256(b"x")).to_string())];
     let mut members: Vec<String> =
         good.iter().filter(|(name, _)| *name != member).map(|(name, value)| format!("\"{name}\":{value}")).collect();
     members.push(format!("\"{member}\":{raw}"));
@@ -32,8 +33,8 @@ fn open_with(house: &House, member: &str, raw: &str) -> String {
 }
 
 #[tokio::test]
-async fn repeated_members_and_deep_nesting_are_malformed_wherever_they_are() {
-    let house = House::new().await;
+async fn repeated_members_and_deep_nesting_are_malformed_at_every_level() {
+    let broker = TestBroker::start().await;
     let deep = |open: &str, close: &str, depth: usize| format!("{}1{}", open.repeat(depth), close.repeat(depth));
     let mut tried = 0;
     for value in [
@@ -47,8 +48,8 @@ async fn repeated_members_and_deep_nesting_are_malformed_wherever_they_are() {
         deep("[", "]", 20_000),
     ] {
         for member in ["headers", "topic", "size", "x"] {
-            let body = open_with(&house, member, &value);
-            house.send_json("POST", "/lfs/uploads", body).await.expect_problem(400, "malformed-json");
+            let body = open_with(&broker, member, &value);
+            broker.send_json("POST", "/lfs/uploads", body).await.expect_problem(400, "malformed-json");
             tried += 1;
         }
         for (method, path) in [
@@ -57,26 +58,26 @@ async fn repeated_members_and_deep_nesting_are_malformed_wherever_they_are() {
             ("POST", format!("/lfs/uploads/{UNKNOWN}/redrive")),
             ("PUT", "/lfs/topics/t".to_owned()),
         ] {
-            let answer = house.send_json(method, &path, format!("{{\"x\":{value}}}")).await;
-            answer.expect_problem(400, "malformed-json");
+            let response = broker.send_json(method, &path, format!("{{\"x\":{value}}}")).await;
+            response.expect_problem(400, "malformed-json");
             tried += 1;
         }
         let pointer = format!("{{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":1,\"x\":{value}}}");
-        survived(&house.send_json("POST", "/lfs/resolve", pointer).await, &value[..value.len().min(80)]);
+        assert_no_server_error(&broker.send_json("POST", "/lfs/resolve", pointer).await, &value[..value.len().min(80)]);
         tried += 1;
     }
     for member in ["topic", "size", "sha256"] {
-        let good = open_with(&house, member, "1");
+        let good = open_with(&broker, member, "1");
         let twice = format!("{},\"{member}\":1}}", &good[..good.len() - 1]);
-        house.send_json("POST", "/lfs/uploads", twice).await.expect_problem(400, "malformed-json");
+        broker.send_json("POST", "/lfs/uploads", twice).await.expect_problem(400, "malformed-json");
         tried += 1;
     }
     println!("repeated members and deep nesting: {tried} bodies");
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_text_are_malformed() {
-    let house = House::new().await;
+async fn bytes_that_are_not_utf8_text_are_malformed() {
+    let broker = TestBroker::start().await;
     let mut tried = 0;
     for bad in [
         b"\xff".as_slice(),
@@ -94,10 +95,10 @@ async fn bytes_that_are_no_text_are_malformed() {
         b"\\",
     ] {
         for member in ["topic", "key", "filename", "content_type", "sha256"] {
-            let body = open_with(&house, member, "\"@\"").into_bytes();
+            let body = open_with(&broker, member, "\"@\"").into_bytes();
             let at = body.windows(3).position(|bytes| bytes == b"\"@\"").unwrap() + 1;
             let body = [&body[..at], bad, &body[at + 1..]].concat();
-            house.send_json("POST", "/lfs/uploads", body).await.expect_problem(400, "malformed-json");
+            broker.send_json("POST", "/lfs/uploads", body).await.expect_problem(400, "malformed-json");
             tried += 1;
         }
     }
@@ -117,15 +118,15 @@ async fn bytes_that_are_no_text_are_malformed() {
         b"{\"topic\":\"t\" \"size\":1}",
         b"\n",
     ] {
-        house.send_json("POST", "/lfs/uploads", body.to_vec()).await.expect_problem(400, "malformed-json");
+        broker.send_json("POST", "/lfs/uploads", body.to_vec()).await.expect_problem(400, "malformed-json");
         tried += 1;
     }
-    println!("bytes that are no text: {tried} bodies");
+    println!("bytes that are not text: {tried} bodies");
 }
 
 #[tokio::test]
-async fn numbers_beyond_every_type_are_refused_and_nothing_is_rounded() {
-    let house = House::new().await;
+async fn numbers_out_of_range_are_refused_and_no_number_is_rounded() {
+    let broker = TestBroker::start().await;
     let numbers = [
         "1e400",
         "-1e400",
@@ -150,35 +151,35 @@ async fn numbers_beyond_every_type_are_refused_and_nothing_is_rounded() {
     let mut tried = 0;
     for number in numbers {
         for member in ["size", "partition", "part_size"] {
-            let answer = house.send_json("POST", "/lfs/uploads", open_with(&house, member, number)).await;
-            survived(&answer, &format!("{member} {number}"));
+            let response = broker.send_json("POST", "/lfs/uploads", open_with(&broker, member, number)).await;
+            assert_no_server_error(&response, &format!("{member} {number}"));
             if member == "size" {
-                refused(answer, &format!("size {number}"));
+                assert_refused(response, &format!("size {number}"));
             }
             tried += 1;
         }
         for member in ["max_bytes", "min_bytes", "session_seconds", "session_max_seconds", "url_seconds"] {
-            let answer = house.send_json("PUT", "/lfs/topics/t", format!("{{\"{member}\":{number}}}")).await;
-            survived(&answer, &format!("{member} {number}"));
-            if answer.status == 200 {
-                let stored = house.get("/lfs/topics/t").await.expect(200);
-                assert_eq!(stored.json, answer.json, "{member} {number}");
+            let response = broker.send_json("PUT", "/lfs/topics/t", format!("{{\"{member}\":{number}}}")).await;
+            assert_no_server_error(&response, &format!("{member} {number}"));
+            if response.status == 200 {
+                let stored = broker.get("/lfs/topics/t").await.expect(200);
+                assert_eq!(stored.json, response.json, "{member} {number}");
             }
             tried += 1;
         }
         let parts = format!("/lfs/uploads/{UNKNOWN}/parts");
-        refused(house.send_json("POST", &parts, format!("{{\"part_numbers\":[{number}]}}")).await, number);
+        assert_refused(broker.send_json("POST", &parts, format!("{{\"part_numbers\":[{number}]}}")).await, number);
         let pointer = format!("{{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":{number}}}");
-        refused(house.send_json("POST", "/lfs/resolve", pointer).await, number);
+        assert_refused(broker.send_json("POST", "/lfs/resolve", pointer).await, number);
         let version = format!("{{\"kfs_lfs\":{number},\"bucket\":\"b\",\"key\":\"k\",\"size\":1}}");
-        refused(house.send_json("POST", "/lfs/resolve", version).await, number);
+        assert_refused(broker.send_json("POST", "/lfs/resolve", version).await, number);
         let query = number.replace('+', "%2B").replace('"', "%22");
         for path in [
             format!("/lfs/uploads?limit={query}"),
             format!("/lfs/uploads/{UNKNOWN}?wait={query}"),
             format!("/lfs/uploads/{UNKNOWN}?version={query}"),
         ] {
-            refused(house.get(&path).await, &path);
+            assert_refused(broker.get(&path).await, &path);
         }
         tried += 6;
     }
@@ -186,8 +187,8 @@ async fn numbers_beyond_every_type_are_refused_and_nothing_is_rounded() {
 }
 
 #[tokio::test]
-async fn nobody_assigns_what_is_the_brokers() {
-    let house = House::new().await;
+async fn a_client_cannot_set_members_that_the_broker_assigns() {
+    let broker = TestBroker::start().await;
     let mut tried = 0;
     for member in [
         "id",
@@ -215,10 +216,10 @@ async fn nobody_assigns_what_is_the_brokers() {
         "",
     ] {
         for value in [json!("published"), json!(1), json!({"a": 1}), Value::Null] {
-            let mut body = json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")});
+            let mut body = json!({"topic": broker.topic, "size": 1, "sha256": sha256(b"x")});
             body.as_object_mut().unwrap().insert(member.to_owned(), value.clone());
-            let answer = house.post("/lfs/uploads", &body).await.expect_problem(422, "validation-failed");
-            assert!(answer.text.contains(&format!("/{member}")), "{member}: {}", answer.text);
+            let response = broker.post("/lfs/uploads", &body).await.expect_problem(422, "validation-failed");
+            assert!(response.text.contains(&format!("/{member}")), "{member}: {}", response.text);
             for (method, path) in [
                 ("POST", format!("/lfs/uploads/{UNKNOWN}/complete")),
                 ("PUT", "/lfs/topics/t".to_owned()),
@@ -226,7 +227,7 @@ async fn nobody_assigns_what_is_the_brokers() {
             ] {
                 let is_known = method == "PUT" && member == "bucket";
                 if !is_known {
-                    house
+                    broker
                         .send_json(method, &path, json!({member: value}).to_string())
                         .await
                         .expect_problem(422, "validation-failed");
@@ -239,7 +240,7 @@ async fn nobody_assigns_what_is_the_brokers() {
     for query in
         ["tenant=other&tenant=other", "sub=x", "admin=true", "state=open&bogus=1", "limit=1&limit=2", "cursor=a&cursor=b"]
     {
-        refused(house.get(&format!("/lfs/uploads?{query}")).await, query);
+        assert_refused(broker.get(&format!("/lfs/uploads?{query}")).await, query);
         tried += 1;
     }
     println!("mass assignment: {tried} requests");

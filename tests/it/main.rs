@@ -1,60 +1,60 @@
-//! Every test through the front door, in one binary.
+//! Every test against the public interfaces of the broker, in one binary.
 //!
-//! Hermetic by default: a real PostgreSQL, an S3 server that checks signatures and checksums, and a broker that speaks
-//! Kafka, all embedded. With the variables `LFS_TEST_*` (see `harness::servers`) the same tests run against real ones.
+//! By default the tests need no servers. They embed a real PostgreSQL, an S3 server that checks signatures and
+//! checksums, and a server that speaks the Kafka protocol. `LFS_TEST_*` variables select real servers (see `harness::servers`).
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends where it is")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot continue fails where it is")]
 
 mod harness;
-mod stores;
+mod s3_server;
 
 mod abort;
 mod access;
+mod admin;
+mod architecture;
 mod audit;
+mod bounded_growth;
+mod check_order;
 mod cli;
 mod client;
 mod conformance;
+mod connections;
 mod consume;
-mod copies;
-mod crowds;
+mod copy_source;
 mod database;
-mod database_goes_back;
+mod database_loses_commits;
+mod database_restored;
 mod dependencies;
 mod dev;
-mod edge;
-mod embedded;
+mod embedded_s3;
 mod expiry;
 mod failpoints;
-mod faults;
-mod growth;
+mod get_upload;
 mod hostile;
-mod house;
+mod http_limits;
 mod idempotency;
 mod integrity;
-mod kafscale;
+mod kafscale_reader;
+mod kafscale_regressions;
 mod listing;
-mod lock;
 mod logs;
 mod migrate;
 mod multipart;
-mod noisy;
+mod noisy_neighbour;
+mod object_lock;
 mod openapi;
-mod operate;
-mod order;
-mod parts;
-mod peer;
+mod presign_parts;
 mod problems;
 mod readiness;
-mod reading;
-mod refusals;
 mod relay;
 mod resolve;
 mod restart;
-mod restored;
+mod s3_faults;
+mod s3_refusals;
 mod secrets;
-mod single;
+mod single_put;
 mod tls;
 mod tokens;
 mod topics;
-mod undeclared;
-mod versions;
+mod undeclared_headers;
+mod versioned_buckets;

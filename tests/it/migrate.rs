@@ -1,4 +1,4 @@
-//! `migrate` beside brokers that work.
+//! `migrate` beside running brokers.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -8,18 +8,18 @@ use serde_json::json;
 use sqlx::Connection as _;
 use sqlx::migrate::Migrator;
 
-use crate::harness::House;
+use crate::harness::TestBroker;
 use crate::harness::servers::servers;
 
 #[tokio::test]
-async fn indexes_are_built_beside_those_who_write() {
+async fn migrate_builds_indexes_without_blocking_writers() {
     let url = servers().database().await;
     let mut db = sqlx::PgConnection::connect(&url).await.unwrap();
-    // As the first release left it.
+    // The schema of the first release.
     sqlx::raw_sql("drop schema public cascade; create schema public").execute(&mut db).await.unwrap();
     let all: Migrator = sqlx::migrate!();
     Migrator::with_migrations(all.iter().take(1).cloned().collect()).run(&mut db).await.unwrap();
-    // A transaction that takes long has written, and others write while `migrate` waits for it.
+    // A long transaction has written a row, and other connections write while `migrate` waits for it.
     let mut long = db.begin().await.unwrap();
     let write = "insert into upload_sessions (id, tenant, subject, state, created_at, updated_at, expires_at, expires_latest_at,
             topic, content_type, size_bytes, checksum_alg, min_integrity, bucket, object_key, mode, part_hashes, url_seconds,
@@ -45,7 +45,7 @@ async fn indexes_are_built_beside_those_who_write() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         sqlx::query("set lock_timeout = '10s'").execute(&mut other).await.unwrap();
-        sqlx::query(write).execute(&mut other).await.expect("whoever writes does not wait");
+        sqlx::query(write).execute(&mut other).await.expect("a writer does not wait");
         assert!(!is_done.get());
         long.commit().await.unwrap();
     };
@@ -57,17 +57,17 @@ async fn indexes_are_built_beside_those_who_write() {
 }
 
 #[tokio::test]
-async fn an_index_whose_building_broke_off_is_built_again() {
-    let house = House::new().await;
+async fn migrate_rebuilds_an_index_whose_build_was_interrupted() {
+    let broker = TestBroker::start().await;
     let broken = "update pg_index set indisvalid = false where indexrelid = 'upload_sessions_unattended'::regclass";
-    sqlx::query(broken).execute(&house.db).await.unwrap();
-    sqlx::query("delete from _sqlx_migrations where version = 6").execute(&house.db).await.unwrap();
-    // Two replicas migrate at once when they start together.
-    let store = Store::connect(&house.settings.store).unwrap();
+    sqlx::query(broken).execute(&broker.db).await.unwrap();
+    sqlx::query("delete from _sqlx_migrations where version = 6").execute(&broker.db).await.unwrap();
+    // Two replicas migrate concurrently when they start together.
+    let store = Store::connect(&broker.settings.store).unwrap();
     let (one, other) = tokio::join!(store.migrate(), store.migrate());
     one.unwrap();
     other.unwrap();
     let valid = "select indisvalid from pg_index where indexrelid = 'upload_sessions_unattended'::regclass";
-    assert!(sqlx::query_scalar::<_, bool>(valid).fetch_one(&house.db).await.unwrap());
-    house.publish(b"hello", json!({})).await;
+    assert!(sqlx::query_scalar::<_, bool>(valid).fetch_one(&broker.db).await.unwrap());
+    broker.publish(b"hello", json!({})).await;
 }

@@ -1,4 +1,4 @@
-//! The contract as a document: committed, served, complete and true.
+//! The OpenAPI document: committed, served, complete and correct.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use lfs_broker_client::api;
 use lfs_broker_client::pointer::Pointer;
 use serde_json::{Value, json};
 
-use crate::harness::House;
+use crate::harness::TestBroker;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -17,7 +17,7 @@ fn document() -> Value {
     serde_json::to_value(lfs_broker::http::openapi()).unwrap()
 }
 
-/// Every operation: method, path, operation.
+/// Every operation with its method and path.
 fn operations(document: &Value) -> Vec<(String, String, Value)> {
     let mut operations = Vec::new();
     for (path, item) in document["paths"].as_object().unwrap() {
@@ -28,12 +28,12 @@ fn operations(document: &Value) -> Vec<(String, String, Value)> {
     operations
 }
 
-/// The bodies of all requests and answers: whose, of which media type, and what is said of them.
+/// The bodies of all requests and responses: operation, media type and content.
 fn bodies(document: &Value) -> Vec<(String, String, Value)> {
     let mut bodies = Vec::new();
     for (method, path, operation) in operations(document) {
-        let answers = operation["responses"].as_object().unwrap().values();
-        for content in answers.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
+        let responses = operation["responses"].as_object().unwrap().values();
+        for content in responses.chain([&operation["requestBody"]]).filter_map(|body| body["content"].as_object()) {
             bodies.extend(content.iter().map(|(kind, body)| (format!("{method} {path}"), kind.clone(), body.clone())));
         }
     }
@@ -41,7 +41,7 @@ fn bodies(document: &Value) -> Vec<(String, String, Value)> {
 }
 
 #[test]
-fn the_committed_document_is_that_of_the_handlers() {
+fn the_committed_document_matches_the_handlers() {
     let path = root().join("openapi/openapi.json");
     let current = serde_json::to_string_pretty(&lfs_broker::http::openapi()).unwrap() + "\n";
     if std::env::var_os("UPDATE_OPENAPI").is_some() {
@@ -57,14 +57,14 @@ fn the_committed_document_is_that_of_the_handlers() {
 
 #[tokio::test]
 async fn the_served_document_is_the_committed_one() {
-    let house = House::new().await;
-    let served = house.get("/openapi.json").await.expect(200);
+    let broker = TestBroker::start().await;
+    let served = broker.get("/openapi.json").await.expect(200);
     assert_eq!(served.headers["content-type"], "application/json");
     assert_eq!(served.json, document());
     assert!(served.json["openapi"].as_str().unwrap().starts_with("3.1"));
 }
 
-/// The text between `open` and the next `"` after each place where it stands.
+/// The text from each `open` to the next `"`.
 fn quoted<'a>(text: &'a str, open: &str) -> Vec<&'a str> {
     text.split(open).skip(1).filter_map(|rest| rest.split('"').next()).collect()
 }
@@ -81,7 +81,7 @@ fn every_route_of_the_router_is_in_the_document() {
         routed.extend(quoted(&text, "path = \"").into_iter().filter(|path| path.starts_with('/')).map(str::to_owned));
         routed.extend(quoted(&text, ".route(\"").into_iter().map(str::to_owned));
     }
-    // The pages that show the document are for people.
+    // The pages that show the document are not part of the API.
     routed.retain(|path| !path.starts_with("/docs"));
     assert_eq!(documented, routed.iter().map(String::as_str).collect());
     assert_eq!(operations(&document).len(), handlers);
@@ -102,21 +102,21 @@ fn every_route_of_the_router_is_in_the_document() {
 
 #[tokio::test]
 async fn every_documented_operation_is_served() {
-    let house = House::new().await;
+    let broker = TestBroker::start().await;
     for (method, path, _) in operations(&document()) {
         let path = path.replace("{id}", "x").replace("{topic}", "x").replace("{code}", "internal");
-        let answer = house.send(house.request(&method, &path)).await;
-        assert!(!["not-found", "method-not-allowed"].contains(&answer.code()), "{method} {path}: {}", answer.text);
+        let response = broker.send(broker.request(&method, &path)).await;
+        assert!(!["not-found", "method-not-allowed"].contains(&response.code()), "{method} {path}: {}", response.text);
     }
 }
 
 #[test]
-fn every_operation_has_its_own_id_and_says_what_it_does() {
+fn every_operation_has_an_id_of_its_own_and_a_description() {
     let document = document();
     let mut ids = BTreeSet::new();
     for (method, path, operation) in operations(&document) {
         let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
-        assert!(ids.insert(id.to_owned()), "{id} is there twice");
+        assert!(ids.insert(id.to_owned()), "{id} occurs twice");
         assert!(id.bytes().all(|byte| byte.is_ascii_alphanumeric()), "{id}");
         for member in ["summary", "description"] {
             assert!(operation[member].as_str().is_some_and(|text| text.len() > 5), "{id} has no {member}");
@@ -126,18 +126,18 @@ fn every_operation_has_its_own_id_and_says_what_it_does() {
 }
 
 #[test]
-fn every_operation_behind_a_token_documents_what_can_go_wrong() {
+fn every_operation_with_a_token_documents_its_errors() {
     let document = document();
     for (method, path, operation) in operations(&document) {
-        let answers = operation["responses"].as_object().unwrap();
-        assert!(answers.keys().any(|status| status.starts_with('2')), "{method} {path}");
+        let responses = operation["responses"].as_object().unwrap();
+        assert!(responses.keys().any(|status| status.starts_with('2')), "{method} {path}");
         if !path.starts_with("/lfs/") {
             assert_eq!(operation["security"], json!([{}]), "{method} {path} needs no token");
             continue;
         }
         assert!(operation["security"].is_null(), "{method} {path} needs what the document says");
         for status in ["4XX", "503"] {
-            let problem = &answers[status]["content"]["application/problem+json"]["schema"]["$ref"];
+            let problem = &responses[status]["content"]["application/problem+json"]["schema"]["$ref"];
             assert_eq!(problem, "#/components/schemas/Problem", "{method} {path} {status}");
         }
     }
@@ -146,7 +146,7 @@ fn every_operation_behind_a_token_documents_what_can_go_wrong() {
 }
 
 #[test]
-fn no_query_is_required_and_limits_are_told() {
+fn query_parameters_are_optional_and_document_their_limits() {
     for (method, path, operation) in operations(&document()) {
         for parameter in operation["parameters"].as_array().into_iter().flatten() {
             let of_path = parameter["in"] == "path";
@@ -163,24 +163,24 @@ fn no_query_is_required_and_limits_are_told() {
     }
 }
 
-/// Reads an example as the type that it is an example of.
-fn reads<T: serde::de::DeserializeOwned>(document: &Value, name: &str) {
+/// Parses the example of a schema as its Rust type.
+fn assert_example_parses<T: serde::de::DeserializeOwned>(document: &Value, name: &str) {
     let example = &document["components"]["schemas"][name]["example"];
     assert!(example.is_object(), "{name} has no example");
     if let Err(error) = serde_json::from_value::<T>(example.clone()) {
-        panic!("{name}'s example is none: {error}");
+        panic!("{name}'s example is invalid: {error}");
     }
 }
 
-/// What a generator would have to call `any`, with its place; and what is both optional and null.
-fn vague(schema: &Value, place: &str, found: &mut Vec<String>) {
+/// Collects schemas that a generator could only call `any`, and members that may be both absent and null.
+fn find_vague(schema: &Value, location: &str, found: &mut Vec<String>) {
     let Some(members) = schema.as_object() else { return };
     if !["type", "$ref", "oneOf", "allOf", "enum"].iter().any(|key| members.contains_key(*key)) {
-        found.push(format!("{place} has no type"));
+        found.push(format!("{location} has no type"));
     }
     let open = members.get("type") == Some(&json!("object"));
     if open && !["properties", "additionalProperties"].iter().any(|key| members.contains_key(*key)) {
-        found.push(format!("{place} is any object"));
+        found.push(format!("{location} is any object"));
     }
     for (name, member) in schema["properties"].as_object().into_iter().flatten() {
         let required = schema["required"].as_array().is_some_and(|names| names.contains(&json!(name)));
@@ -188,37 +188,37 @@ fn vague(schema: &Value, place: &str, found: &mut Vec<String>) {
             || member["oneOf"].as_array().is_some_and(|each| each.contains(&json!({"type": "null"})));
         let request = schema["additionalProperties"] == false;
         if null && !request && !required && member.get("default").is_none() {
-            found.push(format!("{place}/{name} is absent or null"));
+            found.push(format!("{location}/{name} is absent or null"));
         }
-        vague(member, &format!("{place}/{name}"), found);
+        find_vague(member, &format!("{location}/{name}"), found);
     }
     for part in schema["oneOf"].as_array().into_iter().flatten() {
         if part.get("$ref").is_some() && part.as_object().is_some_and(|members| members.len() > 1) {
-            found.push(format!("{place} has a reference that is more"));
+            found.push(format!("{location} has a reference that is more"));
         }
     }
     for (number, part) in ["oneOf", "allOf"].iter().filter_map(|key| schema[key].as_array()).flatten().enumerate() {
-        vague(part, &format!("{place}/{number}"), found);
+        find_vague(part, &format!("{location}/{number}"), found);
     }
     for key in ["items", "additionalProperties"] {
-        vague(&schema[key], &format!("{place}/{key}"), found);
+        find_vague(&schema[key], &format!("{location}/{key}"), found);
     }
 }
 
 #[test]
-fn no_type_is_left_to_guess() {
+fn every_schema_has_a_definite_type() {
     let document = document();
     let mut found = Vec::new();
     for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
-        vague(schema, name, &mut found);
+        find_vague(schema, name, &mut found);
     }
-    for (place, _, body) in bodies(&document) {
-        assert!(!body["schema"]["oneOf"].is_array(), "{place}: a schema without a name");
-        vague(&body["schema"], &place, &mut found);
+    for (location, _, body) in bodies(&document) {
+        assert!(!body["schema"]["oneOf"].is_array(), "{location}: a schema without a name");
+        find_vague(&body["schema"], &location, &mut found);
     }
     assert!(found.is_empty(), "{found:#?}");
     let mut all = Vec::new();
-    vague(
+    find_vague(
         &json!({"type": "object", "properties": {"a": {}, "b": {"type": ["string", "null"]}, "c": {"type": "object"}}}),
         "x",
         &mut all,
@@ -227,12 +227,12 @@ fn no_type_is_left_to_guess() {
 }
 
 #[test]
-fn the_answers_of_complete_tell_themselves_apart() {
+fn the_responses_of_complete_can_be_told_apart() {
     let document = document();
     let schema = |name: &str| document["components"]["schemas"][name].clone();
-    let answers = &document["paths"]["/lfs/uploads/{id}/complete"]["post"]["responses"];
+    let responses = &document["paths"]["/lfs/uploads/{id}/complete"]["post"]["responses"];
     for status in ["200", "202"] {
-        let body = &answers[status]["content"]["application/json"]["schema"]["$ref"];
+        let body = &responses[status]["content"]["application/json"]["schema"]["$ref"];
         assert_eq!(body, "#/components/schemas/Completed", "a generated method often has one type for every answer");
     }
     for (name, state, required) in [
@@ -244,123 +244,129 @@ fn the_answers_of_complete_tell_themselves_apart() {
     }
     let completed = schema("Completed");
     assert_eq!(completed["discriminator"]["propertyName"], "state");
-    let place = |name: &str| json!(format!("#/components/schemas/{name}"));
-    let mapping = json!({"published": place("Published"), "verified": place("Verified"), "completing": place("Completing")});
+    let location = |name: &str| json!(format!("#/components/schemas/{name}"));
+    let mapping =
+        json!({"published": location("Published"), "verified": location("Verified"), "completing": location("Completing")});
     assert_eq!(completed["discriminator"]["mapping"], mapping);
 }
 
 #[test]
-fn the_examples_are_true() {
+fn the_examples_are_valid() {
     let document = document();
-    reads::<api::OpenUpload>(&document, "OpenUpload");
-    reads::<api::Upload>(&document, "Upload");
-    reads::<api::History>(&document, "History");
-    reads::<api::SignParts>(&document, "SignParts");
-    reads::<api::SignedParts>(&document, "SignedParts");
-    reads::<api::CompleteUpload>(&document, "CompleteUpload");
+    assert_example_parses::<api::OpenUpload>(&document, "OpenUpload");
+    assert_example_parses::<api::Upload>(&document, "Upload");
+    assert_example_parses::<api::History>(&document, "History");
+    assert_example_parses::<api::SignParts>(&document, "SignParts");
+    assert_example_parses::<api::SignedParts>(&document, "SignedParts");
+    assert_example_parses::<api::CompleteUpload>(&document, "CompleteUpload");
     for name in ["Published", "Verified", "Completing"] {
-        reads::<api::Completed>(&document, name);
+        assert_example_parses::<api::Completed>(&document, name);
     }
-    reads::<Pointer>(&document, "Pointer");
-    reads::<api::Policy>(&document, "Policy");
-    reads::<api::Problem>(&document, "Problem");
-    reads::<api::Resolved>(&document, "Resolved");
-    reads::<api::Validated>(&document, "Validated");
-    reads::<api::UploadPage>(&document, "UploadPage");
-    reads::<api::TopicPage>(&document, "TopicPage");
-    reads::<api::Stats>(&document, "Stats");
-    reads::<api::Redrive>(&document, "Redrive");
+    assert_example_parses::<Pointer>(&document, "Pointer");
+    assert_example_parses::<api::Policy>(&document, "Policy");
+    assert_example_parses::<api::Problem>(&document, "Problem");
+    assert_example_parses::<api::Resolved>(&document, "Resolved");
+    assert_example_parses::<api::Validated>(&document, "Validated");
+    assert_example_parses::<api::UploadPage>(&document, "UploadPage");
+    assert_example_parses::<api::TopicPage>(&document, "TopicPage");
+    assert_example_parses::<api::Stats>(&document, "Stats");
+    assert_example_parses::<api::Redrive>(&document, "Redrive");
 }
 
 #[test]
-fn the_document_names_every_code_of_a_problem() {
+fn the_document_names_every_error_code() {
     let document = document();
     let code = &document["components"]["schemas"]["Problem"]["properties"]["code"]["$ref"];
     assert_eq!(code, "#/components/schemas/ErrorCode");
-    let told: Vec<&str> =
+    let documented: Vec<&str> =
         document["components"]["schemas"]["ErrorCode"]["enum"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
     let all: Vec<&str> = api::ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
-    assert_eq!(told, all);
+    assert_eq!(documented, all);
     let codes: BTreeSet<&str> = crate::problems::CODES.iter().map(|(_, code)| *code).collect();
-    assert_eq!(codes, all.into_iter().collect(), "each has a status in the error table");
-    // A broker that is newer than its client is still understood.
-    let tomorrow = json!({"type": "/problems/of-tomorrow", "title": "t", "status": 422, "detail": "d", "code": "of-tomorrow",
+    assert_eq!(codes, all.into_iter().collect(), "each code has a status in the error table");
+    // A client also understands a broker that is newer than itself.
+    let newer = json!({"type": "/problems/of-tomorrow", "title": "t", "status": 422, "detail": "d", "code": "of-tomorrow",
         "request_id": "r", "retryable": false});
-    let problem: api::Problem = serde_json::from_value(tomorrow).unwrap();
+    let problem: api::Problem = serde_json::from_value(newer).unwrap();
     assert_eq!((problem.code.as_str(), problem.known_code()), ("of-tomorrow", None));
 }
 
-/// Whether the schema of a body shows how it looks: by itself, or by each of its kinds.
-fn shows(document: &Value, schema: &Value) -> bool {
-    let schema = schema["$ref"].as_str().map_or(schema, |place| document.pointer(&place[1..]).unwrap());
-    let kinds = schema["oneOf"].as_array().is_some_and(|kinds| kinds.iter().all(|kind| shows(document, kind)));
+/// Whether a schema has an example, or each of its variants has one.
+fn has_example(document: &Value, schema: &Value) -> bool {
+    let schema = schema["$ref"].as_str().map_or(schema, |location| document.pointer(&location[1..]).unwrap());
+    let kinds = schema["oneOf"].as_array().is_some_and(|kinds| kinds.iter().all(|kind| has_example(document, kind)));
     kinds || schema.get("example").is_some()
 }
 
 #[test]
 fn every_body_has_an_example() {
     let document = document();
-    let mut seen = 0;
-    for (place, kind, body) in bodies(&document).iter().filter(|(_, kind, _)| kind.contains("json")) {
-        seen += 1;
-        assert!(body.get("example").is_some() || shows(&document, &body["schema"]), "{place}: {kind}");
+    let mut checked = 0;
+    for (location, kind, body) in bodies(&document).iter().filter(|(_, kind, _)| kind.contains("json")) {
+        checked += 1;
+        assert!(body.get("example").is_some() || has_example(&document, &body["schema"]), "{location}: {kind}");
     }
-    assert!(seen > 50, "{seen} bodies were looked at");
+    assert!(checked > 50, "{checked} bodies were checked");
 }
 
-/// Holds an answer against a schema: no member that it lacks, none missing that it requires.
-fn fits(document: &Value, name: &str, answer: &Value) {
+/// Asserts that a response has only documented members and every required one.
+fn assert_matches_schema(document: &Value, name: &str, response: &Value) {
     let schema = &document["components"]["schemas"][name];
     let all: Vec<&Value> = match schema["allOf"].as_array() {
-        Some(parts) => {
-            parts.iter().map(|part| part["$ref"].as_str().map_or(part, |place| document.pointer(&place[1..]).unwrap())).collect()
-        }
+        Some(parts) => parts
+            .iter()
+            .map(|part| part["$ref"].as_str().map_or(part, |location| document.pointer(&location[1..]).unwrap()))
+            .collect(),
         None => vec![schema],
     };
-    let members = answer.as_object().unwrap_or_else(|| panic!("{name}: {answer}"));
+    let members = response.as_object().unwrap_or_else(|| panic!("{name}: {response}"));
     for member in members.keys() {
         assert!(all.iter().any(|part| part["properties"].get(member).is_some()), "{name} does not document {member}");
     }
     for required in all.iter().filter_map(|part| part["required"].as_array()).flatten() {
-        assert!(members.contains_key(required.as_str().unwrap()), "{name} requires {required}: {answer}");
+        assert!(members.contains_key(required.as_str().unwrap()), "{name} requires {required}: {response}");
     }
 }
 
 #[tokio::test]
-async fn answers_have_the_members_that_the_document_tells() {
-    let house = House::new().await;
+async fn responses_have_the_documented_members() {
+    let broker = TestBroker::start().await;
     let document = document();
-    let opened = house.open(b"hello", json!({"key": "k"})).await.expect(201);
-    fits(&document, "Upload", &opened.json);
-    fits(&document, "SignedRequest", &opened.json["upload"]);
-    let multipart = house.open(&vec![0; 6 << 20], json!({"part_size": 5 << 20})).await.expect(201);
-    fits(&document, "Upload", &multipart.json);
-    fits(&document, "SignedPart", &multipart.json["parts"][0]);
-    fits(&document, "Upload", &house.upload(&multipart.id()).await.json);
-    house.put(&opened.json["upload"], b"hello").await.expect(200);
-    let done = house.complete(&opened.id()).await.expect(200).json;
-    fits(&document, "Published", &done);
-    fits(&document, "Pointer", &done["pointer"]);
-    fits(&document, "KafkaRecord", &done["record"]);
-    fits(&document, "Upload", &house.upload(&opened.id()).await.json);
-    fits(&document, "UploadPage", &house.get("/lfs/uploads").await.json);
-    let history = house.get(&format!("/lfs/uploads/{}/history", opened.id())).await.json;
-    fits(&document, "History", &history);
-    fits(&document, "Transition", &history["items"][0]);
-    fits(&document, "Resolved", &house.send_json("POST", "/lfs/resolve", record(&house).await).await.expect(200).json);
-    fits(
+    let opened = broker.open(b"hello", json!({"key": "k"})).await.expect(201);
+    assert_matches_schema(&document, "Upload", &opened.json);
+    assert_matches_schema(&document, "SignedRequest", &opened.json["upload"]);
+    let multipart = broker.open(&vec![0; 6 << 20], json!({"part_size": 5 << 20})).await.expect(201);
+    assert_matches_schema(&document, "Upload", &multipart.json);
+    assert_matches_schema(&document, "SignedPart", &multipart.json["parts"][0]);
+    assert_matches_schema(&document, "Upload", &broker.upload(&multipart.id()).await.json);
+    broker.put(&opened.json["upload"], b"hello").await.expect(200);
+    let done = broker.complete(&opened.id()).await.expect(200).json;
+    assert_matches_schema(&document, "Published", &done);
+    assert_matches_schema(&document, "Pointer", &done["pointer"]);
+    assert_matches_schema(&document, "KafkaRecord", &done["record"]);
+    assert_matches_schema(&document, "Upload", &broker.upload(&opened.id()).await.json);
+    assert_matches_schema(&document, "UploadPage", &broker.get("/lfs/uploads").await.json);
+    let history = broker.get(&format!("/lfs/uploads/{}/history", opened.id())).await.json;
+    assert_matches_schema(&document, "History", &history);
+    assert_matches_schema(&document, "Transition", &history["items"][0]);
+    assert_matches_schema(
+        &document,
+        "Resolved",
+        &broker.send_json("POST", "/lfs/resolve", record(&broker).await).await.expect(200).json,
+    );
+    assert_matches_schema(
         &document,
         "Validated",
-        &house.send_json("POST", "/lfs/resolve?validate=true", record(&house).await).await.expect(200).json,
+        &broker.send_json("POST", "/lfs/resolve?validate=true", record(&broker).await).await.expect(200).json,
     );
-    fits(&document, "Policy", &house.put_policy(&house.topic, &json!({})).await.expect(200).json);
-    fits(&document, "TopicPage", &house.get("/lfs/topics").await.expect(200).json);
-    fits(&document, "Problem", &house.get("/lfs/uploads?limit=0").await.expect(422).json);
-    fits(&document, "Problem", &house.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect(409).json);
+    assert_matches_schema(&document, "Policy", &broker.put_policy(&broker.topic, &json!({})).await.expect(200).json);
+    assert_matches_schema(&document, "TopicPage", &broker.get("/lfs/topics").await.expect(200).json);
+    assert_matches_schema(&document, "Problem", &broker.get("/lfs/uploads?limit=0").await.expect(422).json);
+    assert_matches_schema(&document, "Problem", &broker.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect(409).json);
 }
 
-async fn record(house: &House) -> Vec<u8> {
-    house.records(&house.topic).await[0].value.clone()
+async fn record(broker: &TestBroker) -> Vec<u8> {
+    broker.records(&broker.topic).await[0].value.clone()
 }
 
 /// What a page loads: the values of `src`, `href` and `url(…)`.
@@ -374,25 +380,25 @@ fn loads(html: &str) -> Vec<&str> {
 #[tokio::test]
 async fn the_docs_load_nothing_from_outside() {
     assert_eq!(loads("<a href=\"https://cdn/x.js\">"), ["https://cdn/x.js"]);
-    let house = House::new().await;
-    let page = house.get("/docs/").await.expect(200);
+    let broker = TestBroker::start().await;
+    let page = broker.get("/docs/").await.expect(200);
     assert!(page.headers["content-type"].to_str().unwrap().starts_with("text/html"));
     let loaded = loads(&page.text);
     assert!(loaded.len() >= 3, "{}", page.text);
-    for place in loaded {
-        assert!(!place.contains("//") && !place.starts_with("data:text"), "{place} is loaded from outside");
-        let path = Path::new("/docs").join(place.trim_start_matches("./"));
-        house.get(path.to_str().unwrap()).await.expect(200);
+    for location in loaded {
+        assert!(!location.contains("//") && !location.starts_with("data:text"), "{location} is loaded from outside");
+        let path = Path::new("/docs").join(location.trim_start_matches("./"));
+        broker.get(path.to_str().unwrap()).await.expect(200);
     }
-    let start = house.get("/docs/swagger-initializer.js").await.expect(200);
+    let start = broker.get("/docs/swagger-initializer.js").await.expect(200);
     assert!(start.text.contains("/openapi.json"));
     assert!(!start.text.contains("http://") && !start.text.contains("https://"), "{}", start.text);
-    // With and without the slash it is the page, not the way to it.
+    // Both paths, with and without the slash, serve the page without a redirect.
     let direct = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).build().unwrap();
-    let page = house.send(direct.get(format!("{}/docs", house.url()))).await.expect(200);
+    let page = broker.send(direct.get(format!("{}/docs", broker.url()))).await.expect(200);
     let loaded = loads(&page.text);
     assert!(loaded.len() >= 3, "{}", page.text);
-    for place in loaded {
-        house.get(Path::new("/").join(place).to_str().unwrap()).await.expect(200);
+    for location in loaded {
+        broker.get(Path::new("/").join(location).to_str().unwrap()).await.expect(200);
     }
 }

@@ -1,4 +1,4 @@
-//! TLS: a certificate of one's own, renewed while the broker runs.
+//! TLS: the broker serves its own certificate and reloads it while it runs.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::harness::{House, sha256};
+use crate::harness::{TestBroker, sha256};
 
 /// Longer than any of these tests.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A root, and what it signs.
+/// A root certificate and its signing key.
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
     root: rcgen::Certificate,
@@ -32,7 +32,7 @@ impl Authority {
         Self { root: root.self_signed(&key).unwrap(), issuer: Issuer::new(root, key) }
     }
 
-    /// Writes a certificate for 127.0.0.1 and its key into a directory, and gives the certificate back.
+    /// Writes a certificate for 127.0.0.1 and its key into a directory, and returns the certificate.
     fn write(&self, directory: &Path) -> Vec<u8> {
         let key = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
@@ -41,141 +41,143 @@ impl Authority {
         certificate.der().to_vec()
     }
 
-    async fn connect(&self, house: &House, protocols: &[&[u8]]) -> std::io::Result<TlsStream<TcpStream>> {
+    async fn connect(&self, broker: &TestBroker, protocols: &[&[u8]]) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         roots.add(self.root.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let mut config = builder.with_root_certificates(roots).with_no_client_auth();
         config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
-        let stream = house.connect().await.0;
+        let stream = broker.connect().await.0;
         TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("127.0.0.1").unwrap(), stream).await
     }
 
-    /// The certificate that is shown.
-    async fn shown(&self, house: &House) -> Vec<u8> {
-        let stream = self.connect(house, &[]).await.unwrap();
+    /// The certificate that the broker serves.
+    async fn served_certificate(&self, broker: &TestBroker) -> Vec<u8> {
+        let stream = self.connect(broker, &[]).await.unwrap();
         stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()
     }
 }
 
-async fn house_with(directory: &Path, header_time: Duration) -> House {
-    House::with(|settings| {
+async fn start_with_tls(directory: &Path, header_timeout: Duration) -> TestBroker {
+    TestBroker::start_with(|settings| {
         let files = Settings::new(directory.join("certificate.pem"), directory.join("key.pem"));
-        settings.http.tls = Some(Settings { look_every: Duration::from_millis(50), ..files });
-        settings.http.header_time = header_time;
+        settings.http.tls = Some(Settings { check_interval: Duration::from_millis(50), ..files });
+        settings.http.header_timeout = header_timeout;
     })
     .await
 }
 
 #[tokio::test]
-async fn the_broker_is_served_by_tls_in_http_1_1() {
+async fn the_broker_serves_http_1_1_over_tls() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     authority.write(directory.path());
-    let house = house_with(directory.path(), LONG).await;
-    let url = house.url().replace("http://", "https://");
+    let broker = start_with_tls(directory.path(), LONG).await;
+    let url = broker.url().replace("http://", "https://");
     let root = reqwest::Certificate::from_der(authority.root.der()).unwrap();
     let client = reqwest::Client::builder().tls_certs_only([root]).build().unwrap();
     let opened = client.post(format!("{url}/lfs/uploads"));
-    let opened = opened.json(&json!({"topic": house.topic, "size": 1, "sha256": sha256(b"x")})).send().await.unwrap();
+    let opened = opened.json(&json!({"topic": broker.topic, "size": 1, "sha256": sha256(b"x")})).send().await.unwrap();
     assert_eq!((opened.status().as_u16(), opened.version()), (201, reqwest::Version::HTTP_11));
     let stranger = reqwest::Client::builder().tls_certs_only([]).build().unwrap();
     assert!(stranger.get(format!("{url}/healthz")).send().await.is_err());
 
     // Most clients offer HTTP/2 first.
     for offered in [vec![b"h2".as_slice(), b"http/1.1"], vec![b"http/1.1"]] {
-        let stream = authority.connect(&house, &offered).await.unwrap();
+        let stream = authority.connect(&broker, &offered).await.unwrap();
         assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"http/1.1".as_slice()));
     }
-    assert!(authority.connect(&house, &[b"h2"]).await.is_err());
+    assert!(authority.connect(&broker, &[b"h2"]).await.is_err());
 
-    // Limits and last words are the same behind TLS.
-    let mut stream = authority.connect(&house, &[]).await.unwrap();
+    // Limits and final responses are the same over TLS.
+    let mut stream = authority.connect(&broker, &[]).await.unwrap();
     stream.write_all(&[b"GET / HTTP/1.1\r\nx: ".as_slice(), &[b'x'; 200_000]].concat()).await.unwrap();
-    let mut said = String::new();
-    stream.read_to_string(&mut said).await.unwrap();
-    assert!(said.starts_with("HTTP/1.1 431 ") && said.contains("\"headers-too-large\""), "{said}");
+    let mut received = String::new();
+    stream.read_to_string(&mut received).await.unwrap();
+    assert!(received.starts_with("HTTP/1.1 431 ") && received.contains("\"headers-too-large\""), "{received}");
 }
 
 #[tokio::test]
-async fn who_does_not_speak_tls_is_let_go() {
+async fn a_client_that_does_not_speak_tls_is_disconnected() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     authority.write(directory.path());
-    let house = house_with(directory.path(), Duration::from_millis(1500)).await;
+    let broker = start_with_tls(directory.path(), Duration::from_millis(1500)).await;
     let begun = Instant::now();
-    let mut silent = house.connect().await.0;
-    let mut plain = house.connect().await.0;
+    let mut silent = broker.connect().await.0;
+    let mut plain = broker.connect().await.0;
     plain.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
     for stream in [&mut plain, &mut silent] {
-        let mut said = Vec::new();
-        let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut said)).await;
+        let mut received = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut received)).await;
         let _ = read.expect("the broker ends the connection");
-        assert!(!String::from_utf8_lossy(&said).contains("HTTP"), "{said:?}");
+        assert!(!String::from_utf8_lossy(&received).contains("HTTP"), "{received:?}");
     }
-    assert!(begun.elapsed() >= Duration::from_millis(1400), "a handshake was not waited for: {:?}", begun.elapsed());
+    assert!(begun.elapsed() >= Duration::from_millis(1400), "the broker did not wait for the handshake: {:?}", begun.elapsed());
 }
 
 #[tokio::test]
-async fn a_renewed_certificate_is_shown_and_a_broken_one_is_not() {
+async fn a_renewed_certificate_is_served_and_a_broken_one_is_not() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     let first = authority.write(directory.path());
-    let house = house_with(directory.path(), LONG).await;
-    assert_eq!(authority.shown(&house).await, first);
-    let mut open = authority.connect(&house, &[]).await.unwrap();
+    let broker = start_with_tls(directory.path(), LONG).await;
+    assert_eq!(authority.served_certificate(&broker).await, first);
+    let mut open = authority.connect(&broker, &[]).await.unwrap();
 
-    let becomes = async |wanted: &[u8]| {
-        house.eventually("the new certificate is shown", async || authority.shown(&house).await == wanted).await;
+    let wait_for_certificate = async |expected: &[u8]| {
+        broker
+            .eventually("the new certificate is served", async || authority.served_certificate(&broker).await == expected)
+            .await;
     };
     let second = authority.write(directory.path());
-    becomes(&second).await;
+    wait_for_certificate(&second).await;
 
     let (certificate, key) = (directory.path().join("certificate.pem"), directory.path().join("key.pem"));
-    let sound = std::fs::read(&certificate).unwrap();
+    let original = std::fs::read(&certificate).unwrap();
     let other_key = KeyPair::generate().unwrap().serialize_pem();
     for (path, broken) in [
         (&certificate, b"-----BEGIN CERTIFICATE-----\nbroken".to_vec()),
         (&certificate, Vec::new()),
-        (&certificate, sound[..sound.len() / 2].to_vec()),
+        (&certificate, original[..original.len() / 2].to_vec()),
         (&key, b"no key".to_vec()),
         (&key, other_key.into_bytes()),
     ] {
         let before = std::fs::read(path).unwrap();
         std::fs::write(path, broken).unwrap();
-        // The files are looked at every 50 ms.
+        // The broker checks the files every 50 ms.
         tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(authority.shown(&house).await, second);
+        assert_eq!(authority.served_certificate(&broker).await, second);
         std::fs::write(path, before).unwrap();
     }
     std::fs::remove_file(&key).unwrap();
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(authority.shown(&house).await, second);
+    assert_eq!(authority.served_certificate(&broker).await, second);
     let third = authority.write(directory.path());
-    becomes(&third).await;
+    wait_for_certificate(&third).await;
 
-    // Who is connected stays connected.
+    // An open connection stays open.
     open.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
-    let mut said = String::new();
-    open.read_to_string(&mut said).await.unwrap();
-    assert!(said.starts_with("HTTP/1.1 200 "), "{said}");
+    let mut received = String::new();
+    open.read_to_string(&mut received).await.unwrap();
+    assert!(received.starts_with("HTTP/1.1 200 "), "{received}");
 }
 
 #[tokio::test]
-async fn files_that_cannot_be_used_are_named_before_anything_starts() {
+async fn unusable_tls_files_are_named_before_the_broker_starts() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     authority.write(directory.path());
-    let mut settings = House::new().await.settings.clone();
+    let mut settings = TestBroker::start().await.settings.clone();
     let (certificate, key) = (directory.path().join("certificate.pem"), directory.path().join("key.pem"));
-    let mut told = |certificate: &Path, key: &Path| {
+    let mut check_files = |certificate: &Path, key: &Path| {
         settings.http.tls = Some(Settings::new(certificate, key));
         settings.check().err().map(|error| error.to_string())
     };
-    assert_eq!(told(&certificate, &key), None);
+    assert_eq!(check_files(&certificate, &key), None);
     for (certificate, key, named) in [
         (directory.path().join("no.pem"), key.clone(), "no.pem"),
         (key.clone(), key.clone(), "key.pem has no certificate"),
         (certificate.clone(), certificate.clone(), "certificate.pem is not PEM of a private key"),
     ] {
-        let told = told(&certificate, &key).expect("it is refused");
-        assert!(told.contains(named), "{told}");
+        let error = check_files(&certificate, &key).expect("the files are refused");
+        assert!(error.contains(named), "{error}");
     }
 }

@@ -1,214 +1,218 @@
-//! The designs: ours, in which every promise holds, and the broken ones, each of which the same check refutes.
+//! The designs: the current one keeps every property, and the same check refutes each rejected one.
 
 use crate::checker::{check, refute};
-use crate::completion::{self, Completion, JUSTLY_REJECTED, Layout, NOTHING_LEFT, ONE_END, SAME_BYTES};
-use crate::publication::{self, IN_ORDER, NEVER_LOST, NEVER_TWICE, Publication, Settling, TRULY_MARKED};
+use crate::completion::{self, Completion, Layout, NOTHING_LEFT, ONE_END, ONLY_WRONG_REJECTED, SAME_BYTES};
+use crate::publication::{self, IN_ORDER, NEVER_LOST, NEVER_TWICE, PUBLISHED_IS_IN_KAFKA, Publication, Resolution};
 
-/// Ours, with something of it changed, within bounds in which each broken design shows.
+/// The current design with one change, within bounds in which each rejected design fails.
 fn publication(keys: &'static [u8], change: impl Fn(&mut publication::Design)) -> Publication {
-    let mut model = Publication::house(keys, 1, 2);
+    let mut model = Publication::current(keys, 1, 2);
     change(&mut model.design);
     model
 }
 
-/// With one safeguard less, which hides the lack of another within these bounds: of what the marker lists, only stamped
-/// rows are taken to be published.
-fn only_stamped(mut model: Publication) -> Publication {
-    model.design.settles_all_listed = false;
+/// The design without a safeguard that would hide the missing one within these bounds: of the pointers that the marker
+/// lists, only claimed rows are marked published.
+fn marks_claimed_only(mut model: Publication) -> Publication {
+    model.design.marks_all_listed = false;
     model
 }
 
 fn completion(layout: Layout, change: impl Fn(&mut completion::Design)) -> Completion {
-    let mut model = Completion::house(layout, 2, 1, 1);
+    let mut model = Completion::current(layout, 2, 1, 1);
     change(&mut model.design);
     model
 }
 
 #[test]
 fn pointers_of_one_key_are_published_once_and_in_order() {
-    check("one key", Publication::house(b"aa", 2, 2));
-    check("one key, many faults", Publication::house(b"aa", 1, 3));
+    check("one key", Publication::current(b"aa", 2, 2));
+    check("one key, many faults", Publication::current(b"aa", 1, 3));
 }
 
 #[test]
 fn pointers_of_two_keys_are_published_once_and_in_order() {
-    check("two keys", Publication::house(b"ab", 1, 2));
-    check("two keys, three pointers", Publication::house(b"aab", 1, 1));
+    check("two keys", Publication::current(b"ab", 1, 2));
+    check("two keys, three pointers", Publication::current(b"aab", 1, 1));
 }
 
 #[test]
 fn pointers_are_published_once_when_the_database_goes_back_to_a_backup() {
-    check("a backup", Publication::house(b"aa", 0, 1).with_backup());
-    check("a backup and a crash", Publication::house(b"aa", 1, 0).with_backup());
+    check("a backup", Publication::current(b"aa", 0, 1).with_backup());
+    check("a backup and a crash", Publication::current(b"aa", 1, 0).with_backup());
 }
 
 #[test]
-fn a_held_shard_that_does_not_ask_for_its_batch_number_publishes_twice_when_the_database_goes_back() {
-    let design = publication(b"aa", |design| design.claims_by_number = false);
-    refute("no claim by number", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
+fn a_relay_that_does_not_check_its_batch_number_publishes_twice_when_the_database_goes_back() {
+    let design = publication(b"aa", |design| design.checks_batch_number = false);
+    refute("no check of the batch number", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn a_held_shard_that_does_not_ask_for_unsettled_stamps_loses_a_pointer_when_the_database_goes_back() {
-    let design = publication(b"aa", |design| design.claims_when_settled = false);
-    refute("no claim of settled rows", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_LOST);
+fn a_relay_that_claims_beside_unresolved_claims_loses_a_pointer_when_the_database_goes_back() {
+    let design = publication(b"aa", |design| design.claims_only_when_resolved = false);
+    refute("claims beside unresolved claims", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_LOST);
 }
 
 #[test]
-fn a_relay_that_goes_on_behind_the_marker_publishes_twice_when_the_database_goes_back() {
-    let design = publication(b"aa", |design| design.refuses_ahead = false);
-    refute("goes on behind the marker", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
+fn a_relay_that_continues_behind_the_marker_publishes_twice_when_the_database_goes_back() {
+    let design = publication(b"aa", |design| design.refuses_when_behind_marker = false);
+    refute("continues behind the marker", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn an_epoch_that_comes_again_when_the_database_goes_back_publishes_twice() {
-    let design = publication(b"a", |design| design.has_fresh_epochs = false);
-    refute("counted epochs", only_stamped(Publication { crashes: 0, faults: 1, ..design }).with_backup(), NEVER_TWICE);
+fn an_epoch_that_is_reused_after_the_database_goes_back_publishes_twice() {
+    let design = publication(b"a", |design| design.has_unique_epochs = false);
+    refute("reused epochs", marks_claimed_only(Publication { crashes: 0, faults: 1, ..design }).with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn a_stamp_taken_back_after_its_mark_was_lost_publishes_twice() {
-    let design = publication(b"a", |design| design.leaves_what_is_published = false);
-    refute("unstamps what was marked", Publication { faults: 0, ..design }.with_backup(), NEVER_TWICE);
+fn releasing_a_published_row_whose_publication_was_lost_publishes_twice() {
+    let design = publication(b"a", |design| design.keeps_claims_of_published = false);
+    refute("releases published rows", Publication { faults: 0, ..design }.with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn a_row_parked_by_its_stamp_alone_publishes_twice_when_the_database_goes_back() {
-    let design = publication(b"a", |design| design.parks_as_owner = false);
-    refute("parks by stamp alone", only_stamped(Publication { faults: 1, ..design }).with_backup(), NEVER_TWICE);
+fn deferring_a_row_by_its_claim_alone_publishes_twice_when_the_database_goes_back() {
+    let design = publication(b"a", |design| design.only_owner_defers = false);
+    refute("defers by claim alone", marks_claimed_only(Publication { faults: 1, ..design }).with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn an_audit_that_believes_a_marker_younger_than_the_records_it_read_publishes_twice() {
-    let design = publication(b"aa", |design| design.audits_from_the_marker = false);
-    refute("a late marker", only_stamped(Publication { faults: 0, ..design }).with_backup(), NEVER_TWICE);
+fn an_audit_that_trusts_a_marker_newer_than_the_records_it_has_read_publishes_twice() {
+    let design = publication(b"aa", |design| design.audits_from_first_marker = false);
+    refute("a newer marker", marks_claimed_only(Publication { faults: 0, ..design }).with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn a_single_put_is_promised_as_it_was_verified_or_leaves_nothing() {
-    check("single PUT", Completion::house(Layout::Single, 2, 2, 2));
+fn a_single_put_is_queued_as_verified_or_leaves_nothing() {
+    check("single PUT", Completion::current(Layout::Single, 2, 2, 2));
 }
 
 #[test]
-fn an_object_that_is_read_back_is_promised_as_it_was_verified_or_leaves_nothing() {
-    check("read back", Completion::house(Layout::ReadBack, 2, 1, 2));
+fn an_object_that_is_read_back_is_queued_as_verified_or_leaves_nothing() {
+    check("read back", Completion::current(Layout::ReadBack, 2, 1, 2));
 }
 
 #[test]
-fn a_multipart_upload_is_promised_as_it_was_verified_or_leaves_nothing() {
-    check("multipart", Completion::house(Layout::Multipart, 2, 1, 1));
+fn a_multipart_upload_is_queued_as_verified_or_leaves_nothing() {
+    check("multipart", Completion::current(Layout::Multipart, 2, 1, 1));
 }
 
 #[test]
-fn neither_fence_nor_read_back_publishes_twice() {
+fn without_fence_and_marker_pointers_are_published_twice() {
     let neither = |design: &mut publication::Design| {
-        design.fences = false;
-        design.settling = Settling::Unread;
+        design.fences_old_owner = false;
+        design.resolution = Resolution::NotRead;
     };
-    refute("neither fence nor read-back", publication(b"aa", neither), NEVER_TWICE);
+    refute("neither fence nor marker", publication(b"aa", neither), NEVER_TWICE);
 }
 
 #[test]
-fn a_fence_without_read_back_publishes_twice() {
-    let design = publication(b"aa", |design| design.settling = Settling::Unread);
-    refute("fence without read-back", design, NEVER_TWICE);
+fn a_fence_without_reading_the_marker_publishes_twice() {
+    let design = publication(b"aa", |design| design.resolution = Resolution::NotRead);
+    refute("fence without marker", design, NEVER_TWICE);
 }
 
 #[test]
-fn read_back_without_a_fence_publishes_twice() {
-    refute("read-back without fence", publication(b"aa", |design| design.fences = false), NEVER_TWICE);
+fn reading_the_marker_without_a_fence_publishes_twice() {
+    refute("marker without fence", publication(b"aa", |design| design.fences_old_owner = false), NEVER_TWICE);
 }
 
 #[test]
 fn two_relays_that_skip_each_others_rows_change_the_order() {
     let skip_locked = |design: &mut publication::Design| {
         design.has_owner = false;
-        design.claims_when_settled = false;
-        design.fences = false;
+        design.claims_only_when_resolved = false;
+        design.fences_old_owner = false;
     };
     refute("skip locked", Publication { crashes: 0, faults: 0, ..publication(b"aa", skip_locked) }, IN_ORDER);
 }
 
 #[test]
-fn a_cursor_loses_a_promise_that_is_committed_late() {
+fn a_cursor_loses_a_pointer_that_is_committed_late() {
     refute("cursor", publication(b"ab", |design| design.has_cursor = true), NEVER_LOST);
 }
 
 #[test]
-fn a_batch_before_the_last_is_settled_publishes_twice() {
-    let unsettled = |design: &mut publication::Design| {
-        design.settles_first = false;
-        design.claims_when_settled = false;
+fn a_batch_before_the_previous_one_is_resolved_publishes_twice() {
+    let unresolved = |design: &mut publication::Design| {
+        design.resolves_first = false;
+        design.claims_only_when_resolved = false;
     };
-    refute("unsettled", publication(b"aa", unsettled), NEVER_TWICE);
+    refute("unresolved batch", publication(b"aa", unresolved), NEVER_TWICE);
 }
 
 #[test]
-fn a_marker_of_a_number_alone_loses_an_aborted_batch() {
+fn a_marker_with_only_a_batch_number_loses_an_aborted_batch() {
     let by_number = |design: &mut publication::Design| {
-        design.settles_first = false;
-        design.claims_when_settled = false;
-        design.settling = Settling::ByNumber;
+        design.resolves_first = false;
+        design.claims_only_when_resolved = false;
+        design.resolution = Resolution::ByNumber;
     };
-    refute("marker by number", publication(b"aa", by_number), TRULY_MARKED);
+    refute("marker by number", publication(b"aa", by_number), PUBLISHED_IS_IN_KAFKA);
 }
 
 #[test]
-fn a_stamp_taken_back_by_a_former_owner_publishes_twice() {
-    let design = publication(b"aa", |design| design.unstamps_as_owner = false);
-    refute("unguarded unstamp", only_stamped(design), NEVER_TWICE);
+fn a_release_by_a_former_owner_publishes_twice() {
+    let design = publication(b"aa", |design| design.only_owner_releases = false);
+    refute("release by a former owner", marks_claimed_only(design), NEVER_TWICE);
 }
 
 #[test]
-fn a_row_parked_by_a_former_owner_is_published_twice() {
+fn a_deferral_by_a_former_owner_publishes_twice() {
     let unguarded = |design: &mut publication::Design| {
-        design.parks_by_stamp = false;
-        design.parks_as_owner = false;
+        design.defers_only_own_claim = false;
+        design.only_owner_defers = false;
     };
-    refute("unguarded park", only_stamped(publication(b"aa", unguarded)), NEVER_TWICE);
+    refute("deferral by a former owner", marks_claimed_only(publication(b"aa", unguarded)), NEVER_TWICE);
 }
 
 #[test]
-fn a_parked_row_that_does_not_hold_its_key_up_changes_the_order() {
-    refute("parks one row", publication(b"aa", |design| design.parks_the_key = false), IN_ORDER);
+fn a_deferred_row_that_does_not_block_its_key_changes_the_order() {
+    refute("defers one row", publication(b"aa", |design| design.deferral_blocks_key = false), IN_ORDER);
 }
 
 #[test]
-fn numbers_drawn_without_the_lock_of_their_key_change_the_order() {
-    refute("no key lock", publication(b"aa", |design| design.locks_the_key = false), IN_ORDER);
+fn numbers_drawn_without_a_lock_on_their_key_change_the_order() {
+    refute("no key lock", publication(b"aa", |design| design.locks_key = false), IN_ORDER);
 }
 
 #[test]
-fn a_plain_url_overwrites_what_was_verified() {
-    refute("plain URL", completion(Layout::Single, |design| design.puts_once = false), SAME_BYTES);
+fn a_url_without_if_none_match_overwrites_the_verified_object() {
+    refute("plain URL", completion(Layout::Single, |design| design.signs_if_none_match = false), SAME_BYTES);
 }
 
 #[test]
-fn a_move_under_no_version_ends_a_session_twice() {
-    refute("unguarded moves", completion(Layout::Single, |design| design.guards_moves = false), ONE_END);
+fn a_transition_without_a_version_check_ends_a_session_twice() {
+    refute("no version check", completion(Layout::Single, |design| design.checks_version = false), ONE_END);
 }
 
 #[test]
-fn believing_the_answer_to_a_join_rejects_a_good_upload() {
-    refute("believes the answer", completion(Layout::Multipart, |design| design.looks_again = false), JUSTLY_REJECTED);
+fn trusting_the_response_of_a_join_rejects_a_good_upload() {
+    refute(
+        "trusts the response",
+        completion(Layout::Multipart, |design| design.trusts_stored_state = false),
+        ONLY_WRONG_REJECTED,
+    );
 }
 
 #[test]
-fn destroying_before_deciding_deletes_what_was_verified() {
-    refute("destroys first", completion(Layout::Single, |design| design.decides_first = false), SAME_BYTES);
+fn removing_objects_before_ending_the_session_deletes_a_verified_object() {
+    refute("removes objects first", completion(Layout::Single, |design| design.ends_session_first = false), SAME_BYTES);
 }
 
 #[test]
-fn one_sweep_leaves_the_object_of_a_late_put() {
-    refute("one sweep", completion(Layout::Single, |design| design.sweeps_twice = false), NOTHING_LEFT);
+fn a_single_cleanup_leaves_the_object_of_a_late_put() {
+    refute("one cleanup", completion(Layout::Single, |design| design.cleans_up_twice = false), NOTHING_LEFT);
 }
 
 #[test]
-fn one_sweep_leaves_what_lands_late_of_a_multipart_upload() {
-    refute("one sweep of parts", completion(Layout::Multipart, |design| design.sweeps_twice = false), NOTHING_LEFT);
+fn a_single_cleanup_leaves_late_parts_of_a_multipart_upload() {
+    refute("one cleanup of parts", completion(Layout::Multipart, |design| design.cleans_up_twice = false), NOTHING_LEFT);
 }
 
 #[test]
-fn aborting_only_the_upload_that_the_row_names_leaves_another() {
-    refute("sweeps one upload", completion(Layout::Multipart, |design| design.sweeps_all = false), NOTHING_LEFT);
+fn aborting_only_the_upload_of_the_session_leaves_another() {
+    refute("aborts one upload", completion(Layout::Multipart, |design| design.aborts_every_upload = false), NOTHING_LEFT);
 }

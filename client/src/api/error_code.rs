@@ -1,4 +1,4 @@
-//! The codes of problems: one list for the broker, its clients and the document.
+//! The error codes of problems: one list for the broker, its clients and the OpenAPI document.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 macro_rules! error_codes {
     ($($name:ident = $text:literal,)+) => {
-        /// What went wrong, to decide by. A newer broker may send a code that is not among them.
+        /// The code of an error. Clients should decide by it. A newer broker may send codes that are not in this list.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[cfg_attr(feature = "openapi", derive(ToSchema))]
         #[serde(rename_all = "kebab-case")]
@@ -21,7 +21,7 @@ macro_rules! error_codes {
             /// Every code.
             pub const ALL: &[Self] = &[$(Self::$name,)+];
 
-            /// The code as it travels.
+            /// The code in JSON.
             pub const fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$name => $text,)+
@@ -31,7 +31,7 @@ macro_rules! error_codes {
     };
 }
 
-// The broker's `http/problem.rs` says of each its status and what it means.
+// The broker's `http/problem.rs` defines the status and the description of each code.
 error_codes! {
     MalformedJson = "malformed-json",
     MalformedRequest = "malformed-request",
@@ -79,7 +79,7 @@ error_codes! {
 }
 
 impl ErrorCode {
-    /// The code of this name; none for one that this version does not know.
+    /// The code of this name. None if this version of the client does not know it.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|code| code.as_str() == name)
     }
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_code_travels_as_it_is_named() {
+    fn the_json_of_a_code_is_its_name() {
         for code in ErrorCode::ALL {
             assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
             assert_eq!(ErrorCode::named(code.as_str()), Some(*code));

@@ -1,17 +1,17 @@
-//! The HTTP contract: requests, answers and problems, exactly as they travel.
+//! The HTTP API: requests, responses and problems, exactly as in JSON.
 //!
-//! Times are RFC 3339 in UTC, `*_in` and `*_seconds` whole seconds, sizes bytes, hashes lower-case hex.
-//! Requests refuse members they do not know; answers may grow new ones.
+//! Times are RFC 3339 in UTC, `*_in` and `*_seconds` are whole seconds, sizes are bytes, hashes are lower-case hex.
+//! Requests with unknown members are refused; responses may get new members.
 
+mod admin;
 mod error_code;
-mod operate;
 mod pointers;
 mod requests;
 mod topics;
 mod upload;
 
+pub use admin::{Dependencies, Dependency, FieldError, OutboxDepth, Problem, Redrive, Stats};
 pub use error_code::ErrorCode;
-pub use operate::{Dependencies, Dependency, FieldError, OutboxDepth, Problem, Redrive, Stats};
 pub use pointers::{ResolveAnswer, ResolveOptions, Resolved, Validated};
 pub use requests::{
     CompleteUpload, Completed, Headers, ListUploads, OpenUpload, PartHashes, PartRequest, ReadHistory, ReadUpload, SignParts,
@@ -23,5 +23,5 @@ pub use upload::{
     UploadedPart,
 };
 
-/// Most part numbers in one `/parts` call, and most part URLs in one answer.
+/// The most part numbers in one `/parts` call, and the most part URLs in one response.
 pub const PARTS_PER_CALL: usize = 100;

@@ -1,4 +1,4 @@
-//! A pointer resolved.
+//! Resolving a pointer.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -9,23 +9,24 @@ use crate::checksum::Sha256;
 #[cfg(feature = "openapi")]
 use utoipa::{IntoParams, ToSchema};
 
-/// What `POST /lfs/resolve` may be asked.
+/// The query of `POST /lfs/resolve`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(IntoParams))]
 #[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct ResolveOptions {
-    /// The `lfs-version-id` of the record, for versioned buckets; without it the version that was proved, where that is known.
+    /// The `lfs-version-id` of the record, for versioned buckets. When absent, the verified version if the broker knows
+    /// it.
     pub version_id: Option<String>,
-    /// The topic that the pointer was read from: the object must belong to it. A pointer copied into another topic is
-    /// refused then, as 403 `pointer-forbidden`.
+    /// The topic of the record. The object must belong to it: a pointer that was copied into another topic is refused as
+    /// 403 `pointer-forbidden`.
     pub topic: Option<String>,
-    /// Check the pointer and the object, sign nothing.
+    /// Only check the pointer and the object. No GET is signed.
     #[serde(default)]
     pub validate: bool,
 }
 
-/// A pointer resolved: a GET that yields the bytes.
+/// A resolved pointer: a signed GET of the bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"method": "GET",
@@ -36,48 +37,48 @@ pub struct Resolved {
     /// The request.
     #[serde(flatten)]
     pub request: SignedRequest,
-    /// The size in bytes, checked against S3.
+    /// The size in bytes, compared with the object in S3.
     pub size: u64,
-    /// SHA-256 that the bytes must have.
+    /// The SHA-256 that the bytes must have.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub sha256: Option<Sha256>,
-    /// The media type that the producer named.
+    /// The media type that the producer declared.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub content_type: Option<String>,
-    /// The name that the producer gave.
+    /// The file name that the producer declared.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub filename: Option<String>,
-    /// How far the broker proved the bytes; null where it knows no such upload, or where the pointer or the object is not
-    /// the one that was proved.
+    /// How far the broker verified the bytes. Null if it does not know the upload, or if the pointer or the object
+    /// differs from the verified one.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
-    /// The upload; null where the broker knows none.
+    /// The upload's id; null if the broker does not know the upload.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub upload_id: Option<Uuid>,
 }
 
-/// A pointer that is sound.
+/// A valid pointer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"valid": true, "size": 5, "integrity": "sha256"})))]
 pub struct Validated {
-    /// Always true; what is not valid is a problem.
+    /// Always true. An invalid pointer is a problem response.
     pub valid: bool,
     /// The size in bytes.
     pub size: u64,
-    /// How far the broker proved the bytes; null where it knows no such upload, or where the pointer or the object is not
-    /// the one that was proved.
+    /// How far the broker verified the bytes. Null if it does not know the upload, or if the pointer or the object
+    /// differs from the verified one.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub integrity: Option<Integrity>,
 }
 
-/// The answer of `POST /lfs/resolve`.
+/// The response of `POST /lfs/resolve`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(untagged)]
 pub enum ResolveAnswer {
-    /// With a signed GET.
+    /// The signed GET.
     Resolved(Resolved),
-    /// With `?validate=true`.
+    /// The response with `?validate=true`.
     Validated(Validated),
 }

@@ -1,4 +1,4 @@
-//! What is asked of an upload: open, sign, complete, read, list.
+//! The requests for an upload: open, sign, complete, read, list.
 
 use std::fmt;
 
@@ -22,10 +22,10 @@ use utoipa::{IntoParams, ToSchema};
     "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4"})))]
 #[serde(deny_unknown_fields)]
 pub struct OpenUpload {
-    /// The Kafka topic that gets the pointer.
+    /// The Kafka topic that receives the pointer.
     #[cfg_attr(feature = "openapi", schema(pattern = "^[A-Za-z0-9._-]{1,249}$"))]
     pub topic: String,
-    /// The size of the bytes; 0 is legal.
+    /// The size in bytes; 0 is allowed.
     #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub size: u64,
     /// The record's key as text.
@@ -35,27 +35,27 @@ pub struct OpenUpload {
     /// The record's key as base64, for keys that are not text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_base64: Option<String>,
-    /// SHA-256 of the whole; where it is not known yet (a stream), it comes with complete.
+    /// SHA-256 of the whole. If it is not known yet (a stream), send it with complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Sha256>,
-    /// A checksum that stands for sha256 where the topic's policy allows it.
+    /// The algorithm of a checksum that replaces `sha256`, if the topic's policy allows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checksum_alg: Option<Algorithm>,
-    /// The digest of `checksum_alg`, hex.
+    /// The digest of `checksum_alg` in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checksum: Option<String>,
     /// Media type of the bytes; `application/octet-stream` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content_type: Option<String>,
-    /// The name that a download is offered under.
+    /// The file name that a download gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 255, pattern = r"^[^/\\\x00-\x1f\x7f-\x9f]*$"))]
     pub filename: Option<String>,
-    /// Headers of the record in Kafka, in order; names that begin with `lfs-` are refused.
+    /// Headers of the record in Kafka, in order. Names that begin with `lfs-` are refused.
     #[serde(default, skip_serializing_if = "Headers::is_empty")]
     #[cfg_attr(feature = "openapi", schema(value_type = BTreeMap<String, String>))]
     pub headers: Headers,
-    /// The partition of the record; the key decides when absent.
+    /// The partition of the record. When absent, the partitioner chooses it by the key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(minimum = 0))]
     pub partition: Option<i32>,
@@ -67,12 +67,12 @@ pub struct OpenUpload {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 10000))]
     pub part_sha256: Option<Vec<Sha256>>,
-    /// `deferred` promises that each `/parts` call brings the hashes of its parts.
+    /// With `deferred`, the client sends the hashes of the parts with each `/parts` call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part_hashes: Option<PartHashes>,
 }
 
-/// When the hashes of the parts come.
+/// When the client sends the hashes of the parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -81,12 +81,12 @@ pub enum PartHashes {
     Deferred,
 }
 
-/// Record headers: names and values in the order they were written, each name once.
+/// Record headers: names and values in the order of the JSON object. Each name occurs once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Headers(pub Vec<(String, String)>);
 
 impl Headers {
-    /// Whether there are none.
+    /// Whether there are no headers.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -124,7 +124,7 @@ impl<'de> Deserialize<'de> for Headers {
     }
 }
 
-/// Asks for part URLs: numbers alone, or numbers with hashes where they were deferred.
+/// Requests part URLs: part numbers, or parts with their hashes if the hashes are deferred.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"part_numbers": [1, 2]})))]
@@ -160,7 +160,7 @@ pub struct PartRequest {
     "url": "https://s3.example.com/lfs/acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a?partNumber=1&X-Amz-Signature=0a1b",
     "headers": {"content-length": "16777216"}, "expires_at": "2026-11-21T06:50:00Z", "expires_in": 900}]})))]
 pub struct SignedParts {
-    /// In the order they were asked for.
+    /// In the order of the request.
     pub parts: Vec<SignedPart>,
 }
 
@@ -170,34 +170,35 @@ pub struct SignedParts {
 #[cfg_attr(feature = "openapi", schema(example = json!({"sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"})))]
 #[serde(deny_unknown_fields)]
 pub struct CompleteUpload {
-    /// SHA-256 of the whole, required where open did not bring a checksum.
+    /// SHA-256 of the whole. Required if open had no checksum.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Sha256>,
-    /// Accepted for clients that send part lists, and ignored: the broker asks S3.
+    /// Accepted from clients that send part lists, and ignored: the broker lists the parts in S3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(ignore))]
     pub parts: Option<serde_json::Value>,
 }
 
-/// The answer to complete: 200 with `record`, or 202 without.
+/// The response of complete: 200 with `record`, or 202 without.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Completed {
     /// The upload.
     pub id: Uuid,
-    /// `published` (200), `verified` (202: promised, it will reach Kafka) or `completing` (202: nothing promised yet).
+    /// `published` (200), `verified` (202: the pointer is durable and will be published) or `completing` (202:
+    /// verification continues).
     pub state: UploadState,
-    /// The record's value; absent while completing.
+    /// The record's value. Absent while completing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pointer: Option<Pointer>,
-    /// How far the bytes are proved; absent while completing.
+    /// How far the bytes were verified. Absent while completing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrity: Option<Integrity>,
-    /// Where the pointer is; only when published.
+    /// Where the pointer is in Kafka. Present only when published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record: Option<Record>,
 }
 
-/// What `GET /lfs/uploads/{id}` may be asked.
+/// The query of `GET /lfs/uploads/{id}`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(IntoParams))]
 #[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
@@ -206,17 +207,17 @@ pub struct ReadUpload {
     /// Wait up to this many seconds (at most 30) for a change.
     #[cfg_attr(feature = "openapi", param(maximum = 30))]
     pub wait: Option<u64>,
-    /// Answer as soon as the version is not this one; the one at arrival when absent.
+    /// Answer as soon as the version differs from this one. When absent, from the version at the start of the request.
     pub version: Option<i64>,
 }
 
-/// Which page of an upload's history is read.
+/// The page of an upload's history.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(IntoParams))]
 #[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct ReadHistory {
-    /// Items a page, 1 to 1,000; 200 when absent.
+    /// Items per page: 1 to 1,000; 200 when absent.
     #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 1000))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before.
@@ -230,18 +231,18 @@ pub struct ReadHistory {
 pub struct ListUploads {
     /// Only this topic.
     pub topic: Option<String>,
-    /// Only these states; may repeat.
+    /// Only these states. The parameter may be repeated.
     #[cfg_attr(feature = "openapi", param(required = false))]
     pub state: Vec<UploadState>,
-    /// Only keys that begin so.
+    /// Only records whose key begins with this text.
     pub key_prefix: Option<String>,
     /// Only uploads created at this time or later.
     pub created_after: Option<OffsetDateTime>,
     /// Only uploads created before this time.
     pub created_before: Option<OffsetDateTime>,
-    /// Only this tenant; for administrators.
+    /// Only this tenant. For administrators.
     pub tenant: Option<String>,
-    /// Items a page: 1 to 200, 50 when absent.
+    /// Items per page: 1 to 200; 50 when absent.
     #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before, with the same filters.

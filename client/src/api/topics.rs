@@ -1,4 +1,4 @@
-//! What is allowed on a topic.
+//! The policy of a topic: what uploads it allows.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use crate::checksum::Algorithm;
 #[cfg(feature = "openapi")]
 use utoipa::{IntoParams, ToSchema};
 
-/// What is allowed on a topic.
+/// The policy of a topic: what uploads it allows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
@@ -18,36 +18,36 @@ use utoipa::{IntoParams, ToSchema};
 pub struct Policy {
     /// Whether uploads may be opened.
     pub enabled: bool,
-    /// Advice to clients: below it, send the bytes inline.
+    /// Advice to clients: send fewer bytes than this inline, as the record's value.
     #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub min_bytes: u64,
     /// The largest upload in bytes.
     #[cfg_attr(feature = "openapi", schema(maximum = 5497558138880u64))]
     pub max_bytes: u64,
-    /// The bucket; the broker's default when null.
+    /// The bucket of the objects. When null, the broker's default bucket.
     pub bucket: Option<String>,
-    /// What the object keys begin with.
+    /// The prefix of the object keys.
     pub prefix: Option<String>,
-    /// The checksums that a client may promise by.
+    /// The checksum algorithms that a client may declare.
     pub checksums: Vec<Algorithm>,
-    /// The least proof that a pointer is published with.
+    /// The lowest integrity level at which a pointer is published.
     pub min_integrity: Integrity,
-    /// Media types that are allowed: `type/subtype`, `type/*` or `*/*`.
+    /// The allowed media types: `type/subtype`, `type/*` or `*/*`.
     pub content_types: Vec<String>,
-    /// How long an upload stays open.
+    /// How long an upload stays open without further signing, in seconds.
     pub session_seconds: u64,
-    /// How long it stays open at most, however often parts are signed.
+    /// How long an upload stays open at most, in seconds, even if parts are signed again.
     pub session_max_seconds: u64,
-    /// How long a URL lives.
+    /// The lifetime of a presigned URL in seconds.
     pub url_seconds: u64,
-    /// The KMS key that S3 encrypts with; the bucket's own rule when null.
+    /// The KMS key that S3 encrypts with. When null, the bucket's default encryption applies.
     #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048, pattern = "^[!-~]*$"))]
     pub kms_key_id: Option<String>,
-    /// What becomes of the objects: they are kept.
+    /// What happens to published objects: they are kept.
     pub retention: Retention,
 }
 
-/// What becomes of published objects.
+/// What happens to published objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -87,7 +87,7 @@ pub struct TopicPolicy {
     pub policy: Policy,
 }
 
-/// A page of topic policies, by name.
+/// A page of topic policies, ordered by topic name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"items": [{"topic": "videos", "policy": {"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
@@ -97,18 +97,18 @@ pub struct TopicPolicy {
 pub struct TopicPage {
     /// The policies.
     pub items: Vec<TopicPolicy>,
-    /// Give it as `cursor` for the next page; null at the end.
+    /// The `cursor` of the next page; null on the last page.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }
 
-/// What `GET /lfs/topics` may be asked.
+/// The query of `GET /lfs/topics`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(IntoParams))]
 #[cfg_attr(feature = "openapi", into_params(parameter_in = Query))]
 #[serde(deny_unknown_fields)]
 pub struct ListTopics {
-    /// Items a page: 1 to 200, 50 when absent.
+    /// Items per page: 1 to 200; 50 when absent.
     #[cfg_attr(feature = "openapi", param(minimum = 1, maximum = 200))]
     pub limit: Option<u32>,
     /// The `next_cursor` of the page before.

@@ -1,4 +1,4 @@
-//! An upload: its state, its parts, its proof and its history.
+//! An upload: its state, its parts, its integrity and its history.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,29 +13,29 @@ use crate::pointer::Pointer;
 #[cfg(feature = "openapi")]
 use utoipa::ToSchema;
 
-/// Where an upload stands.
+/// The state of an upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum UploadState {
-    /// Bytes may be put.
+    /// The client may send bytes.
     Open,
-    /// The broker looks at what S3 holds.
+    /// The broker verifies the object in S3.
     Completing,
-    /// The bytes are proved; the pointer will reach Kafka.
+    /// The bytes are verified. The pointer will be published.
     Verified,
     /// The pointer is in Kafka. Final.
     Published,
-    /// Taken back by the client. Final.
+    /// Aborted by the client. Final.
     Aborted,
     /// Not completed in time. Final.
     Expired,
-    /// The bytes are not what was promised. Final.
+    /// The bytes do not match their declaration. Final.
     Rejected,
 }
 
 impl UploadState {
-    /// Every state in the order an upload may meet them.
+    /// Every state, in the order in which an upload may reach them.
     pub const ALL: [Self; 7] =
         [Self::Open, Self::Completing, Self::Verified, Self::Published, Self::Aborted, Self::Expired, Self::Rejected];
 
@@ -52,7 +52,7 @@ impl UploadState {
         }
     }
 
-    /// Whether nothing can follow.
+    /// Whether no other state can follow.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Published | Self::Aborted | Self::Expired | Self::Rejected)
     }
@@ -64,29 +64,30 @@ impl fmt::Display for UploadState {
     }
 }
 
-/// Whether the bytes go up in one PUT or in parts.
+/// Whether the bytes are sent in one PUT or in parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// One PUT.
     Single,
-    /// One PUT a part.
+    /// One PUT per part.
     Multipart,
 }
 
-/// How far the bytes are proved, weakest first.
+/// How far the bytes were verified, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Integrity {
     /// The size only.
     Size,
-    /// A non-cryptographic checksum of the whole, or MD5: proof against accidents.
+    /// A non-cryptographic checksum of the whole, or MD5. It detects accidental damage only.
     Checksum,
-    /// Every byte against part hashes promised before signing; the whole-file hash is the client's word.
+    /// Every byte, against part hashes that were declared before signing. The hash of the whole is only the client's
+    /// claim.
     PartsSha256,
-    /// SHA-256 of the whole, checked by S3 at a single PUT or by the broker re-reading.
+    /// SHA-256 of the whole, verified by S3 in a single PUT or by the broker, which reads the object again.
     Sha256,
 }
 
@@ -116,44 +117,44 @@ pub enum Next {
     Parts,
     /// POST complete.
     Complete,
-    /// Wait: the broker is at work.
+    /// Wait: the broker is verifying or publishing.
     Wait,
     /// Nothing.
     None,
 }
 
-/// A request that the holder may send to S3 as it stands.
+/// A presigned request, to be sent to S3 without changes.
 #[derive(Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct SignedRequest {
     /// `PUT` or `GET`.
     pub method: String,
-    /// The presigned URL: a secret for as long as it lives.
+    /// The presigned URL. It is a secret until it expires.
     pub url: String,
-    /// Exactly the headers that must be sent (a browser leaves out `content-length`: it follows from the body).
+    /// Exactly the headers that must be sent. A browser omits `content-length`, because it sets this header itself.
     pub headers: BTreeMap<String, String>,
-    /// When S3 stops to accept it.
+    /// When S3 stops accepting the request.
     #[serde(with = "time::serde::rfc3339")]
     pub expires_at: OffsetDateTime,
-    /// The same as seconds from now, for clients whose clock is off.
+    /// The same as seconds from now, for clients with a wrong clock.
     pub expires_in: u64,
 }
 
 impl SignedRequest {
-    /// A GET that somebody signed just now for so long, as [`Access`](crate::Access) gives it out.
-    pub fn get(url: impl Into<String>, life: Duration) -> Self {
+    /// A GET that was signed just now with this lifetime, for [`Access`](crate::Access).
+    pub fn get(url: impl Into<String>, lifetime: Duration) -> Self {
         Self {
             method: "GET".to_owned(),
             url: url.into(),
             headers: BTreeMap::new(),
-            expires_at: OffsetDateTime::now_utc() + life,
-            expires_in: life.as_secs(),
+            expires_at: OffsetDateTime::now_utc() + lifetime,
+            expires_in: lifetime.as_secs(),
         }
     }
 }
 
 impl fmt::Debug for SignedRequest {
-    /// Leaves out the URL: whoever reads a log must not be able to use it.
+    /// Omits the URL, because a reader of logs must not be able to use it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SignedRequest")
             .field("method", &self.method)
@@ -162,13 +163,13 @@ impl fmt::Debug for SignedRequest {
     }
 }
 
-/// One part and the request that puts it.
+/// One part and its presigned PUT.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct SignedPart {
     /// 1 to `part_count`.
     pub part_number: u32,
-    /// Where the part begins in the whole, in bytes.
+    /// The offset of the part in the whole, in bytes.
     pub offset: u64,
     /// The part's size in bytes.
     pub size: u64,
@@ -177,7 +178,7 @@ pub struct SignedPart {
     pub request: SignedRequest,
 }
 
-/// A part that S3 holds.
+/// A part that is stored in S3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct UploadedPart {
@@ -187,7 +188,7 @@ pub struct UploadedPart {
     pub size: u64,
 }
 
-/// Where the pointer is in Kafka.
+/// The position of the pointer in Kafka: Kafka's record metadata.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(as = KafkaRecord))]
@@ -203,17 +204,17 @@ pub struct Record {
     pub timestamp: OffsetDateTime,
 }
 
-/// Why an upload was rejected, went back to open, or is not published yet.
+/// Why an upload was rejected, was set back to open, or is not published yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct UploadError {
     /// A code of the error table.
     pub code: String,
-    /// What happened, with the numbers.
+    /// What happened.
     pub detail: String,
 }
 
-/// An upload: the answer to open, and to every reading of it.
+/// An upload: the response of open and of read.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "open", "version": 1, "mode": "single",
@@ -229,69 +230,69 @@ pub struct UploadError {
 pub struct Upload {
     /// The upload's id, a UUID of version 7.
     pub id: Uuid,
-    /// Where it stands.
+    /// The state.
     pub state: UploadState,
-    /// Grows by one with every change.
+    /// The version. Each change increases it by one.
     pub version: i64,
-    /// One PUT or parts.
+    /// One PUT, or parts.
     pub mode: Mode,
     /// The Kafka topic.
     pub topic: String,
-    /// The record's key, where it is text.
+    /// The record's key, if it is text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The record's key, where it is not text.
+    /// The record's key in base64, if it is not text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_base64: Option<String>,
     /// The bucket of the object.
     pub bucket: String,
     /// The key of the object.
     pub object_key: String,
-    /// The promised size in bytes.
+    /// The declared size in bytes.
     pub size: u64,
-    /// The request that puts the bytes; only in the answer to open, and for a single PUT.
+    /// The presigned PUT of a single PUT. Only in the response of open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<SignedRequest>,
-    /// The size of every part but the last.
+    /// The size of every part except the last, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part_size: Option<u64>,
-    /// How many parts there are.
+    /// The number of parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part_count: Option<u32>,
-    /// The first window of signed parts; only in the answer to open.
+    /// The first signed parts. Only in the response of open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts: Option<Vec<SignedPart>>,
-    /// The parts that S3 holds, while open.
+    /// The parts that are stored in S3, while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uploaded_parts: Option<Vec<UploadedPart>>,
-    /// The parts that S3 lacks as inclusive ranges `[from, to]`, while open.
+    /// The parts that S3 lacks, as inclusive ranges `[from, to]`, while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_parts: Option<Vec<[u32; 2]>>,
-    /// What to do next; absent where S3 was not asked: in the answer to open, and in lists while open.
+    /// What to do next. Absent if S3 was not queried: in the response of open, and in lists while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Next>,
     /// The pointer, once the bytes are verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pointer: Option<Pointer>,
-    /// How far the bytes are proved, once they are verified.
+    /// How far the bytes were verified, once they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrity: Option<Integrity>,
-    /// Where the pointer is in Kafka, once it is there.
+    /// Where the pointer is in Kafka, once it is published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record: Option<Record>,
-    /// Why it was rejected, went back to open, or is not published yet.
+    /// Why the upload was rejected, was set back to open, or is not published yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<UploadError>,
-    /// When it was opened.
+    /// When the upload was opened.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// When it last changed.
+    /// When the upload last changed.
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
-    /// When an open upload ends.
+    /// When an open upload expires.
     #[serde(with = "time::serde::rfc3339")]
     pub expires_at: OffsetDateTime,
-    /// The same as seconds from now; 0 once it has passed.
+    /// The same as seconds from now; 0 after it has passed.
     pub expires_in: u64,
 }
 
@@ -309,8 +310,8 @@ pub struct Upload {
 pub struct UploadPage {
     /// The uploads.
     pub items: Vec<Upload>,
-    /// Give it as `cursor` for the next page; null at the end. With filters that match little a page may be short or empty
-    /// and not be the last one.
+    /// The `cursor` of the next page; null on the last page. With filters that match few uploads, a page may be short or
+    /// empty without being the last.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }
@@ -319,17 +320,17 @@ pub struct UploadPage {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct Transition {
-    /// When.
+    /// When the transition happened.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// The state before; null when it was opened.
+    /// The state before; null for the opening.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub from: Option<UploadState>,
     /// The state after.
     pub to: UploadState,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// Who: `client:<sub>`, `broker`, `verifier`, `relay` or `sweeper`.
+    /// The actor: `client:<sub>`, `broker`, `verifier`, `relay` or `sweeper`.
     pub by: String,
 }
 
@@ -342,7 +343,7 @@ pub struct Transition {
 pub struct History {
     /// The transitions.
     pub items: Vec<Transition>,
-    /// Give it as `cursor` for the next page; null at the end.
+    /// The `cursor` of the next page; null on the last page.
     #[cfg_attr(feature = "openapi", schema(required = true))]
     pub next_cursor: Option<String>,
 }

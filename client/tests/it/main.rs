@@ -1,11 +1,12 @@
-//! The client against canned answers over real sockets: what it sends, and what it makes of what comes back.
+//! Tests of the client against scripted responses over real sockets: which requests it sends, and what it makes of the
+//! responses.
 
-// The helpers of tests are tests as well, though clippy sees no `#[test]` on them.
+// Helper functions are test code too, but clippy sees no `#[test]` on them.
 #![allow(clippy::unwrap_used)]
 
 mod calls;
-mod canned;
 mod consumers;
 mod downloads;
-mod mishaps;
+mod mock_server;
+mod upload_errors;
 mod uploads;

@@ -1,4 +1,4 @@
-//! Finds PostgreSQL's programs, which few systems put on the PATH.
+//! Finds PostgreSQL's programs, which most systems do not put on the PATH.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -10,16 +10,17 @@ use super::Error;
 pub(super) struct Programs {
     pub(super) initdb: PathBuf,
     pub(super) postgres: PathBuf,
-    /// The major version, which data directories depend on.
+    /// The major version. A data directory works only with the version that created it.
     pub(super) version: String,
 }
 
 impl Programs {
-    /// Those that fit the data made by version `made_by`, else the first: on the PATH, then the highest version.
-    pub(super) fn find(made_by: Option<&str>) -> Result<Self, Error> {
+    /// The programs of the version that created the data. For new data the first found: on the PATH, then the highest
+    /// version.
+    pub(super) fn find(created_by: Option<&str>) -> Result<Self, Error> {
         let mut found: Vec<Self> = directories().iter().filter_map(|directory| Self::in_directory(directory)).collect();
-        let fitting = found.iter().position(|programs| Some(programs.version.as_str()) == made_by).unwrap_or(0);
-        if fitting < found.len() { Ok(found.swap_remove(fitting)) } else { Err(Error::NotInstalled) }
+        let matching = found.iter().position(|programs| Some(programs.version.as_str()) == created_by).unwrap_or(0);
+        if matching < found.len() { Ok(found.swap_remove(matching)) } else { Err(Error::NotInstalled) }
     }
 
     fn in_directory(directory: &Path) -> Option<Self> {
@@ -46,7 +47,7 @@ fn directories() -> Vec<PathBuf> {
     directories
 }
 
-/// `{parent}/{prefix}*/{bin}`, the highest version first.
+/// The directories `{parent}/{prefix}*/{bin}`, the highest version first.
 fn versions(parent: &str, prefix: &str, bin: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     let mut found: Vec<(u32, PathBuf)> = entries
@@ -56,6 +57,6 @@ fn versions(parent: &str, prefix: &str, bin: &str) -> Vec<PathBuf> {
             Some((version.parse().unwrap_or(0), entry.path().join(bin)))
         })
         .collect();
-    found.sort_by(|one, other| other.cmp(one));
+    found.sort_by(|left, right| right.cmp(left));
     found.into_iter().map(|(_, path)| path).collect()
 }

@@ -1,4 +1,4 @@
-//! Which of S3's operations there are. Those that are not here are answered with 501 by s3s.
+//! The supported operations of S3. s3s answers all others with 501.
 
 use std::sync::Arc;
 
@@ -7,9 +7,9 @@ use s3s::dto::*;
 use s3s::{S3, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
 
 use super::store::Store;
-use super::{Error, broken};
+use super::{Error, internal_error};
 
-/// The operations of one store. The verbs are in `objects`, `multipart` and `listing`.
+/// The operations of one store. They are implemented in `objects`, `multipart` and `listing`.
 pub(super) struct Api {
     pub(super) store: Arc<Store>,
 }
@@ -19,19 +19,19 @@ impl Api {
         Self { store }
     }
 
-    /// Does what waits for a disk where it may wait, and to its end even when the client goes away.
+    /// Runs disk work on the blocking pool. The work runs to its end even if the client disconnects.
     pub(super) async fn blocking<T, F>(&self, work: F) -> S3Result<T>
     where
         T: Send + 'static,
         F: FnOnce(&Store) -> S3Result<T> + Send + 'static,
     {
         let store = Arc::clone(&self.store);
-        tokio::task::spawn_blocking(move || work(&store)).await.map_err(broken)?
+        tokio::task::spawn_blocking(move || work(&store)).await.map_err(internal_error)?
     }
 }
 
-/// Headers that ask for something that the store does not do. Ignoring them would be a lie.
-const UNKNOWN: [&str; 7] = [
+/// The prefixes of headers for unsupported features. Ignoring such a header would give a wrong result.
+const UNSUPPORTED_HEADERS: [&str; 7] = [
     "x-amz-acl",
     "x-amz-grant-",
     "x-amz-object-lock-",
@@ -41,9 +41,9 @@ const UNKNOWN: [&str; 7] = [
     "x-amz-write-offset-bytes",
 ];
 
-/// Refuses a write that asks for something that the store does not do.
-pub(super) fn refuse_unknown(headers: &HeaderMap) -> S3Result<()> {
-    match headers.keys().find(|name| UNKNOWN.iter().any(|unknown| name.as_str().starts_with(unknown))) {
+/// Refuses a write with a header for an unsupported feature.
+pub(super) fn reject_unsupported_headers(headers: &HeaderMap) -> S3Result<()> {
+    match headers.keys().find(|name| UNSUPPORTED_HEADERS.iter().any(|unknown| name.as_str().starts_with(unknown))) {
         Some(name) => {
             Err(s3_error!(NotImplemented, "A header you provided implies functionality that is not implemented: {name}"))
         }
@@ -51,106 +51,112 @@ pub(super) fn refuse_unknown(headers: &HeaderMap) -> S3Result<()> {
     }
 }
 
-/// A bucket without versioning has one version of everything, and its name is `null`.
-pub(super) fn only_version(version: Option<&str>) -> S3Result<()> {
+/// Accepts only the version `null`, the only version of objects in a bucket without versioning.
+pub(super) fn check_null_version(version: Option<&str>) -> S3Result<()> {
     match version {
         None | Some("null") => Ok(()),
         Some(other) => Err(s3_error!(InvalidArgument, "Invalid version id specified: {other}")),
     }
 }
 
-type Answer<T> = S3Result<S3Response<T>>;
+type Response<T> = S3Result<S3Response<T>>;
 
 #[async_trait::async_trait]
 impl S3 for Api {
-    async fn create_bucket(&self, request: S3Request<CreateBucketInput>) -> Answer<CreateBucketOutput> {
+    async fn create_bucket(&self, request: S3Request<CreateBucketInput>) -> Response<CreateBucketOutput> {
         let bucket = request.input.bucket;
         let location = format!("/{bucket}");
-        let made = self.blocking(move |store| match store.create_bucket(&bucket) {
+        let created = self.blocking(move |store| match store.create_bucket(&bucket) {
             Err(Error::BucketName(_)) => Err(S3ErrorCode::InvalidBucketName.into()),
-            made => made.map_err(broken),
+            created => created.map_err(internal_error),
         });
-        if !made.await? {
+        if !created.await? {
             return Err(s3_error!(BucketAlreadyOwnedByYou, "Your previous request to create the named bucket succeeded"));
         }
         Ok(S3Response::new(CreateBucketOutput { location: Some(location) }))
     }
 
-    async fn head_bucket(&self, request: S3Request<HeadBucketInput>) -> Answer<HeadBucketOutput> {
-        self.store.bucket(&request.input.bucket, |_| Ok(()))?;
+    async fn head_bucket(&self, request: S3Request<HeadBucketInput>) -> Response<HeadBucketOutput> {
+        self.store.with_bucket(&request.input.bucket, |_| Ok(()))?;
         Ok(S3Response::new(HeadBucketOutput::default()))
     }
 
-    async fn list_buckets(&self, _: S3Request<ListBucketsInput>) -> Answer<ListBucketsOutput> {
+    async fn list_buckets(&self, _: S3Request<ListBucketsInput>) -> Response<ListBucketsOutput> {
         Ok(S3Response::new(self.buckets()))
     }
 
-    async fn get_bucket_versioning(&self, request: S3Request<GetBucketVersioningInput>) -> Answer<GetBucketVersioningOutput> {
-        self.store.bucket(&request.input.bucket, |_| Ok(()))?;
+    async fn get_bucket_versioning(&self, request: S3Request<GetBucketVersioningInput>) -> Response<GetBucketVersioningOutput> {
+        self.store.with_bucket(&request.input.bucket, |_| Ok(()))?;
         Ok(S3Response::new(GetBucketVersioningOutput::default()))
     }
 
-    async fn put_object(&self, request: S3Request<PutObjectInput>) -> Answer<PutObjectOutput> {
+    async fn put_object(&self, request: S3Request<PutObjectInput>) -> Response<PutObjectOutput> {
         self.put(request).await.map(S3Response::new)
     }
 
-    async fn get_object(&self, request: S3Request<GetObjectInput>) -> Answer<GetObjectOutput> {
+    async fn get_object(&self, request: S3Request<GetObjectInput>) -> Response<GetObjectOutput> {
         self.get(&request.input).map(S3Response::new)
     }
 
-    async fn head_object(&self, request: S3Request<HeadObjectInput>) -> Answer<HeadObjectOutput> {
+    async fn head_object(&self, request: S3Request<HeadObjectInput>) -> Response<HeadObjectOutput> {
         self.head(&request.input).map(S3Response::new)
     }
 
-    async fn copy_object(&self, request: S3Request<CopyObjectInput>) -> Answer<CopyObjectOutput> {
+    async fn copy_object(&self, request: S3Request<CopyObjectInput>) -> Response<CopyObjectOutput> {
         self.copy(request).await.map(S3Response::new)
     }
 
-    async fn delete_object(&self, request: S3Request<DeleteObjectInput>) -> Answer<DeleteObjectOutput> {
+    async fn delete_object(&self, request: S3Request<DeleteObjectInput>) -> Response<DeleteObjectOutput> {
         self.delete(request.input).await.map(S3Response::new)
     }
 
-    async fn delete_objects(&self, request: S3Request<DeleteObjectsInput>) -> Answer<DeleteObjectsOutput> {
+    async fn delete_objects(&self, request: S3Request<DeleteObjectsInput>) -> Response<DeleteObjectsOutput> {
         self.delete_many(request.input).await.map(S3Response::new)
     }
 
-    async fn list_objects_v2(&self, request: S3Request<ListObjectsV2Input>) -> Answer<ListObjectsV2Output> {
+    async fn list_objects_v2(&self, request: S3Request<ListObjectsV2Input>) -> Response<ListObjectsV2Output> {
         self.objects(request.input).map(S3Response::new)
     }
 
-    async fn list_object_versions(&self, request: S3Request<ListObjectVersionsInput>) -> Answer<ListObjectVersionsOutput> {
+    async fn list_object_versions(&self, request: S3Request<ListObjectVersionsInput>) -> Response<ListObjectVersionsOutput> {
         self.versions(request.input).map(S3Response::new)
     }
 
     async fn create_multipart_upload(
         &self,
         request: S3Request<CreateMultipartUploadInput>,
-    ) -> Answer<CreateMultipartUploadOutput> {
-        self.begin(request).await.map(S3Response::new)
+    ) -> Response<CreateMultipartUploadOutput> {
+        self.create_upload(request).await.map(S3Response::new)
     }
 
-    async fn upload_part(&self, request: S3Request<UploadPartInput>) -> Answer<UploadPartOutput> {
+    async fn upload_part(&self, request: S3Request<UploadPartInput>) -> Response<UploadPartOutput> {
         self.put_part(request).await.map(S3Response::new)
     }
 
     async fn complete_multipart_upload(
         &self,
         request: S3Request<CompleteMultipartUploadInput>,
-    ) -> Answer<CompleteMultipartUploadOutput> {
+    ) -> Response<CompleteMultipartUploadOutput> {
         self.complete(request.input).await.map(S3Response::new)
     }
 
-    async fn abort_multipart_upload(&self, request: S3Request<AbortMultipartUploadInput>) -> Answer<AbortMultipartUploadOutput> {
+    async fn abort_multipart_upload(
+        &self,
+        request: S3Request<AbortMultipartUploadInput>,
+    ) -> Response<AbortMultipartUploadOutput> {
         let AbortMultipartUploadInput { bucket, key, upload_id, .. } = request.input;
         self.blocking(move |store| store.abort(&bucket, &key, &upload_id)).await?;
         Ok(S3Response::new(AbortMultipartUploadOutput::default()))
     }
 
-    async fn list_parts(&self, request: S3Request<ListPartsInput>) -> Answer<ListPartsOutput> {
+    async fn list_parts(&self, request: S3Request<ListPartsInput>) -> Response<ListPartsOutput> {
         self.parts(request.input).map(S3Response::new)
     }
 
-    async fn list_multipart_uploads(&self, request: S3Request<ListMultipartUploadsInput>) -> Answer<ListMultipartUploadsOutput> {
+    async fn list_multipart_uploads(
+        &self,
+        request: S3Request<ListMultipartUploadsInput>,
+    ) -> Response<ListMultipartUploadsOutput> {
         self.uploads(request.input).map(S3Response::new)
     }
 }

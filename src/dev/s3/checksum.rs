@@ -1,6 +1,6 @@
-//! What bytes are held against: MD5 for the ETag, and one of S3's five checksums.
+//! Checksums: MD5 for the ETag, and one of S3's five checksum algorithms.
 //!
-//! An object has exactly one checksum. Where the client named none it is CRC64NVME, as on AWS.
+//! An object has exactly one checksum. Without a declared algorithm it is CRC64NVME, as on AWS.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -12,7 +12,7 @@ use s3s::dto::Checksum as Sums;
 use s3s::{S3Error, S3Result, TrailingHeaders, s3_error};
 use serde::{Deserialize, Serialize};
 
-/// The algorithms that S3 has.
+/// The checksum algorithms of S3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Algorithm {
     Crc32,
@@ -22,7 +22,7 @@ pub(super) enum Algorithm {
     Sha256,
 }
 
-/// What a checksum of a multipart object covers.
+/// S3's checksum type: what the checksum of a multipart object covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Kind {
     /// Every byte, in order.
@@ -31,7 +31,7 @@ pub(super) enum Kind {
     Composite,
 }
 
-/// A checksum as S3's headers carry it: base64, with `-N` behind it where it is composite.
+/// A checksum as in S3's headers: base64, followed by `-N` if it is composite.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Checksum {
     pub(super) algorithm: Algorithm,
@@ -41,7 +41,7 @@ pub(super) struct Checksum {
 impl Algorithm {
     const ALL: [Self; 5] = [Self::Crc32, Self::Crc32c, Self::Crc64nvme, Self::Sha1, Self::Sha256];
 
-    /// Reads S3's name of it, as in `x-amz-checksum-algorithm`.
+    /// Parses S3's name of an algorithm, as in `x-amz-checksum-algorithm`.
     pub(super) fn parse(name: &str) -> S3Result<Self> {
         let named = Self::ALL.into_iter().find(|algorithm| algorithm.name() == name);
         named.ok_or_else(|| s3_error!(InvalidRequest, "checksum algorithm {name} is not known"))
@@ -70,7 +70,7 @@ impl Algorithm {
         }
     }
 
-    /// The CRC behind it, for only a CRC of the whole follows from those of its parts.
+    /// The CRC of the algorithm. Only a CRC of the whole can be computed from those of the parts.
     fn crc(self) -> Option<CrcAlgorithm> {
         match self {
             Self::Crc32 => Some(CrcAlgorithm::Crc32IsoHdlc),
@@ -80,11 +80,11 @@ impl Algorithm {
         }
     }
 
-    /// The kind a multipart upload has when it asks for `kind`, by AWS's table of what goes with what.
+    /// The checksum type of a multipart upload that requests `kind`, by AWS's table of allowed combinations.
     pub(super) fn kind(self, kind: Option<Kind>) -> S3Result<Kind> {
         match (self, kind) {
             (Self::Sha1 | Self::Sha256, Some(Kind::FullObject)) | (Self::Crc64nvme, Some(Kind::Composite)) => {
-                Err(s3_error!(InvalidRequest, "the checksum type does not go with {}", self.name()))
+                Err(s3_error!(InvalidRequest, "the checksum type is not allowed for {}", self.name()))
             }
             (_, Some(kind)) => Ok(kind),
             (Self::Crc64nvme, None) => Ok(Kind::FullObject),
@@ -111,7 +111,7 @@ impl Kind {
 }
 
 impl Checksum {
-    /// The value, if it is of `algorithm`: S3 has a field for each of them.
+    /// The value, if it has this algorithm. S3 has one member for each algorithm.
     pub(super) fn of(&self, algorithm: Algorithm) -> Option<String> {
         (self.algorithm == algorithm).then(|| self.value.clone())
     }
@@ -121,15 +121,15 @@ impl Checksum {
     }
 }
 
-/// The one checksum among the five members of a request, checked for its form.
-pub(super) fn single(members: [(Algorithm, &Option<String>); 5]) -> S3Result<Option<Checksum>> {
+/// The only checksum among the five members of a request, with its length checked.
+pub(super) fn single_checksum(members: [(Algorithm, &Option<String>); 5]) -> S3Result<Option<Checksum>> {
     let mut found = None;
     for (algorithm, value) in members {
         let Some(value) = value else { continue };
         if found.is_some() {
             return Err(s3_error!(InvalidRequest, "Expecting a single x-amz-checksum- header"));
         }
-        // A composite one ends in the number of its parts.
+        // A composite checksum ends with the number of its parts.
         let digest = value.split_once('-').map_or(value.as_str(), |(digest, _)| digest);
         if BASE64.decode(digest).map(|bytes| bytes.len()).ok() != Some(algorithm.size_bytes()) {
             return Err(s3_error!(InvalidRequest, "Value for {} header is invalid.", algorithm.header()));
@@ -139,10 +139,10 @@ pub(super) fn single(members: [(Algorithm, &Option<String>); 5]) -> S3Result<Opt
     Ok(found)
 }
 
-/// Reads the five checksum members of one of s3s's inputs as one.
+/// Reads the five checksum members of an s3s input as one checksum.
 macro_rules! declared {
     ($input:expr) => {
-        $crate::dev::s3::checksum::single([
+        $crate::dev::s3::checksum::single_checksum([
             ($crate::dev::s3::checksum::Algorithm::Crc32, &$input.checksum_crc32),
             ($crate::dev::s3::checksum::Algorithm::Crc32c, &$input.checksum_crc32c),
             ($crate::dev::s3::checksum::Algorithm::Crc64nvme, &$input.checksum_crc64nvme),
@@ -153,8 +153,8 @@ macro_rules! declared {
 }
 pub(super) use declared;
 
-/// Writes a checksum into the member of one of s3s's outputs that it belongs to.
-macro_rules! show {
+/// Writes a checksum to its member of an s3s output.
+macro_rules! set_checksum {
     ($output:expr, $checksum:expr) => {{
         let checksum: &$crate::dev::s3::checksum::Checksum = $checksum;
         $output.checksum_crc32 = checksum.of($crate::dev::s3::checksum::Algorithm::Crc32);
@@ -164,23 +164,23 @@ macro_rules! show {
         $output.checksum_sha256 = checksum.of($crate::dev::s3::checksum::Algorithm::Sha256);
     }};
 }
-pub(super) use show;
+pub(super) use set_checksum;
 
-/// What a request says its body is: a checksum in a header or behind the body, and an MD5.
-pub(super) struct Claim {
+/// The digest that a request declares for its body: a checksum in a header or trailer, and an MD5.
+pub(super) struct ExpectedDigest {
     pub(super) algorithm: Option<Algorithm>,
     value: Option<String>,
     trailers: Option<TrailingHeaders>,
     md5: Option<Vec<u8>>,
 }
 
-impl Claim {
-    /// A body of which nothing is said.
+impl ExpectedDigest {
+    /// No declared digest.
     pub(super) fn none() -> Self {
         Self { algorithm: None, value: None, trailers: None, md5: None }
     }
 
-    /// What the headers of a request say of its body.
+    /// Reads the declared digest from the headers of a request.
     pub(super) fn read(
         declared: Option<Checksum>,
         content_md5: Option<&str>,
@@ -198,7 +198,7 @@ impl Claim {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
         if let Some(trailer) = text("x-amz-trailer") {
             let algorithm = Algorithm::ALL.into_iter().find(|algorithm| algorithm.header() == trailer);
-            let algorithm = algorithm.ok_or_else(|| s3_error!(InvalidRequest, "trailer {trailer} is no checksum"))?;
+            let algorithm = algorithm.ok_or_else(|| s3_error!(InvalidRequest, "the trailer {trailer} is not a checksum"))?;
             return Ok(Self { algorithm: Some(algorithm), value: None, trailers, md5 });
         }
         if text("x-amz-sdk-checksum-algorithm").is_some() {
@@ -208,16 +208,16 @@ impl Claim {
         Ok(Self { algorithm: None, value: None, trailers: None, md5 })
     }
 
-    /// Holds the bytes that came against what was said of them.
+    /// Compares the received bytes with the declared digest.
     pub(super) fn check(&self, found: &Digests) -> S3Result<()> {
         if self.md5.as_ref().is_some_and(|md5| md5[..] != found.md5) {
             return Err(s3_error!(BadDigest, "The Content-MD5 you specified did not match what we received."));
         }
         let Some(algorithm) = self.algorithm else { return Ok(()) };
-        let behind =
+        let from_trailer =
             || self.trailers.as_ref()?.read(|trailers| trailers.get(algorithm.header())?.to_str().ok().map(str::to_owned))?;
-        let Some(value) = self.value.clone().or_else(behind) else {
-            return Err(s3_error!(InvalidRequest, "the trailer {} did not come", algorithm.header()));
+        let Some(value) = self.value.clone().or_else(from_trailer) else {
+            return Err(s3_error!(InvalidRequest, "the trailer {} is missing", algorithm.header()));
         };
         match found.checksum(algorithm) {
             Some(found) if found.value == value => Ok(()),
@@ -226,7 +226,7 @@ impl Claim {
     }
 }
 
-/// The answer to bytes that are not what their checksum says.
+/// The error for bytes that do not match their checksum.
 pub(super) fn mismatch(algorithm: Algorithm) -> S3Error {
     s3_error!(BadDigest, "The {} you specified did not match the calculated checksum.", algorithm.name())
 }
@@ -238,7 +238,7 @@ pub(super) struct Digests {
 }
 
 impl Digests {
-    /// The checksum, if its algorithm was among those that were asked for.
+    /// The checksum of this algorithm, if it was computed.
     pub(super) fn checksum(&self, algorithm: Algorithm) -> Option<Checksum> {
         let value = match algorithm {
             Algorithm::Crc32 => &self.sums.checksum_crc32,
@@ -251,7 +251,7 @@ impl Digests {
     }
 }
 
-/// Computes the digests of a body in one pass: its MD5, and the checksums that were asked for.
+/// Computes the digests of a body in one pass: its MD5, and the requested checksums.
 #[derive(Default)]
 pub(super) struct Hasher {
     md5: Md5,
@@ -259,7 +259,7 @@ pub(super) struct Hasher {
 }
 
 impl Hasher {
-    /// Asks for one more checksum.
+    /// Adds one more algorithm.
     pub(super) fn with(mut self, algorithm: Algorithm) -> Self {
         match algorithm {
             Algorithm::Crc32 => self.sums.crc32 = Some(Crc32::new()),
@@ -281,19 +281,19 @@ impl Hasher {
     }
 }
 
-/// The checksum of the parts' checksums.
+/// The composite checksum: the checksum of the parts' checksums.
 pub(super) fn composite<'a>(algorithm: Algorithm, parts: impl ExactSizeIterator<Item = &'a Checksum>) -> Checksum {
     let count = parts.len();
     let mut hasher = Hasher::default().with(algorithm);
     for part in parts {
         hasher.update(&part.bytes());
     }
-    let Checksum { value, .. } = hasher.finish().checksum(algorithm).expect("it was asked for");
+    let Checksum { value, .. } = hasher.finish().checksum(algorithm).expect("the hasher has this algorithm");
     Checksum { algorithm, value: format!("{value}-{count}") }
 }
 
-/// The CRC of all bytes, from the CRCs and sizes of the parts; a hash has no such thing.
-pub(super) fn combined<'a>(algorithm: Algorithm, parts: impl Iterator<Item = (&'a Checksum, u64)>) -> Option<Checksum> {
+/// The CRC of all bytes, from the CRCs and sizes of the parts. Hashes cannot be combined.
+pub(super) fn combine_crcs<'a>(algorithm: Algorithm, parts: impl Iterator<Item = (&'a Checksum, u64)>) -> Option<Checksum> {
     let crc = algorithm.crc()?;
     let number = |checksum: &Checksum| checksum.bytes().iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
     let joined = parts.map(|(checksum, size_bytes)| (number(checksum), size_bytes));
@@ -302,7 +302,7 @@ pub(super) fn combined<'a>(algorithm: Algorithm, parts: impl Iterator<Item = (&'
     Some(Checksum { algorithm, value })
 }
 
-/// The MD5 of the parts' MD5s, as the ETag of a multipart object has it.
+/// The ETag of a multipart object: the MD5 of the parts' MD5s.
 pub(super) fn multipart_etag<'a>(etags: impl ExactSizeIterator<Item = &'a str>) -> String {
     let count = etags.len();
     let mut md5 = Md5::new();
@@ -323,19 +323,19 @@ mod tests {
     }
 
     #[test]
-    fn the_crc_of_the_whole_follows_from_its_parts() {
+    fn the_crc_of_the_whole_is_computed_from_its_parts() {
         for algorithm in [Algorithm::Crc32, Algorithm::Crc32c, Algorithm::Crc64nvme] {
             let parts = [b"the first part, ".as_slice(), b"", b"another one, ", b"and the end"];
             let sums = parts.map(|part| (checksum(algorithm, part), part.len() as u64));
-            let whole = combined(algorithm, sums.iter().map(|(sum, size)| (sum, *size)));
+            let whole = combine_crcs(algorithm, sums.iter().map(|(sum, size)| (sum, *size)));
             assert_eq!(whole, Some(checksum(algorithm, &parts.concat())), "{algorithm:?}");
         }
     }
 
     #[test]
-    fn the_whole_hash_does_not_follow_from_the_hashes_of_the_parts() {
+    fn the_hash_of_the_whole_cannot_be_computed_from_its_parts() {
         let part = checksum(Algorithm::Sha256, b"part");
-        assert_eq!(combined(Algorithm::Sha256, [(&part, 4)].into_iter()), None);
+        assert_eq!(combine_crcs(Algorithm::Sha256, [(&part, 4)].into_iter()), None);
     }
 
     #[test]
@@ -344,7 +344,7 @@ mod tests {
         let (crc32, sha256, short, none) = (value(Algorithm::Crc32), value(Algorithm::Sha256), Some("c2hvcnQ=".to_owned()), None);
         let read = |crc32, sha256| {
             let [_, crc32c, crc64nvme, sha1, _] = Algorithm::ALL.map(|algorithm| (algorithm, &none));
-            single([(Algorithm::Crc32, crc32), crc32c, crc64nvme, sha1, (Algorithm::Sha256, sha256)])
+            single_checksum([(Algorithm::Crc32, crc32), crc32c, crc64nvme, sha1, (Algorithm::Sha256, sha256)])
         };
         assert_eq!(read(&none, &sha256).unwrap().unwrap().algorithm, Algorithm::Sha256);
         assert!(read(&none, &none).unwrap().is_none());

@@ -1,7 +1,7 @@
-//! Bytes on their way to disk and back.
+//! Writes and reads content: the bytes of objects and parts.
 //!
-//! Nothing holds more than a few hundred kilobytes of an object in memory. Hashing and writing happen on the blocking
-//! pool, so that a large upload does not make the others wait.
+//! At most a few hundred kilobytes of an object are in memory. Hashing and disk access run on the blocking pool, so that
+//! a large upload does not delay the others.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,124 +17,128 @@ use futures_util::{Stream, StreamExt as _};
 use s3s::{S3Error, S3ErrorCode, S3Result, StdError, s3_error};
 use uuid::Uuid;
 
-use super::broken;
-use super::checksum::{Algorithm, Checksum, Claim, Digests, Hasher};
+use super::checksum::{Algorithm, Checksum, Digests, ExpectedDigest, Hasher};
+use super::internal_error;
 
-/// How much is hashed and written in one go: enough to make the hop to the blocking pool cheap.
+/// How many bytes are hashed and written at once: enough to make the switch to the blocking pool cheap.
 const BATCH_BYTES: usize = 512 * 1024;
 
-/// How much of an object is read at a time.
+/// How many bytes of an object are read at once.
 const CHUNK_BYTES: u64 = 256 * 1024;
 
-/// How long a sender may be silent before its request is given up, as on AWS, so that a hung client holds no file.
-const SILENCE: Duration = Duration::from_secs(60);
+/// How long a sender may send no byte before its request fails, as on AWS. Without the limit, a stalled client would keep
+/// its file.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A run of bytes on disk. It is gone with its last holder, unless something durable names it.
+/// A content file. It is removed with its last reference in memory, unless a metadata file refers to it.
 ///
-/// So a body that never became an object leaves nothing behind, and a reader of an object that is deleted meanwhile
-/// still gets all of it.
+/// So a body that never became an object is removed, and a reader of an object that is deleted meanwhile still gets all
+/// its bytes.
 pub(super) struct Segment {
     path: PathBuf,
     pub(super) size_bytes: u64,
-    kept: AtomicBool,
+    is_referenced: AtomicBool,
 }
 
 impl Segment {
-    /// A segment that is on disk already, and named there.
-    pub(super) fn kept(path: PathBuf, size_bytes: u64) -> Arc<Self> {
-        Arc::new(Self { path, size_bytes, kept: AtomicBool::new(true) })
+    /// A segment on disk to which a metadata file refers.
+    pub(super) fn referenced(path: PathBuf, size_bytes: u64) -> Arc<Self> {
+        Arc::new(Self { path, size_bytes, is_referenced: AtomicBool::new(true) })
     }
 
-    /// The file's name, under which records on disk know it.
+    /// The file's name, as in metadata files.
     pub(super) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Something durable names it now.
-    pub(super) fn keep(&self) {
-        self.kept.store(true, Ordering::Relaxed);
+    /// Marks that a metadata file refers to the segment.
+    pub(super) fn mark_referenced(&self) {
+        self.is_referenced.store(true, Ordering::Relaxed);
     }
 
-    /// Nothing names it any more.
-    pub(super) fn release(&self) {
-        self.kept.store(false, Ordering::Relaxed);
+    /// Marks that no metadata file refers to the segment.
+    pub(super) fn mark_unreferenced(&self) {
+        self.is_referenced.store(false, Ordering::Relaxed);
     }
 }
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        if !self.kept.load(Ordering::Relaxed)
+        if !self.is_referenced.load(Ordering::Relaxed)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
-            // The next start removes it, for nothing names it.
-            tracing::warn!(%error, "left {} behind", self.path.display());
+            // The next start removes the file, because no metadata file refers to it.
+            tracing::warn!(%error, "could not remove {}, the next start removes it", self.path.display());
         }
     }
 }
 
-/// A body that came whole and is what its sender said.
-pub(super) struct Received {
+/// A complete body that matches its declared checksum.
+pub(super) struct ReceivedBody {
     pub(super) segment: Arc<Segment>,
-    /// The MD5 in hex, which is the ETag of a body that came in one piece.
+    /// The MD5 in hex. It is the ETag of an object that was sent in one PUT.
     pub(super) etag: String,
     pub(super) checksum: Checksum,
 }
 
-/// Writes a body to disk and holds it against its claim; `algorithm` is the checksum that the store keeps.
+/// Writes a body to disk and compares it with `expected`. `algorithm` is the checksum that the store keeps.
 pub(super) async fn receive<S>(
     directory: &Path,
     body: S,
     size_bytes: u64,
-    claim: &Claim,
+    expected: &ExpectedDigest,
     algorithm: Algorithm,
-) -> S3Result<Received>
+) -> S3Result<ReceivedBody>
 where
     S: Stream<Item = Result<Bytes, StdError>> + Unpin,
 {
     let path = directory.join(Uuid::new_v4().simple().to_string());
-    let hasher = Hasher::default().with(algorithm).with(claim.algorithm.unwrap_or(algorithm));
+    let hasher = Hasher::default().with(algorithm).with(expected.algorithm.unwrap_or(algorithm));
     let mut body = body;
-    let mut came = 0;
-    let mut working = tokio::task::spawn_blocking(move || Sink::create(path, hasher));
+    let mut received_bytes = 0;
+    let mut writing = tokio::task::spawn_blocking(move || ContentWriter::create(path, hasher));
     loop {
-        let (batch, ended) = batch(&mut body).await?;
-        came += batch.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
-        if came > size_bytes || (ended && came < size_bytes) {
-            return Err(s3_error!(IncompleteBody, "announced {size_bytes} bytes, {came} came"));
+        let (batch, ended) = read_batch(&mut body).await?;
+        received_bytes += batch.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
+        if received_bytes > size_bytes || (ended && received_bytes < size_bytes) {
+            return Err(s3_error!(
+                IncompleteBody,
+                "content-length is {size_bytes} bytes, but {received_bytes} bytes were received"
+            ));
         }
-        let sink = done(working.await)?;
+        let writer = flatten_result(writing.await)?;
         if ended {
-            let (segment, digests) = done(tokio::task::spawn_blocking(move || sink.write(batch)?.finish()).await)?;
-            claim.check(&digests)?;
-            let checksum = digests.checksum(algorithm).expect("it was asked for");
-            return Ok(Received { segment, etag: hex::encode(digests.md5), checksum });
+            let (segment, digests) = flatten_result(tokio::task::spawn_blocking(move || writer.write(batch)?.finish()).await)?;
+            expected.check(&digests)?;
+            let checksum = digests.checksum(algorithm).expect("the hasher has this algorithm");
+            return Ok(ReceivedBody { segment, etag: hex::encode(digests.md5), checksum });
         }
-        working = tokio::task::spawn_blocking(move || sink.write(batch));
+        writing = tokio::task::spawn_blocking(move || writer.write(batch));
     }
 }
 
-/// The next few pieces of a body, and whether they are its last.
-async fn batch<S>(body: &mut S) -> S3Result<(Vec<Bytes>, bool)>
+/// Reads the next chunks of a body, and whether they are its last.
+async fn read_batch<S>(body: &mut S) -> S3Result<(Vec<Bytes>, bool)>
 where
     S: Stream<Item = Result<Bytes, StdError>> + Unpin,
 {
     let (mut batch, mut size) = (Vec::new(), 0);
     while size < BATCH_BYTES {
-        let next = tokio::time::timeout(SILENCE, body.next()).await;
-        match next.map_err(|_| s3_error!(RequestTimeout, "nothing came for {} s", SILENCE.as_secs()))? {
+        let next = tokio::time::timeout(READ_TIMEOUT, body.next()).await;
+        match next.map_err(|_| s3_error!(RequestTimeout, "no byte was received for {} s", READ_TIMEOUT.as_secs()))? {
             Some(Ok(bytes)) => {
                 size += bytes.len();
                 batch.push(bytes);
             }
-            Some(Err(error)) => return Err(refused(&error)),
+            Some(Err(error)) => return Err(body_error(&error)),
             None => return Ok((batch, true)),
         }
     }
     Ok((batch, false))
 }
 
-/// Why a body ended early. s3s checks signed bodies as they pass, but keeps the types of its errors to itself.
-fn refused(error: &StdError) -> S3Error {
+/// Why a body ended early. s3s verifies signed bodies while they are read, but its error types are private.
+fn body_error(error: &StdError) -> S3Error {
     let message = error.to_string();
     if message.contains("Sha256Mismatch") {
         let mut error = S3Error::new(S3ErrorCode::Custom("XAmzContentSHA256Mismatch".into()));
@@ -148,21 +152,21 @@ fn refused(error: &StdError) -> S3Error {
     s3_error!(IncompleteBody, "the body ended early")
 }
 
-fn done<T>(outcome: Result<io::Result<T>, tokio::task::JoinError>) -> S3Result<T> {
-    outcome.map_err(broken)?.map_err(broken)
+fn flatten_result<T>(outcome: Result<io::Result<T>, tokio::task::JoinError>) -> S3Result<T> {
+    outcome.map_err(internal_error)?.map_err(internal_error)
 }
 
-/// A file that is being written and hashed.
-struct Sink {
+/// A content file that is being written and hashed.
+struct ContentWriter {
     file: File,
     segment: Segment,
     hasher: Hasher,
 }
 
-impl Sink {
+impl ContentWriter {
     fn create(path: PathBuf, hasher: Hasher) -> io::Result<Self> {
         let file = File::create_new(&path)?;
-        Ok(Self { file, segment: Segment { path, size_bytes: 0, kept: AtomicBool::new(false) }, hasher })
+        Ok(Self { file, segment: Segment { path, size_bytes: 0, is_referenced: AtomicBool::new(false) }, hasher })
     }
 
     fn write(mut self, batch: Vec<Bytes>) -> io::Result<Self> {
@@ -176,13 +180,13 @@ impl Sink {
 
     fn finish(self) -> io::Result<(Arc<Segment>, Digests)> {
         self.file.sync_all()?;
-        // Its name has to survive a crash as well as its bytes.
+        // The directory is synced too, so that the name survives a crash.
         File::open(self.segment.path.parent().expect("it is in a directory"))?.sync_all()?;
         Ok((Arc::new(self.segment), self.hasher.finish()))
     }
 }
 
-/// Streams `range` of the bytes that `segments` hold one after the other.
+/// Streams `range` of the concatenated bytes of `segments`.
 pub(super) fn read(segments: &[Arc<Segment>], range: Range<u64>) -> impl Stream<Item = Result<Bytes, io::Error>> + use<> {
     let mut left = VecDeque::new();
     let mut start = 0;
@@ -194,18 +198,18 @@ pub(super) fn read(segments: &[Arc<Segment>], range: Range<u64>) -> impl Stream<
         }
         start = end;
     }
-    futures_util::stream::try_unfold(Reader { left, open: None }, |reader| async move {
+    futures_util::stream::try_unfold(SegmentReader { left, open: None }, |reader| async move {
         tokio::task::spawn_blocking(move || reader.next()).await.map_err(io::Error::other)?
     })
 }
 
-/// What is still to be read, and the file that it is being read from.
-struct Reader {
+/// The segments that are still to be read, and the open file.
+struct SegmentReader {
     left: VecDeque<(Arc<Segment>, Range<u64>)>,
     open: Option<(Arc<Segment>, File, u64)>,
 }
 
-impl Reader {
+impl SegmentReader {
     fn next(mut self) -> io::Result<Option<(Bytes, Self)>> {
         if self.open.is_none() {
             let Some((segment, range)) = self.left.pop_front() else { return Ok(None) };

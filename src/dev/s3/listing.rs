@@ -1,4 +1,4 @@
-//! Lists, in pages: buckets, objects, versions, uploads.
+//! Listings in pages: buckets, objects, versions, uploads.
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -14,39 +14,39 @@ use super::api::Api;
 use super::objects::{etag, kind, length};
 use super::record::Object;
 
-/// The most entries that one page has.
-const PAGE: i32 = 1000;
+/// The most entries of one page.
+const MAX_PAGE_ENTRIES: i32 = 1000;
 
-/// A page of a sorted list.
+/// A page of a sorted listing.
 #[derive(Debug)]
 struct Page<T> {
     entries: Vec<T>,
-    /// What the entries that are rolled up begin with.
+    /// The common prefixes, which replace the entries below them.
     prefixes: Vec<String>,
-    /// Where the next page begins: behind this name.
+    /// The next page begins after this name.
     next: Option<String>,
 }
 
-/// What is asked of a list.
+/// The query of a listing.
 struct Query<'a> {
     prefix: &'a str,
     delimiter: Option<&'a str>,
-    /// The list begins behind this name; a rolled-up prefix stands for all that begin with it.
+    /// The listing begins after this name. A common prefix also stands for all names below it.
     after: Option<&'a str>,
-    most: usize,
+    max_entries: usize,
 }
 
 impl<'a> Query<'a> {
-    fn new(prefix: &'a Option<String>, delimiter: &'a Option<String>, after: Option<&'a str>, most: Option<i32>) -> Self {
+    fn new(prefix: &'a Option<String>, delimiter: &'a Option<String>, after: Option<&'a str>, max_entries: Option<i32>) -> Self {
         Self {
             prefix: prefix.as_deref().unwrap_or_default(),
             delimiter: delimiter.as_deref().filter(|delimiter| !delimiter.is_empty()),
             after: after.filter(|after| !after.is_empty()),
-            most: most.unwrap_or(PAGE).clamp(0, PAGE).unsigned_abs() as usize,
+            max_entries: max_entries.unwrap_or(MAX_PAGE_ENTRIES).clamp(0, MAX_PAGE_ENTRIES).unsigned_abs() as usize,
         }
     }
 
-    /// The first name that can be in the list.
+    /// The lower bound of the names in the listing.
     fn start(&self) -> Bound<&'a str> {
         match self.after {
             Some(after) if after >= self.prefix => Bound::Excluded(after),
@@ -54,27 +54,28 @@ impl<'a> Query<'a> {
         }
     }
 
-    /// Takes a page out of names that are sorted and begin at [`Query::start`].
+    /// Builds a page from sorted names that begin at [`Query::start`].
     fn page<'n, T>(&self, sorted: impl Iterator<Item = (&'n str, T)>) -> Page<T> {
         let mut page = Page { entries: Vec::new(), prefixes: Vec::<String>::new(), next: None };
         let mut last = None;
         for (name, entry) in sorted.take_while(|(name, _)| name.starts_with(self.prefix)) {
             let rest = &name[self.prefix.len()..];
-            let rolled = self.delimiter.and_then(|delimiter| {
+            let common_prefix = self.delimiter.and_then(|delimiter| {
                 let end = rest.find(delimiter)? + delimiter.len();
                 Some(&name[..self.prefix.len() + end])
             });
-            if rolled.is_some_and(|rolled| self.after == Some(rolled) || page.prefixes.last().is_some_and(|last| last == rolled))
-            {
+            if common_prefix.is_some_and(|common_prefix| {
+                self.after == Some(common_prefix) || page.prefixes.last().is_some_and(|last| last == common_prefix)
+            }) {
                 continue;
             }
-            if page.entries.len() + page.prefixes.len() == self.most {
+            if page.entries.len() + page.prefixes.len() == self.max_entries {
                 page.next = last;
                 return page;
             }
-            last = Some(rolled.unwrap_or(name).to_owned());
-            match rolled {
-                Some(rolled) => page.prefixes.push(rolled.to_owned()),
+            last = Some(common_prefix.unwrap_or(name).to_owned());
+            match common_prefix {
+                Some(common_prefix) => page.prefixes.push(common_prefix.to_owned()),
                 None => page.entries.push(entry),
             }
         }
@@ -84,7 +85,7 @@ impl<'a> Query<'a> {
 
 impl Api {
     pub(super) fn buckets(&self) -> ListBucketsOutput {
-        let buckets = self.store.look(|buckets| {
+        let buckets = self.store.with_buckets(|buckets| {
             let listed = buckets.iter().map(|(name, bucket)| Bucket {
                 name: Some(name.clone()),
                 creation_date: Some(bucket.created.into()),
@@ -97,8 +98,8 @@ impl Api {
     }
 
     pub(super) fn objects(&self, input: ListObjectsV2Input) -> S3Result<ListObjectsV2Output> {
-        let continued = input.continuation_token.as_deref().map(decode).transpose()?;
-        let after = continued.as_deref().or(input.start_after.as_deref());
+        let token_name = input.continuation_token.as_deref().map(decode).transpose()?;
+        let after = token_name.as_deref().or(input.start_after.as_deref());
         let page = self.object_page(&input.bucket, &Query::new(&input.prefix, &input.delimiter, after, input.max_keys))?;
         let count = i32::try_from(page.entries.len() + page.prefixes.len()).expect("a page has at most 1000 entries");
         let contents = page.entries.iter().map(|object| s3s::dto::Object {
@@ -115,7 +116,7 @@ impl Api {
             contents: Some(contents.collect()),
             common_prefixes: Some(prefixes(page.prefixes)),
             key_count: Some(count),
-            max_keys: Some(input.max_keys.unwrap_or(PAGE)),
+            max_keys: Some(input.max_keys.unwrap_or(MAX_PAGE_ENTRIES)),
             is_truncated: Some(page.next.is_some()),
             next_continuation_token: page.next.map(hex::encode),
             continuation_token: input.continuation_token,
@@ -148,7 +149,7 @@ impl Api {
             next_version_id_marker: page.next.as_ref().map(|_| "null".to_owned()),
             next_key_marker: page.next,
             key_marker: input.key_marker.or_else(|| Some(String::new())),
-            max_keys: Some(input.max_keys.unwrap_or(PAGE)),
+            max_keys: Some(input.max_keys.unwrap_or(MAX_PAGE_ENTRIES)),
             name: Some(input.bucket),
             prefix: input.prefix.or_else(|| Some(String::new())),
             delimiter: input.delimiter,
@@ -162,17 +163,17 @@ impl Api {
         }
         let query = Query::new(&input.prefix, &None, None, input.max_uploads);
         let marker = input.key_marker.as_deref().filter(|marker| !marker.is_empty());
-        let within = input.upload_id_marker.as_deref();
-        // Without an upload id the list goes on behind all uploads of the marker's key.
-        let behind = |key: &str, id: &str| {
-            marker.is_none_or(|marker| key > marker || (key == marker && within.is_some_and(|within| id > within)))
+        let id_marker = input.upload_id_marker.as_deref();
+        // Without an upload id, the listing continues after all uploads of the marker's key.
+        let is_after_marker = |key: &str, id: &str| {
+            marker.is_none_or(|marker| key > marker || (key == marker && id_marker.is_some_and(|id_marker| id > id_marker)))
         };
-        let mut listed = self.store.bucket(&input.bucket, |bucket| {
-            let all = bucket.uploads.iter().filter(|((key, id), _)| key.starts_with(query.prefix) && behind(key, id));
-            Ok(all.take(query.most + 1).map(|(_, upload)| Arc::clone(&upload.facts)).collect::<Vec<_>>())
+        let mut listed = self.store.with_bucket(&input.bucket, |bucket| {
+            let all = bucket.uploads.iter().filter(|((key, id), _)| key.starts_with(query.prefix) && is_after_marker(key, id));
+            Ok(all.take(query.max_entries + 1).map(|(_, upload)| Arc::clone(&upload.facts)).collect::<Vec<_>>())
         })?;
-        let truncated = listed.len() > query.most;
-        listed.truncate(query.most);
+        let truncated = listed.len() > query.max_entries;
+        listed.truncate(query.max_entries);
         let last = listed.last().filter(|_| truncated);
         let uploads = listed.iter().map(|facts| MultipartUpload {
             key: Some(facts.key.clone()),
@@ -189,7 +190,7 @@ impl Api {
             next_upload_id_marker: last.map(|facts| facts.upload_id.clone()),
             key_marker: input.key_marker.clone(),
             upload_id_marker: input.upload_id_marker.clone(),
-            max_uploads: Some(input.max_uploads.unwrap_or(PAGE)),
+            max_uploads: Some(input.max_uploads.unwrap_or(MAX_PAGE_ENTRIES)),
             prefix: input.prefix.clone(),
             bucket: Some(input.bucket.clone()),
             ..Default::default()
@@ -197,7 +198,7 @@ impl Api {
     }
 
     fn object_page(&self, bucket: &str, query: &Query<'_>) -> S3Result<Page<Arc<Object>>> {
-        self.store.bucket(bucket, |bucket| {
+        self.store.with_bucket(bucket, |bucket| {
             let sorted = bucket.objects.range::<str, _>((query.start(), Bound::Unbounded));
             Ok(query.page(sorted.map(|(key, object)| (key.as_str(), Arc::clone(object)))))
         })
@@ -208,7 +209,8 @@ fn prefixes(prefixes: Vec<String>) -> Vec<CommonPrefix> {
     prefixes.into_iter().map(|prefix| CommonPrefix { prefix: Some(prefix) }).collect()
 }
 
-/// A continuation token is the last name of the page before, in hex, for names may hold what a URL may not.
+/// Decodes a continuation token: the last name of the previous page in hex, because names may contain characters that a
+/// URL may not.
 fn decode(token: &str) -> S3Result<String> {
     let name = hex::decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     name.ok_or_else(|| s3_error!(InvalidArgument, "The continuation token provided is incorrect"))
@@ -220,12 +222,12 @@ mod tests {
 
     use super::*;
 
-    fn walk(names: &[&str], prefix: &str, delimiter: Option<&str>, most: i32) -> Vec<(Vec<String>, Vec<String>)> {
+    fn list_all(names: &[&str], prefix: &str, delimiter: Option<&str>, max_entries: i32) -> Vec<(Vec<String>, Vec<String>)> {
         let names: BTreeSet<&str> = names.iter().copied().collect();
         let (prefix, delimiter) = (Some(prefix.to_owned()), delimiter.map(str::to_owned));
         let (mut pages, mut after) = (Vec::new(), None);
         for _ in 0..=names.len() {
-            let query = Query::new(&prefix, &delimiter, after.as_deref(), Some(most));
+            let query = Query::new(&prefix, &delimiter, after.as_deref(), Some(max_entries));
             let sorted = names.range::<str, _>((query.start(), Bound::Unbounded));
             let page = query.page(sorted.map(|name| (*name, (*name).to_owned())));
             pages.push((page.entries, page.prefixes));
@@ -234,7 +236,7 @@ mod tests {
                 return pages;
             }
         }
-        panic!("a list of {} names does not end", names.len());
+        panic!("a listing of {} names does not end", names.len());
     }
 
     fn strings(names: &[&str]) -> Vec<String> {
@@ -242,18 +244,18 @@ mod tests {
     }
 
     #[test]
-    fn pages_hold_everything_once_and_in_order() {
+    fn pages_have_every_name_once_and_in_order() {
         let names = ["a/1", "a/2", "a/3", "b", "c"];
-        let pages = walk(&names, "", None, 2);
+        let pages = list_all(&names, "", None, 2);
         assert_eq!(pages.len(), 3);
         assert_eq!(pages.into_iter().flat_map(|(entries, _)| entries).collect::<Vec<_>>(), strings(&names));
-        assert_eq!(walk(&names, "a/", None, 9), [(strings(&["a/1", "a/2", "a/3"]), vec![])]);
+        assert_eq!(list_all(&names, "a/", None, 9), [(strings(&["a/1", "a/2", "a/3"]), vec![])]);
     }
 
     #[test]
-    fn a_prefix_that_is_rolled_up_is_listed_once_across_pages() {
+    fn a_common_prefix_is_listed_once_across_pages() {
         let names = ["a/1", "a/2", "b", "c/1", "c/2"];
-        let pages = walk(&names, "", Some("/"), 1);
+        let pages = list_all(&names, "", Some("/"), 1);
         let prefix = |name| (vec![], strings(&[name]));
         assert_eq!(pages, [prefix("a/"), (strings(&["b"]), vec![]), prefix("c/")]);
     }

@@ -1,13 +1,14 @@
-//! The S3 that `lfs-broker dev` and the hermetic tests put their objects into.
+//! The embedded S3 server of `lfs-broker dev` and of tests without external servers.
 //!
-//! `s3s` speaks the protocol (signatures, XML, ranges); this room adds a guard in front of it and a small store of
-//! files behind it. It answers as AWS documents it where the broker relies on an answer, and says 501 to the rest.
+//! `s3s` implements the protocol (signatures, XML, ranges). This module adds request checks before it and a small file
+//! store behind it. Where the broker depends on a response, it is the one that AWS documents. Unsupported operations get
+//! 501.
 
 mod api;
 mod checksum;
 mod conditions;
 mod content;
-mod front;
+mod handler;
 mod listing;
 mod multipart;
 mod objects;
@@ -30,30 +31,30 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use api::Api;
-use front::Front;
+use handler::RequestHandler;
 use store::Store;
 
-/// How long requests in flight may take to end when the server stops.
-const FAREWELL: Duration = Duration::from_secs(5);
+/// How long running requests may take to finish when the server stops.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection may be idle. Longer than clients keep theirs (90 s is usual), so that it is they who close.
-const IDLE: Duration = Duration::from_secs(300);
+/// How long a connection may be idle. Clients usually close theirs after 90 s, so they close first.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Where the store listens, where it keeps its objects, and the one credential it accepts.
+/// The address of the server, the directory of its objects, and the one credential that it accepts.
 #[derive(Clone)]
 pub struct Settings {
-    /// The address to listen on; port 0 takes a free one.
+    /// The address to listen on. With port 0, any free port.
     pub listen: SocketAddr,
-    /// The directory of the objects, made if it is not there. One server at a time can use it.
+    /// The directory of the objects. A missing directory is created. Only one server at a time can use it.
     pub root: PathBuf,
-    /// The name of the credential.
+    /// The access key id.
     pub access_key_id: String,
-    /// The secret of the credential.
+    /// The secret access key.
     pub secret_access_key: String,
 }
 
 impl fmt::Debug for Settings {
-    /// Shows everything but the secret.
+    /// Omits the secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { listen, root, access_key_id, .. } = self;
         let mut shown = f.debug_struct("Settings");
@@ -61,48 +62,48 @@ impl fmt::Debug for Settings {
     }
 }
 
-/// What keeps the store from starting.
+/// An error of the embedded S3 server.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The address is taken, or not ours.
+    /// The server cannot listen on the address.
     #[error("cannot listen on {address}: {source}")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// Another server has the directory open.
+    /// Another server uses the directory.
     #[error("{} is in use by another server", .0.display())]
-    Busy(PathBuf),
+    InUse(PathBuf),
     /// A file or directory of the store cannot be read or written.
     #[error("{}: {source}", path.display())]
-    Root {
+    File {
         /// The file or directory.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A record on disk is not one of ours.
-    #[error("{} is no record: {source}", path.display())]
-    Record {
-        /// The record.
+    /// A metadata file of the store is malformed.
+    #[error("the metadata file {} is malformed: {source}", path.display())]
+    Metadata {
+        /// The metadata file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The parse error.
         source: serde_json::Error,
     },
-    /// A record names bytes that are not there.
-    #[error("{} names bytes that are not there", .0.display())]
-    Incomplete(PathBuf),
-    /// S3 does not allow this name for a bucket.
-    #[error("{0:?} cannot be the name of a bucket")]
+    /// A metadata file refers to missing content.
+    #[error("the metadata file {} refers to content that is missing or has another size", .0.display())]
+    MissingContent(PathBuf),
+    /// S3 does not allow this bucket name.
+    #[error("{0:?} is not a valid bucket name")]
     BucketName(String),
-    /// The thread that was to do it ended.
-    #[error("interrupted: {0}")]
+    /// The thread of the operation ended.
+    #[error("a thread of the embedded S3 server ended: {0}")]
     Interrupted(#[from] tokio::task::JoinError),
 }
 
-/// A running store.
+/// A running S3 server.
 pub struct Server {
     address: SocketAddr,
     store: Arc<Store>,
@@ -111,81 +112,81 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the store and serves it on the current runtime until [`Server::stop`], or until the server is dropped.
+    /// Opens the store and serves it on the current runtime. [`Server::stop`] or dropping the server stops it.
     pub async fn start(settings: Settings) -> Result<Self, Error> {
         let Settings { listen, root, access_key_id, secret_access_key } = settings;
         let failed = |source| Error::Listen { address: listen, source };
         let store = Arc::new(tokio::task::spawn_blocking(move || Store::open(&root)).await??);
         let listener = TcpListener::bind(listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        let front = Front::new(Api::new(Arc::clone(&store)), access_key_id, &secret_access_key);
+        let handler = RequestHandler::new(Api::new(Arc::clone(&store)), access_key_id, &secret_access_key);
         let (stopping, stopped) = watch::channel(false);
-        let running = tokio::spawn(run(listener, front, stopped));
+        let running = tokio::spawn(run(listener, handler, stopped));
         Ok(Self { address, store, stopping, running })
     }
 
-    /// Where it listens.
+    /// The address of the server.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it listens, as S3 clients want to be told.
+    /// The endpoint for S3 clients.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Makes a bucket, if it is not there already.
+    /// Creates a bucket if it does not exist.
     pub async fn create_bucket(&self, name: &str) -> Result<(), Error> {
         let (store, name) = (Arc::clone(&self.store), name.to_owned());
         tokio::task::spawn_blocking(move || store.create_bucket(&name)).await??;
         Ok(())
     }
 
-    /// Stops accepting, and gives requests in flight five seconds to end.
+    /// Stops accepting connections, and waits up to five seconds for running requests.
     pub async fn stop(self) {
-        // Without a receiver the server has ended already.
+        // Without a receiver, the server has already ended.
         let _ = self.stopping.send(true);
         if let Err(error) = self.running.await {
-            tracing::error!(%error, "the embedded S3 server ended badly");
+            tracing::error!(%error, "the embedded S3 server failed");
         }
     }
 }
 
-async fn run(listener: TcpListener, front: Front, mut stopping: watch::Receiver<bool>) {
+async fn run(listener: TcpListener, handler: RequestHandler, mut stopping: watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn(serve(stream, front.clone(), stopping.clone()));
+                    connections.spawn(serve(stream, handler.clone(), stopping.clone()));
                 }
                 Err(error) => {
-                    // Out of file descriptors, most likely: a moment later some are free.
-                    tracing::warn!(%error, "could not accept a connection");
+                    // Most likely no file descriptor is free. Retry after a short wait.
+                    tracing::warn!(%error, "the embedded S3 server could not accept a connection, retrying in 50 ms");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             },
             Some(_) = connections.join_next() => {}
-            // The sender is told to stop, or is gone.
+            // The server is stopping, or its handle was dropped.
             _ = stopping.changed() => break,
         }
     }
     drop(listener);
-    let ended = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(FAREWELL, ended).await.is_err() {
+    let all_closed = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(SHUTDOWN_TIMEOUT, all_closed).await.is_err() {
         connections.shutdown().await;
     }
 }
 
-async fn serve(stream: TcpStream, front: Front, mut stopping: watch::Receiver<bool>) {
-    // Answers are small and complete: waiting for more to send only delays them.
+async fn serve(stream: TcpStream, handler: RequestHandler, mut stopping: watch::Receiver<bool>) {
+    // Responses are written at once, so Nagle's algorithm would only delay them.
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |request| {
-        let front = front.clone();
-        async move { front.answer(request).await }
+        let handler = handler.clone();
+        async move { handler.handle(request).await }
     });
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
@@ -195,12 +196,12 @@ async fn serve(stream: TcpStream, front: Front, mut stopping: watch::Receiver<bo
         }
     };
     if let Err(error) = outcome {
-        tracing::debug!(error, "a connection to the embedded S3 server ended early");
+        tracing::debug!(error, "a connection to the embedded S3 server failed");
     }
 }
 
-/// What a client is told when a disk or a thread fails; the log has the reason.
-fn broken(error: impl std::error::Error + Send + Sync + 'static) -> S3Error {
-    tracing::error!(%error, "the embedded S3 server could not do it");
+/// Converts a disk or thread error to an internal error of S3. Only the log contains the reason.
+fn internal_error(error: impl std::error::Error + Send + Sync + 'static) -> S3Error {
+    tracing::error!(%error, "an operation of the embedded S3 server failed, the client gets InternalError");
     S3Error::with_message(S3ErrorCode::InternalError, "We encountered an internal error. Please try again.")
 }

@@ -1,4 +1,4 @@
-//! What is done with one object: put, get, head, copy, delete.
+//! The operations on one object: put, get, head, copy, delete.
 
 use std::sync::Arc;
 
@@ -7,35 +7,35 @@ use s3s::dto::*;
 use s3s::{S3ErrorCode, S3Request, S3Result, StdError, s3_error};
 use time::OffsetDateTime;
 
-use super::api::{Api, only_version, refuse_unknown};
-use super::checksum::{Algorithm, Claim, Kind, declared, show};
+use super::api::{Api, check_null_version, reject_unsupported_headers};
+use super::checksum::{Algorithm, ExpectedDigest, Kind, declared, set_checksum};
 use super::conditions::{self, conditions};
-use super::content::{self, Received};
-use super::record::{Labels, Object, ObjectFacts, describe, labels};
+use super::content::{self, ReceivedBody};
+use super::record::{Object, ObjectFacts, ObjectHeaders, object_headers, set_object_headers};
 
-/// The most that AWS takes in one PUT, as one part, or as the source of one copy.
-const LARGEST_PUT_BYTES: u64 = 5 << 30;
+/// AWS's limit on the bytes of one PUT, one part, and the source of one copy.
+const MAX_PUT_BYTES: u64 = 5 << 30;
 
-/// AWS's limit on what a client's metadata weighs.
-const LARGEST_METADATA_BYTES: usize = 2048;
+/// AWS's limit on the size of user metadata.
+const MAX_METADATA_BYTES: usize = 2048;
 
 impl Api {
     pub(super) async fn put(&self, request: S3Request<PutObjectInput>) -> S3Result<PutObjectOutput> {
         let S3Request { input, headers, trailing_headers, .. } = request;
-        refuse_unknown(&headers)?;
+        reject_unsupported_headers(&headers)?;
         let condition = conditions::Write::read(input.if_match, input.if_none_match.as_ref())?;
-        let labels = checked(labels!(input))?;
-        let size_bytes = announced(input.content_length)?;
-        self.store.bucket(&input.bucket, |_| Ok(()))?;
-        let claim = Claim::read(declared!(input)?, input.content_md5.as_deref(), &headers, trailing_headers)?;
-        let body = input.body.ok_or_else(|| s3_error!(IncompleteBody, "there is no body"))?;
-        let algorithm = claim.algorithm.unwrap_or(Algorithm::Crc64nvme);
-        let received = content::receive(&self.store.content(), body, size_bytes, &claim, algorithm).await?;
-        let object = whole(input.key, received, labels);
+        let object_headers = check_metadata_size(object_headers!(input))?;
+        let size_bytes = content_length(input.content_length)?;
+        self.store.with_bucket(&input.bucket, |_| Ok(()))?;
+        let expected = ExpectedDigest::read(declared!(input)?, input.content_md5.as_deref(), &headers, trailing_headers)?;
+        let body = input.body.ok_or_else(|| s3_error!(IncompleteBody, "the request has no body"))?;
+        let algorithm = expected.algorithm.unwrap_or(Algorithm::Crc64nvme);
+        let received = content::receive(&self.store.content(), body, size_bytes, &expected, algorithm).await?;
+        let object = single_part_object(input.key, received, object_headers);
         let bucket = input.bucket;
         let object = self.blocking(move |store| store.put(&bucket, object, &condition)).await?;
         let mut output = PutObjectOutput { e_tag: Some(etag(&object)), checksum_type: Some(kind(&object)), ..Default::default() };
-        show!(output, &object.facts.checksum);
+        set_checksum!(output, &object.facts.checksum);
         Ok(output)
     }
 
@@ -43,7 +43,7 @@ impl Api {
         if input.part_number.is_some() {
             return Err(s3_error!(NotImplemented, "Reading a part by its number is not implemented."));
         }
-        let object = self.readable(&input.bucket, &input.key, input.version_id.as_deref())?;
+        let object = self.find_object(&input.bucket, &input.key, input.version_id.as_deref())?;
         conditions!(input).check(&object)?;
         let facts = &object.facts;
         let (range, content_range) = match &input.range {
@@ -65,11 +65,11 @@ impl Api {
             last_modified: Some(facts.modified.into()),
             ..Default::default()
         };
-        describe!(output, &facts.labels);
-        // A checksum of the whole says nothing about a range of it.
+        set_object_headers!(output, &facts.headers);
+        // The checksum of the whole object cannot verify a range.
         if wants_checksum(input.checksum_mode.as_ref()) && content_range.is_none() {
             output.checksum_type = Some(kind(&object));
-            show!(output, &facts.checksum);
+            set_checksum!(output, &facts.checksum);
         }
         output.content_range = content_range;
         Ok(output)
@@ -79,7 +79,7 @@ impl Api {
         if input.part_number.is_some() || input.range.is_some() {
             return Err(s3_error!(NotImplemented, "HEAD of a part or a range is not implemented."));
         }
-        let object = self.readable(&input.bucket, &input.key, input.version_id.as_deref())?;
+        let object = self.find_object(&input.bucket, &input.key, input.version_id.as_deref())?;
         conditions!(input).check(&object)?;
         let mut output = HeadObjectOutput {
             accept_ranges: Some("bytes".to_owned()),
@@ -88,58 +88,59 @@ impl Api {
             last_modified: Some(object.facts.modified.into()),
             ..Default::default()
         };
-        describe!(output, &object.facts.labels);
+        set_object_headers!(output, &object.facts.headers);
         if wants_checksum(input.checksum_mode.as_ref()) {
             output.checksum_type = Some(kind(&object));
-            show!(output, &object.facts.checksum);
+            set_checksum!(output, &object.facts.checksum);
         }
         Ok(output)
     }
 
     pub(super) async fn copy(&self, request: S3Request<CopyObjectInput>) -> S3Result<CopyObjectOutput> {
         let S3Request { input, headers, .. } = request;
-        refuse_unknown(&headers)?;
+        reject_unsupported_headers(&headers)?;
         let CopySource::Bucket { bucket, key, version_id } = &input.copy_source else {
             return Err(s3_error!(NotImplemented, "Only objects can be copied, by bucket and key."));
         };
-        let source = self.readable(bucket, key, version_id.as_deref())?;
-        let asked = conditions::Read {
+        let source = self.find_object(bucket, key, version_id.as_deref())?;
+        let condition = conditions::Read {
             if_match: &input.copy_source_if_match,
             if_none_match: &input.copy_source_if_none_match,
             if_modified_since: &input.copy_source_if_modified_since,
             if_unmodified_since: &input.copy_source_if_unmodified_since,
         };
-        // Where a read would be told 304, a copy is told 412.
-        asked.check(&source).map_err(|_| conditions::failed())?;
-        if source.facts.size_bytes > LARGEST_PUT_BYTES {
-            return Err(s3_error!(InvalidRequest, "The specified copy source is larger than {LARGEST_PUT_BYTES} bytes"));
+        // Where a read answers 304, a copy answers 412.
+        condition.check(&source).map_err(|_| conditions::precondition_failed())?;
+        if source.facts.size_bytes > MAX_PUT_BYTES {
+            return Err(s3_error!(InvalidRequest, "The specified copy source is larger than {MAX_PUT_BYTES} bytes"));
         }
-        let replaced =
+        let replaces_metadata =
             input.metadata_directive.as_ref().is_some_and(|directive| directive.as_str() == MetadataDirective::REPLACE);
-        if !replaced && input.bucket == **bucket && input.key == **key {
+        if !replaces_metadata && input.bucket == **bucket && input.key == **key {
             return Err(s3_error!(InvalidRequest, "This copy request is illegal because it changes nothing."));
         }
-        let labels = if replaced { checked(labels!(input))? } else { source.facts.labels.clone() };
-        self.store.bucket(&input.bucket, |_| Ok(()))?;
+        let object_headers =
+            if replaces_metadata { check_metadata_size(object_headers!(input))? } else { source.facts.headers.clone() };
+        self.store.with_bucket(&input.bucket, |_| Ok(()))?;
         let algorithm = match &input.checksum_algorithm {
             Some(name) => Algorithm::parse(name.as_str())?,
             None => source.facts.checksum.algorithm,
         };
         let size_bytes = source.facts.size_bytes;
         let body = content::read(&source.content, 0..size_bytes).map(|chunk| chunk.map_err(StdError::from)).boxed();
-        let received = content::receive(&self.store.content(), body, size_bytes, &Claim::none(), algorithm).await?;
-        let object = whole(input.key, received, labels);
+        let received = content::receive(&self.store.content(), body, size_bytes, &ExpectedDigest::none(), algorithm).await?;
+        let object = single_part_object(input.key, received, object_headers);
         let bucket = input.bucket;
-        let object = self.blocking(move |store| store.put(&bucket, object, &conditions::Write::always())).await?;
+        let object = self.blocking(move |store| store.put(&bucket, object, &conditions::Write::none())).await?;
         let modified = Some(object.facts.modified.into());
         let mut result = CopyObjectResult { e_tag: Some(etag(&object)), last_modified: modified, ..Default::default() };
         result.checksum_type = Some(kind(&object));
-        show!(result, &object.facts.checksum);
+        set_checksum!(result, &object.facts.checksum);
         Ok(CopyObjectOutput { copy_object_result: Some(result), ..Default::default() })
     }
 
     pub(super) async fn delete(&self, input: DeleteObjectInput) -> S3Result<DeleteObjectOutput> {
-        only_version(input.version_id.as_deref())?;
+        check_null_version(input.version_id.as_deref())?;
         if input.if_match.is_some() || input.if_match_size.is_some() || input.if_match_last_modified_time.is_some() {
             return Err(s3_error!(NotImplemented, "Conditional deletes are not implemented."));
         }
@@ -151,14 +152,14 @@ impl Api {
     pub(super) async fn delete_many(&self, input: DeleteObjectsInput) -> S3Result<DeleteObjectsOutput> {
         let DeleteObjectsInput { bucket, delete, .. } = input;
         if delete.objects.len() > 1000 {
-            return Err(s3_error!(MalformedXML, "{} keys are more than 1000", delete.objects.len()));
+            return Err(s3_error!(MalformedXML, "the request has {} keys, more than the limit of 1000", delete.objects.len()));
         }
-        self.store.bucket(&bucket, |_| Ok(()))?;
+        self.store.with_bucket(&bucket, |_| Ok(()))?;
         let (mut deleted, mut errors) = (Vec::new(), Vec::new());
         for ObjectIdentifier { key, version_id, e_tag, last_modified_time, size } in delete.objects {
             let outcome = if e_tag.is_some() || last_modified_time.is_some() || size.is_some() {
                 Err(s3_error!(NotImplemented, "Conditional deletes are not implemented."))
-            } else if let Err(error) = only_version(version_id.as_deref()) {
+            } else if let Err(error) = check_null_version(version_id.as_deref()) {
                 Err(error)
             } else {
                 let (bucket, key) = (bucket.clone(), key.clone());
@@ -178,39 +179,51 @@ impl Api {
         Ok(DeleteObjectsOutput { deleted, errors: (!errors.is_empty()).then_some(errors), ..Default::default() })
     }
 
-    fn readable(&self, bucket: &str, key: &str, version: Option<&str>) -> S3Result<Arc<Object>> {
-        only_version(version)?;
+    fn find_object(&self, bucket: &str, key: &str, version: Option<&str>) -> S3Result<Arc<Object>> {
+        check_null_version(version)?;
         let found = self.store.find(bucket, key)?;
         found.ok_or_else(|| s3_error!(NoSuchKey, "The specified key does not exist."))
     }
 }
 
-/// An object that came in one piece.
-fn whole(key: String, received: Received, labels: Labels) -> Object {
-    let Received { segment, etag, checksum } = received;
+/// An object that was sent in one PUT.
+fn single_part_object(key: String, received: ReceivedBody, object_headers: ObjectHeaders) -> Object {
+    let ReceivedBody { segment, etag, checksum } = received;
     let modified = OffsetDateTime::now_utc();
     let size_bytes = segment.size_bytes;
-    let facts = ObjectFacts { key, size_bytes, etag, checksum, kind: Kind::FullObject, modified, labels, upload_id: None };
+    let facts = ObjectFacts {
+        key,
+        size_bytes,
+        etag,
+        checksum,
+        kind: Kind::FullObject,
+        modified,
+        headers: object_headers,
+        upload_id: None,
+    };
     Object { facts, content: vec![segment] }
 }
 
-/// How long the body is going to be; S3 wants to know before it begins.
-pub(super) fn announced(content_length: Option<i64>) -> S3Result<u64> {
+/// The length of the body. S3 requires the header `Content-Length`.
+pub(super) fn content_length(content_length: Option<i64>) -> S3Result<u64> {
     let length =
         content_length.ok_or_else(|| s3_error!(MissingContentLength, "You must provide the Content-Length HTTP header."))?;
     match u64::try_from(length) {
-        Ok(length) if length <= LARGEST_PUT_BYTES => Ok(length),
-        _ => Err(s3_error!(EntityTooLarge, "{length} bytes are more than {LARGEST_PUT_BYTES}")),
+        Ok(length) if length <= MAX_PUT_BYTES => Ok(length),
+        _ => Err(s3_error!(EntityTooLarge, "the body has {length} bytes, more than the limit of {MAX_PUT_BYTES} bytes")),
     }
 }
 
-/// The labels of a write, if they are not too heavy.
-pub(super) fn checked(labels: Labels) -> S3Result<Labels> {
-    let weight: usize = labels.metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if weight > LARGEST_METADATA_BYTES {
-        return Err(s3_error!(MetadataTooLarge, "{weight} bytes of metadata are more than {LARGEST_METADATA_BYTES}"));
+/// The headers of a write, if the user metadata is within the limit.
+pub(super) fn check_metadata_size(object_headers: ObjectHeaders) -> S3Result<ObjectHeaders> {
+    let metadata_bytes: usize = object_headers.metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if metadata_bytes > MAX_METADATA_BYTES {
+        return Err(s3_error!(
+            MetadataTooLarge,
+            "the metadata has {metadata_bytes} bytes, more than the limit of {MAX_METADATA_BYTES} bytes"
+        ));
     }
-    Ok(labels)
+    Ok(object_headers)
 }
 
 pub(super) fn etag(object: &Object) -> ETag {
@@ -221,7 +234,7 @@ pub(super) fn kind(object: &Object) -> ChecksumType {
     ChecksumType::from_static(object.facts.kind.name())
 }
 
-/// A size as the protocol layer carries it.
+/// A size as the integer type of the protocol layer.
 pub(super) fn length(size_bytes: u64) -> i64 {
     i64::try_from(size_bytes).expect("no disk holds 8 EiB")
 }

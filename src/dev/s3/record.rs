@@ -1,4 +1,4 @@
-//! What the store knows of an object, an upload and a part, in memory and on disk.
+//! The metadata of objects, uploads and parts, in memory and on disk.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,9 +10,9 @@ use time::OffsetDateTime;
 use super::checksum::{Algorithm, Checksum, Kind};
 use super::content::Segment;
 
-/// What a client says about an object besides its bytes; it gets the same back.
+/// The headers and user metadata that a client sends with an object. S3 returns them with the object.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Labels {
+pub(super) struct ObjectHeaders {
     pub(super) content_type: Option<String>,
     pub(super) content_disposition: Option<String>,
     pub(super) content_encoding: Option<String>,
@@ -22,10 +22,10 @@ pub(super) struct Labels {
     pub(super) metadata: BTreeMap<String, String>,
 }
 
-/// Reads the labels of one of s3s's inputs.
-macro_rules! labels {
+/// Reads the object headers of an s3s input.
+macro_rules! object_headers {
     ($input:expr) => {
-        $crate::dev::s3::record::Labels {
+        $crate::dev::s3::record::ObjectHeaders {
             content_type: $input.content_type.clone(),
             content_disposition: $input.content_disposition.clone(),
             content_encoding: $crate::dev::s3::record::without_chunking($input.content_encoding.as_deref()),
@@ -36,30 +36,31 @@ macro_rules! labels {
         }
     };
 }
-pub(super) use labels;
+pub(super) use object_headers;
 
-/// Writes the labels of an object into one of s3s's outputs.
-macro_rules! describe {
-    ($output:expr, $labels:expr) => {{
-        let labels: &$crate::dev::s3::record::Labels = $labels;
-        $output.content_type = labels.content_type.clone().or_else(|| Some("binary/octet-stream".to_owned()));
-        $output.content_disposition = labels.content_disposition.clone();
-        $output.content_encoding = labels.content_encoding.clone();
-        $output.content_language = labels.content_language.clone();
-        $output.cache_control = labels.cache_control.clone();
-        $output.expires = labels.expires.clone();
-        $output.metadata = (!labels.metadata.is_empty()).then(|| labels.metadata.clone().into_iter().collect());
+/// Writes the headers of an object into an s3s output.
+macro_rules! set_object_headers {
+    ($output:expr, $headers:expr) => {{
+        let headers: &$crate::dev::s3::record::ObjectHeaders = $headers;
+        $output.content_type = headers.content_type.clone().or_else(|| Some("binary/octet-stream".to_owned()));
+        $output.content_disposition = headers.content_disposition.clone();
+        $output.content_encoding = headers.content_encoding.clone();
+        $output.content_language = headers.content_language.clone();
+        $output.cache_control = headers.cache_control.clone();
+        $output.expires = headers.expires.clone();
+        $output.metadata = (!headers.metadata.is_empty()).then(|| headers.metadata.clone().into_iter().collect());
     }};
 }
-pub(super) use describe;
+pub(super) use set_object_headers;
 
-/// `aws-chunked` says how a body travelled, not what it is: S3 does not keep it.
+/// `aws-chunked` is a transfer encoding, which S3 does not store.
 pub(super) fn without_chunking(encoding: Option<&str>) -> Option<String> {
-    let kept: Vec<&str> = encoding?.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "aws-chunked").collect();
-    (!kept.is_empty()).then(|| kept.join(","))
+    let encodings: Vec<&str> =
+        encoding?.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "aws-chunked").collect();
+    (!encodings.is_empty()).then(|| encodings.join(","))
 }
 
-/// The facts of an object, as they are on disk.
+/// The metadata of an object, as it is on disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ObjectFacts {
     pub(super) key: String,
@@ -69,18 +70,19 @@ pub(super) struct ObjectFacts {
     pub(super) kind: Kind,
     #[serde(with = "time::serde::rfc3339")]
     pub(super) modified: OffsetDateTime,
-    pub(super) labels: Labels,
-    /// The multipart upload it came from: a start after a crash tells by it that the upload is complete.
+    #[serde(rename = "labels")]
+    pub(super) headers: ObjectHeaders,
+    /// The multipart upload of the object. After a crash, the store sees from it that the upload is complete.
     pub(super) upload_id: Option<String>,
 }
 
-/// An object: its facts, and its bytes in order.
+/// An object: its metadata, and its segments in order.
 pub(super) struct Object {
     pub(super) facts: ObjectFacts,
     pub(super) content: Vec<Arc<Segment>>,
 }
 
-/// A segment as records on disk name it.
+/// A segment as metadata files refer to it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SegmentRecord {
     pub(super) name: String,
@@ -93,34 +95,35 @@ impl SegmentRecord {
     }
 }
 
-/// An object as it is on disk.
+/// The metadata file of an object.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ObjectRecord {
     pub(super) facts: ObjectFacts,
     pub(super) content: Vec<SegmentRecord>,
 }
 
-/// The facts of a multipart upload, as they are on disk.
+/// The metadata of a multipart upload, as it is on disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct UploadFacts {
     pub(super) upload_id: String,
     pub(super) bucket: String,
     pub(super) key: String,
-    /// The checksum that was declared; without one S3 computes CRC64NVME for itself.
+    /// The declared checksum. Without one, S3 computes CRC64NVME.
     pub(super) declared: Option<(Algorithm, Kind)>,
     #[serde(with = "time::serde::rfc3339")]
     pub(super) initiated: OffsetDateTime,
-    pub(super) labels: Labels,
+    #[serde(rename = "labels")]
+    pub(super) headers: ObjectHeaders,
 }
 
 impl UploadFacts {
-    /// The checksum that every part gets, and what it covers in the end.
+    /// The checksum algorithm of every part, and the type of the object's checksum.
     pub(super) fn checksum(&self) -> (Algorithm, Kind) {
         self.declared.unwrap_or((Algorithm::Crc64nvme, Kind::FullObject))
     }
 }
 
-/// A part as it is on disk.
+/// The metadata file of a part.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct PartRecord {
     pub(super) number: i32,
@@ -131,7 +134,7 @@ pub(super) struct PartRecord {
     pub(super) content: SegmentRecord,
 }
 
-/// A part that came whole.
+/// A complete part.
 #[derive(Clone)]
 pub(super) struct Part {
     pub(super) etag: String,

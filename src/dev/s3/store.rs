@@ -1,20 +1,20 @@
-//! The store behind the protocol: an index in memory, and files that say the same.
+//! The store behind the protocol layer: an index in memory, and files with the same content.
 //!
 //! ```text
-//! root/lock                            held while a store is open
+//! root/lock                            locked while a store is open
 //! root/content/{id}                    the bytes of objects and parts
 //! root/buckets/{bucket}/bucket.json
 //! root/buckets/{bucket}/objects/{sha256 of the key}.json
 //! root/uploads/{upload id}/upload.json and {part number}.json
-//! root/new/                            records on their way to one of the names above
+//! root/new/                            metadata files before they are renamed to one of the names above
 //! ```
 //!
-//! Bytes are on disk before a record names them, and a record appears under its name whole or not at all. So after a
-//! crash an object is there or it is not; bytes that nothing names are removed at the next start. No name on disk
-//! comes from a client but a bucket's, whose alphabet has no path in it.
+//! Content is on disk before a metadata file refers to it, and metadata files are written atomically. So after a crash an
+//! object is complete or absent. The next start removes content without a reference. Only bucket names come from clients,
+//! and their alphabet has no path separators.
 //!
-//! Nothing here is async: a caller whose client goes away may be dropped at any await, a thread of the blocking pool
-//! is not, and disk and index move together.
+//! Nothing here is async. An async caller may be dropped at any await when its client disconnects. A thread of the
+//! blocking pool always finishes, so that disk and index stay equal.
 
 mod disk;
 
@@ -32,16 +32,16 @@ use uuid::Uuid;
 
 use super::conditions;
 use super::record::{Object, ObjectRecord, Part, PartRecord, SegmentRecord, Upload, UploadFacts};
-use super::{Error, broken};
+use super::{Error, internal_error};
 
-/// Writers of one key take turns; this many keys can be written at once.
-const TURNS: usize = 64;
+/// The number of locks that serialize the writers of each key. At most this many keys are written concurrently.
+const KEY_LOCKS: usize = 64;
 
-/// Everything a bucket holds, in the order in which it is listed.
+/// The content of a bucket, in the order of listings.
 pub(super) struct Bucket {
     pub(super) created: OffsetDateTime,
     pub(super) objects: BTreeMap<String, Arc<Object>>,
-    /// By key and upload id.
+    /// The multipart uploads, by key and upload id.
     pub(super) uploads: BTreeMap<(String, String), Upload>,
 }
 
@@ -55,125 +55,126 @@ struct BucketRecord {
 pub(super) struct Store {
     root: PathBuf,
     buckets: RwLock<BTreeMap<String, Bucket>>,
-    turns: [Mutex<()>; TURNS],
-    /// Keeps a second store out of the same directory.
+    key_locks: [Mutex<()>; KEY_LOCKS],
+    /// Prevents a second store in the same directory.
     _lock: File,
 }
 
 impl Store {
-    /// Opens `root`, which is made if it is not there, and removes what a crash left in it.
+    /// Opens `root`. A missing directory is created, and what a crash left in it is removed.
     pub(super) fn open(root: &Path) -> Result<Self, Error> {
         let lock = disk::prepare(root)?;
         let buckets = disk::load(root)?;
         Ok(Self {
             root: root.to_owned(),
             buckets: RwLock::new(buckets),
-            turns: std::array::from_fn(|_| Mutex::default()),
+            key_locks: std::array::from_fn(|_| Mutex::default()),
             _lock: lock,
         })
     }
 
-    /// Where bodies are written while nothing names them yet.
+    /// The directory of the content files.
     pub(super) fn content(&self) -> PathBuf {
         self.root.join("content")
     }
 
-    /// Looks at every bucket.
-    pub(super) fn look<T>(&self, look: impl FnOnce(&BTreeMap<String, Bucket>) -> T) -> T {
-        look(&self.buckets.read().unwrap_or_else(PoisonError::into_inner))
+    /// Reads the index of all buckets.
+    pub(super) fn with_buckets<T>(&self, read: impl FnOnce(&BTreeMap<String, Bucket>) -> T) -> T {
+        read(&self.buckets.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Looks at one bucket.
-    pub(super) fn bucket<T>(&self, name: &str, look: impl FnOnce(&Bucket) -> S3Result<T>) -> S3Result<T> {
-        self.look(|buckets| look(buckets.get(name).ok_or_else(no_such_bucket)?))
+    /// Reads the index of one bucket.
+    pub(super) fn with_bucket<T>(&self, name: &str, read: impl FnOnce(&Bucket) -> S3Result<T>) -> S3Result<T> {
+        self.with_buckets(|buckets| read(buckets.get(name).ok_or_else(no_such_bucket)?))
     }
 
-    /// The object under `key`, if there is one.
+    /// The object with this key, if it exists.
     pub(super) fn find(&self, bucket: &str, key: &str) -> S3Result<Option<Arc<Object>>> {
-        self.bucket(bucket, |bucket| Ok(bucket.objects.get(key).cloned()))
+        self.with_bucket(bucket, |bucket| Ok(bucket.objects.get(key).cloned()))
     }
 
-    /// Looks at the upload `id` of `key`.
-    pub(super) fn upload<T>(&self, bucket: &str, key: &str, id: &str, look: impl FnOnce(&Upload) -> T) -> S3Result<T> {
-        let place = (key.to_owned(), id.to_owned());
-        self.bucket(bucket, |bucket| bucket.uploads.get(&place).map(look).ok_or_else(no_such_upload))
+    /// Reads the upload `id` of `key`.
+    pub(super) fn with_upload<T>(&self, bucket: &str, key: &str, id: &str, read: impl FnOnce(&Upload) -> T) -> S3Result<T> {
+        let upload_key = (key.to_owned(), id.to_owned());
+        self.with_bucket(bucket, |bucket| bucket.uploads.get(&upload_key).map(read).ok_or_else(no_such_upload))
     }
 
-    /// Makes a bucket; `false` when it is there already.
+    /// Creates a bucket. Returns `false` if it already exists.
     pub(super) fn create_bucket(&self, name: &str) -> Result<bool, Error> {
         if !check_bucket_name(name) {
             return Err(Error::BucketName(name.to_owned()));
         }
-        let _turn = self.turn(name, "");
-        if self.look(|buckets| buckets.contains_key(name)) {
+        let _guard = self.lock_key(name, "");
+        if self.with_buckets(|buckets| buckets.contains_key(name)) {
             return Ok(false);
         }
         let created = OffsetDateTime::now_utc();
         let directory = self.root.join("buckets").join(name);
-        let at = |source| Error::Root { path: directory.clone(), source };
+        let at = |source| Error::File { path: directory.clone(), source };
         fs::create_dir_all(directory.join("objects")).map_err(at)?;
         self.write(&directory.join("bucket.json"), &BucketRecord { created }).map_err(at)?;
         disk::sync(&self.root.join("buckets")).map_err(at)?;
         let bucket = Bucket { created, objects: BTreeMap::new(), uploads: BTreeMap::new() };
-        self.change(|buckets| buckets.insert(name.to_owned(), bucket));
+        self.update_buckets(|buckets| buckets.insert(name.to_owned(), bucket));
         Ok(true)
     }
 
-    /// Puts an object under its key if `condition` holds there at that moment.
+    /// Stores an object under its key if `condition` holds at that moment.
     pub(super) fn put(&self, bucket: &str, object: Object, condition: &conditions::Write) -> S3Result<Arc<Object>> {
-        let _turn = self.turn(bucket, &object.facts.key);
-        self.place(bucket, object, condition)
+        let _guard = self.lock_key(bucket, &object.facts.key);
+        self.insert_object(bucket, object, condition)
     }
 
-    fn place(&self, bucket: &str, object: Object, condition: &conditions::Write) -> S3Result<Arc<Object>> {
+    fn insert_object(&self, bucket: &str, object: Object, condition: &conditions::Write) -> S3Result<Arc<Object>> {
         let found = self.find(bucket, &object.facts.key)?;
         condition.check(found.as_deref())?;
         let content = object.content.iter().map(|segment| SegmentRecord::of(segment)).collect();
         let record = ObjectRecord { facts: object.facts.clone(), content };
-        // Kept before it is named: where the disk fails in between, the bytes wait for the next start.
-        object.content.iter().for_each(|segment| segment.keep());
-        self.write(&self.object_path(bucket, &object.facts.key), &record).map_err(broken)?;
+        // The content is marked as referenced before the metadata file exists. If the disk fails in between, the next
+        // start removes the content.
+        object.content.iter().for_each(|segment| segment.mark_referenced());
+        self.write(&self.object_path(bucket, &object.facts.key), &record).map_err(internal_error)?;
         let object = Arc::new(object);
-        let before = self.change(|buckets| {
+        let previous = self.update_buckets(|buckets| {
             let bucket = buckets.get_mut(bucket)?;
             bucket.objects.insert(object.facts.key.clone(), Arc::clone(&object))
         });
-        release(before.as_deref());
+        release_content(previous.as_deref());
         Ok(object)
     }
 
-    /// Removes the object under `key`; nothing happens when there is none.
+    /// Removes the object with this key, if it exists.
     pub(super) fn remove(&self, bucket: &str, key: &str) -> S3Result<()> {
-        let _turn = self.turn(bucket, key);
+        let _guard = self.lock_key(bucket, key);
         if self.find(bucket, key)?.is_none() {
             return Ok(());
         }
-        disk::remove(&self.object_path(bucket, key)).map_err(broken)?;
-        let before = self.change(|buckets| buckets.get_mut(bucket)?.objects.remove(key));
-        release(before.as_deref());
+        disk::remove(&self.object_path(bucket, key)).map_err(internal_error)?;
+        let previous = self.update_buckets(|buckets| buckets.get_mut(bucket)?.objects.remove(key));
+        release_content(previous.as_deref());
         Ok(())
     }
 
-    /// Begins a multipart upload.
-    pub(super) fn begin(&self, facts: UploadFacts) -> S3Result<()> {
-        let _turn = self.turn(&facts.bucket, &facts.key);
-        self.bucket(&facts.bucket, |_| Ok(()))?;
-        // The directory gets its name with its record inside: an upload is on disk whole or not at all.
-        let fresh = self.root.join("new").join(&facts.upload_id);
-        fs::create_dir(&fresh).map_err(broken)?;
-        self.write(&fresh.join("upload.json"), &facts).map_err(broken)?;
-        disk::rename(&fresh, &self.upload_path(&facts.upload_id)).map_err(broken)?;
-        let place = (facts.key.clone(), facts.upload_id.clone());
+    /// Creates a multipart upload.
+    pub(super) fn create_upload(&self, facts: UploadFacts) -> S3Result<()> {
+        let _guard = self.lock_key(&facts.bucket, &facts.key);
+        self.with_bucket(&facts.bucket, |_| Ok(()))?;
+        // The directory is renamed with its metadata file inside, so that an upload is on disk completely or not at all.
+        let temporary = self.root.join("new").join(&facts.upload_id);
+        fs::create_dir(&temporary).map_err(internal_error)?;
+        self.write(&temporary.join("upload.json"), &facts).map_err(internal_error)?;
+        disk::rename(&temporary, &self.upload_path(&facts.upload_id)).map_err(internal_error)?;
+        let upload_key = (facts.key.clone(), facts.upload_id.clone());
         let bucket = facts.bucket.clone();
         let upload = Upload { facts: Arc::new(facts), parts: BTreeMap::new() };
-        self.change(|buckets| buckets.get_mut(&bucket)?.uploads.insert(place, upload));
+        self.update_buckets(|buckets| buckets.get_mut(&bucket)?.uploads.insert(upload_key, upload));
         Ok(())
     }
 
-    /// Puts a part into an upload that is still open; a part of the same number is replaced.
+    /// Stores a part of an open upload. A part with the same number is replaced.
     pub(super) fn put_part(&self, facts: &UploadFacts, number: i32, part: Part) -> S3Result<()> {
-        let _turn = self.turn(&facts.bucket, &facts.key);
-        self.upload(&facts.bucket, &facts.key, &facts.upload_id, |_| ())?;
+        let _guard = self.lock_key(&facts.bucket, &facts.key);
+        self.with_upload(&facts.bucket, &facts.key, &facts.upload_id, |_| ())?;
         let record = PartRecord {
             number,
             etag: part.etag.clone(),
@@ -182,62 +183,62 @@ impl Store {
             content: SegmentRecord::of(&part.segment),
         };
         let path = self.upload_path(&facts.upload_id).join(format!("{number}.json"));
-        part.segment.keep();
-        self.write(&path, &record).map_err(broken)?;
-        let place = (facts.key.clone(), facts.upload_id.clone());
-        let before = self.change(|buckets| {
-            let upload = buckets.get_mut(&facts.bucket)?.uploads.get_mut(&place)?;
+        part.segment.mark_referenced();
+        self.write(&path, &record).map_err(internal_error)?;
+        let upload_key = (facts.key.clone(), facts.upload_id.clone());
+        let previous = self.update_buckets(|buckets| {
+            let upload = buckets.get_mut(&facts.bucket)?.uploads.get_mut(&upload_key)?;
             upload.parts.insert(number, part)
         });
-        if let Some(before) = before {
-            before.segment.release();
+        if let Some(previous) = previous {
+            previous.segment.mark_unreferenced();
         }
         Ok(())
     }
 
-    /// Turns an upload into the object that `assemble` makes of it, if `condition` holds. Whatever refuses it, the
-    /// upload stays as it was.
+    /// Completes an upload: stores the object that `assemble` returns, if `condition` holds. After an error, the upload
+    /// is unchanged.
     pub(super) fn complete(
         &self,
         (bucket, key, id): (&str, &str, &str),
         condition: &conditions::Write,
         assemble: impl FnOnce(&Upload) -> S3Result<Object>,
     ) -> S3Result<Arc<Object>> {
-        let _turn = self.turn(bucket, key);
-        let upload = self.upload(bucket, key, id, Upload::clone)?;
-        let object = self.place(bucket, assemble(&upload)?, condition)?;
+        let _guard = self.lock_key(bucket, key);
+        let upload = self.with_upload(bucket, key, id, Upload::clone)?;
+        let object = self.insert_object(bucket, assemble(&upload)?, condition)?;
         let used: HashSet<_> = object.content.iter().map(Arc::as_ptr).collect();
-        self.forget(&upload, |part| used.contains(&Arc::as_ptr(&part.segment)))?;
+        self.remove_upload(&upload, |part| used.contains(&Arc::as_ptr(&part.segment)))?;
         Ok(object)
     }
 
-    /// Gives an upload up, with its parts.
+    /// Aborts an upload and removes its parts.
     pub(super) fn abort(&self, bucket: &str, key: &str, id: &str) -> S3Result<()> {
-        let _turn = self.turn(bucket, key);
-        let upload = self.upload(bucket, key, id, Upload::clone)?;
-        self.forget(&upload, |_| false)
+        let _guard = self.lock_key(bucket, key);
+        let upload = self.with_upload(bucket, key, id, Upload::clone)?;
+        self.remove_upload(&upload, |_| false)
     }
 
-    fn forget(&self, upload: &Upload, still_used: impl Fn(&Part) -> bool) -> S3Result<()> {
+    fn remove_upload(&self, upload: &Upload, still_used: impl Fn(&Part) -> bool) -> S3Result<()> {
         let UploadFacts { bucket, key, upload_id, .. } = &*upload.facts;
-        // Renamed first, for a directory cannot be removed in one step.
-        let gone = self.root.join("new").join(Uuid::new_v4().simple().to_string());
-        disk::rename(&self.upload_path(upload_id), &gone).map_err(broken)?;
-        self.change(|buckets| buckets.get_mut(bucket)?.uploads.remove(&(key.clone(), upload_id.clone())));
-        upload.parts.values().filter(|part| !still_used(part)).for_each(|part| part.segment.release());
-        fs::remove_dir_all(&gone).map_err(broken)
+        // Renamed first, because removing a directory takes several steps.
+        let removed = self.root.join("new").join(Uuid::new_v4().simple().to_string());
+        disk::rename(&self.upload_path(upload_id), &removed).map_err(internal_error)?;
+        self.update_buckets(|buckets| buckets.get_mut(bucket)?.uploads.remove(&(key.clone(), upload_id.clone())));
+        upload.parts.values().filter(|part| !still_used(part)).for_each(|part| part.segment.mark_unreferenced());
+        fs::remove_dir_all(&removed).map_err(internal_error)
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<String, Bucket>) -> T) -> T {
-        change(&mut self.buckets.write().unwrap_or_else(PoisonError::into_inner))
+    fn update_buckets<T>(&self, update: impl FnOnce(&mut BTreeMap<String, Bucket>) -> T) -> T {
+        update(&mut self.buckets.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Waits for the turn to write `key`, so that what was checked still holds when it is written.
-    fn turn(&self, bucket: &str, key: &str) -> MutexGuard<'_, ()> {
+    /// Locks `key` for writing, so that the checked state still holds when the object is written.
+    fn lock_key(&self, bucket: &str, key: &str) -> MutexGuard<'_, ()> {
         let mut hasher = DefaultHasher::new();
         (bucket, key).hash(&mut hasher);
-        let place = usize::try_from(hasher.finish() % TURNS as u64).expect("a number below 64");
-        self.turns[place].lock().unwrap_or_else(PoisonError::into_inner)
+        let index = usize::try_from(hasher.finish() % KEY_LOCKS as u64).expect("a number below 64");
+        self.key_locks[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn object_path(&self, bucket: &str, key: &str) -> PathBuf {
@@ -254,9 +255,9 @@ impl Store {
     }
 }
 
-/// An object that lost its place: its bytes go when its last reader is done.
-fn release(object: Option<&Object>) {
-    object.iter().flat_map(|object| &object.content).for_each(|segment| segment.release());
+/// Marks the content of a replaced or removed object as unreferenced. It is removed when its last reader ends.
+fn release_content(object: Option<&Object>) {
+    object.iter().flat_map(|object| &object.content).for_each(|segment| segment.mark_unreferenced());
 }
 
 fn no_such_bucket() -> s3s::S3Error {

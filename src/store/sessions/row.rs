@@ -1,4 +1,4 @@
-//! The row of a session: read into the state it tells of, or refused with the row's name.
+//! Maps a row of `upload_sessions` to a session and back. A row that breaks the rules of its state is an error with its id.
 
 use lfs_broker_client::api::{FieldError, Integrity};
 use lfs_broker_client::checksum::{Algorithm, Digest};
@@ -6,14 +6,14 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::session::{Hashes, Layout, Lease, Place, Promise, Proof, Session, State, Trouble};
+use crate::session::{Failure, Layout, Lease, PartHashMode, RecordMetadata, Session, State, UploadSpec, Verification};
 use crate::store::Error;
 
-/// A statement that gives whole sessions: what stands before their columns, what stands after, and the arguments.
+/// A statement that returns whole sessions: the SQL before their columns, the SQL after them, and the arguments.
 ///
-/// It names the columns one by one. A prepared `select *` fails once a migration adds a column ("cached plan must not
-/// change result type"), and replicas of the version before still run then.
-macro_rules! rows {
+/// It names every column. A prepared `select *` fails once a migration adds a column ("cached plan must not change result
+/// type"), and replicas of the previous version still run at that time.
+macro_rules! session_rows {
     ($before:tt, [$($after:tt)+] $($arguments:tt)*) => {
         sqlx::query_as!(
             Row,
@@ -29,11 +29,11 @@ macro_rules! rows {
             $($arguments)*
         )
     };
-    ($before:tt, $after:literal $($arguments:tt)*) => { rows!($before, [$after] $($arguments)*) };
+    ($before:tt, $after:literal $($arguments:tt)*) => { session_rows!($before, [$after] $($arguments)*) };
 }
-pub(super) use rows;
+pub(super) use session_rows;
 
-/// A session's columns, all that [`rows`] names.
+/// The columns of a session, in the order that [`session_rows`] names them.
 pub(super) struct Row {
     pub(super) id: Uuid,
     pub(super) tenant: String,
@@ -85,50 +85,54 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn corrupt(&self, what: &str) -> Error {
-        Error::Corrupt { id: self.id, what: what.to_owned() }
+    fn corrupt(&self, reason: &str) -> Error {
+        Error::Corrupt { id: self.id, reason: reason.to_owned() }
     }
 
     fn state(&self) -> Result<State, Error> {
-        let need = |what: &str| self.corrupt(what);
+        let missing = |reason: &str| self.corrupt(reason);
         let lease = || -> Result<Lease, Error> {
             Ok(Lease {
-                owner: self.lease_owner.ok_or_else(|| need("completing without an owner"))?,
-                until: self.lease_until.ok_or_else(|| need("completing without an end of lease"))?,
+                owner: self.lease_owner.ok_or_else(|| missing("completing without a lease owner"))?,
+                until: self.lease_until.ok_or_else(|| missing("completing without an end of its lease"))?,
                 attempt: self.lease_attempt,
             })
         };
-        let proof = || -> Result<Proof, Error> {
-            Ok(Proof {
-                verified_at: self.verified_at.ok_or_else(|| need("verified at no time"))?,
-                integrity: self.integrity.as_deref().and_then(integrity).ok_or_else(|| need("verified without a level"))?,
+        let verification = || -> Result<Verification, Error> {
+            Ok(Verification {
+                verified_at: self.verified_at.ok_or_else(|| missing("verified without a time"))?,
+                integrity: self
+                    .integrity
+                    .as_deref()
+                    .and_then(integrity)
+                    .ok_or_else(|| missing("verified without a known integrity level"))?,
                 etag: self.object_etag.clone(),
                 version_id: self.object_version_id.clone(),
-                pointer: self.pointer.clone().ok_or_else(|| need("verified without a pointer"))?,
+                pointer: self.pointer.clone().ok_or_else(|| missing("verified without a pointer"))?,
             })
         };
-        let place = || -> Result<Place, Error> {
-            Ok(Place {
-                partition: self.published_partition.ok_or_else(|| need("published in no partition"))?,
-                offset: self.published_offset.ok_or_else(|| need("published at no offset"))?,
-                at: self.published_at.ok_or_else(|| need("published at no time"))?,
+        let metadata = || -> Result<RecordMetadata, Error> {
+            Ok(RecordMetadata {
+                partition: self.published_partition.ok_or_else(|| missing("published without a partition"))?,
+                offset: self.published_offset.ok_or_else(|| missing("published without an offset"))?,
+                at: self.published_at.ok_or_else(|| missing("published without a time"))?,
             })
         };
         Ok(match self.state.as_str() {
             "open" => State::Open,
             "completing" => State::Completing { lease: lease()?, must_read: self.must_read },
-            "verified" => State::Verified(proof()?),
-            "published" => State::Published(proof()?, place()?),
+            "verified" => State::Verified(verification()?),
+            "published" => State::Published(verification()?, metadata()?),
             "aborted" => State::Aborted,
             "expired" => State::Expired,
-            "rejected" => State::Rejected(self.trouble().ok_or_else(|| need("rejected without a reason"))?),
+            "rejected" => State::Rejected(self.failure().ok_or_else(|| missing("rejected without an error code"))?),
             other => return Err(self.corrupt(&format!("unknown state {other}"))),
         })
     }
 
-    fn trouble(&self) -> Option<Trouble> {
+    fn failure(&self) -> Option<Failure> {
         let items = |value: &serde_json::Value| serde_json::from_value::<Vec<FieldError>>(value.clone()).ok();
-        Some(Trouble {
+        Some(Failure {
             code: self.error_code.clone()?,
             detail: self.error_detail.clone().unwrap_or_default(),
             items: self.error_items.as_ref().and_then(items).unwrap_or_default(),
@@ -137,17 +141,19 @@ impl Row {
 
     fn layout(&self) -> Result<Layout, Error> {
         let hashes = match self.part_hashes.as_str() {
-            "none" => Hashes::None,
-            "given" => Hashes::Given,
-            "deferred" => Hashes::Deferred,
+            "none" => PartHashMode::None,
+            "given" => PartHashMode::Given,
+            "deferred" => PartHashMode::Deferred,
             other => return Err(self.corrupt(&format!("unknown part_hashes {other}"))),
         };
         match (self.mode.as_str(), self.part_size_bytes, self.part_count) {
             ("single", None, None) => Ok(Layout::Single),
-            ("multipart", Some(part_bytes), Some(parts)) => {
-                Ok(Layout::Multipart { part_bytes: part_bytes.unsigned_abs(), parts: parts.unsigned_abs(), hashes })
-            }
-            _ => Err(self.corrupt("its mode and its parts disagree")),
+            ("multipart", Some(part_bytes), Some(parts)) => Ok(Layout::Multipart {
+                part_bytes: part_bytes.unsigned_abs(),
+                part_count: parts.unsigned_abs(),
+                part_hashes: hashes,
+            }),
+            _ => Err(self.corrupt("mode and part columns contradict each other")),
         }
     }
 }
@@ -161,13 +167,13 @@ impl TryFrom<Row> for Session {
         let algorithm: Algorithm = row.checksum_alg.parse().map_err(|error: String| row.corrupt(&error))?;
         let headers = serde_json::from_value(row.record_headers.clone()).map_err(|error| row.corrupt(&error.to_string()))?;
         let min_integrity = integrity(&row.min_integrity).ok_or_else(|| row.corrupt("unknown min_integrity"))?;
-        let trouble = match state {
+        let failure = match state {
             State::Rejected(_) => None,
-            _ => row.trouble(),
+            _ => row.failure(),
         };
-        let seconds = row.expires_latest_at - row.created_at;
+        let longest = row.expires_latest_at - row.created_at;
         Ok(Self {
-            promise: Promise {
+            spec: UploadSpec {
                 topic: row.topic,
                 key: row.record_key,
                 partition: row.record_partition,
@@ -183,7 +189,7 @@ impl TryFrom<Row> for Session {
                 kms_key_id: row.kms_key_id,
                 url_seconds: row.url_seconds.unsigned_abs(),
                 session_seconds: row.session_seconds.unsigned_abs(),
-                session_max_seconds: u32::try_from(seconds.whole_seconds()).unwrap_or(u32::MAX),
+                session_max_seconds: u32::try_from(longest.whole_seconds()).unwrap_or(u32::MAX),
             },
             id: row.id,
             tenant: row.tenant,
@@ -197,7 +203,7 @@ impl TryFrom<Row> for Session {
             updated_at: row.updated_at,
             expires_at: row.expires_at,
             expires_latest_at: row.expires_latest_at,
-            trouble,
+            last_failure: failure,
             digest_by_complete: row.checksum_by_complete,
         })
     }
@@ -207,9 +213,9 @@ fn integrity(name: &str) -> Option<Integrity> {
     Integrity::ALL.into_iter().find(|level| level.name() == name)
 }
 
-/// What a move writes, by column.
+/// The values that a state change writes, by column.
 #[derive(Default)]
-pub(super) struct Columns<'a> {
+pub(super) struct StateColumns<'a> {
     pub(super) checksum: Option<&'a [u8]>,
     pub(super) lease_owner: Option<Uuid>,
     pub(super) lease_until: Option<OffsetDateTime>,
@@ -227,10 +233,10 @@ pub(super) struct Columns<'a> {
     pub(super) bytes_held_until: Option<OffsetDateTime>,
 }
 
-impl<'a> Columns<'a> {
+impl<'a> StateColumns<'a> {
     pub(super) fn of(session: &'a Session, now: OffsetDateTime) -> Self {
         let mut columns =
-            Self { checksum: session.promise.digest.as_ref().map(|digest| digest.value.as_slice()), ..Self::default() };
+            Self { checksum: session.spec.digest.as_ref().map(|digest| digest.value.as_slice()), ..Self::default() };
         match &session.state {
             State::Open | State::Published(..) => {}
             State::Completing { lease, must_read } => {
@@ -239,57 +245,57 @@ impl<'a> Columns<'a> {
                 columns.lease_attempt = lease.attempt;
                 columns.must_read = *must_read;
             }
-            State::Verified(proof) => {
-                columns.verified_at = Some(proof.verified_at);
-                columns.integrity = Some(proof.integrity.name());
-                columns.etag = proof.etag.as_deref();
-                columns.version_id = proof.version_id.as_deref();
-                columns.pointer = Some(&proof.pointer);
+            State::Verified(verification) => {
+                columns.verified_at = Some(verification.verified_at);
+                columns.integrity = Some(verification.integrity.name());
+                columns.etag = verification.etag.as_deref();
+                columns.version_id = verification.version_id.as_deref();
+                columns.pointer = Some(&verification.pointer);
             }
-            // What S3 may still hold is removed from now on. One PUT may still bring the bytes until its URL ends; parts
-            // find no multipart upload any more.
+            // The sweeper cleans up S3 from now on. A single PUT may still store the object until its URL expires. Part uploads
+            // fail, because the multipart upload is aborted.
             State::Aborted | State::Expired | State::Rejected(_) => {
                 columns.cleanup_due_at = Some(now);
-                let urls_end_at = session.urls_end_at(now);
-                let is_single = session.promise.layout == Layout::Single;
-                columns.bytes_held_until = Some(urls_end_at).filter(|until| is_single && *until > now);
+                let urls_expire_at = session.urls_expire_at(now);
+                let is_single = session.spec.layout == Layout::Single;
+                columns.bytes_held_until = Some(urls_expire_at).filter(|until| is_single && *until > now);
             }
         }
-        let trouble = match &session.state {
-            State::Rejected(trouble) => Some(trouble),
-            _ => session.trouble.as_ref(),
+        let failure = match &session.state {
+            State::Rejected(failure) => Some(failure),
+            _ => session.last_failure.as_ref(),
         };
-        if let Some(trouble) = trouble {
-            columns.error_code = Some(&trouble.code);
-            columns.error_detail = Some(&trouble.detail);
-            columns.error_items = Some(Json(&trouble.items));
+        if let Some(failure) = failure {
+            columns.error_code = Some(&failure.code);
+            columns.error_detail = Some(&failure.detail);
+            columns.error_items = Some(Json(&failure.items));
         }
         columns
     }
 }
 
-/// `mode`, `part_size_bytes`, `part_count` and `part_hashes`.
+/// The values of `mode`, `part_size_bytes`, `part_count` and `part_hashes`.
 pub(super) fn layout_columns(layout: Layout) -> (&'static str, Option<i64>, Option<i32>, &'static str) {
     match layout {
         Layout::Single => ("single", None, None, "none"),
-        Layout::Multipart { part_bytes, parts, hashes } => {
-            let hashes = match hashes {
-                Hashes::None => "none",
-                Hashes::Given => "given",
-                Hashes::Deferred => "deferred",
+        Layout::Multipart { part_bytes, part_count, part_hashes } => {
+            let part_hashes = match part_hashes {
+                PartHashMode::None => "none",
+                PartHashMode::Given => "given",
+                PartHashMode::Deferred => "deferred",
             };
             let part_bytes = i64::try_from(part_bytes).expect("a part has 5 GiB at most");
-            ("multipart", Some(part_bytes), Some(i32::try_from(parts).expect("at most 10,000 parts")), hashes)
+            ("multipart", Some(part_bytes), Some(i32::try_from(part_count).expect("at most 10,000 parts")), part_hashes)
         }
     }
 }
 
-/// Seconds as a column holds them.
-pub(super) fn int(seconds: u32) -> i32 {
+/// Seconds as the type of their column.
+pub(super) fn seconds_column(seconds: u32) -> i32 {
     i32::try_from(seconds).expect("a policy allows seven days at most")
 }
 
-/// The headers of a record, in API.md's order: the broker's, the trace's, then the client's.
+/// The headers of a record, in the documented order: the broker's, `traceparent`, then the client's.
 pub(in crate::store) fn record_headers(
     id: Uuid,
     integrity: &str,

@@ -1,4 +1,4 @@
-//! What a test does to a house behind its back, and what it reads there.
+//! Faults that a test injects around a broker, and what the test reads from its database and Kafka.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,67 +7,67 @@ use lfs_broker::app;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::proxy::Wire;
+use super::proxy::FaultProxy;
 use super::servers::servers;
-use super::{Answer, House, Record};
+use super::{ApiResponse, Record, TestBroker};
 
-/// An answer without a dependency is due within two seconds; the machine of a test may be busy.
-const AT_ONCE: Duration = Duration::from_millis(2500);
+/// An answer without a dependency is due within 2 s; a busy test machine gets half a second more.
+const MAX_WAIT: Duration = Duration::from_millis(2500);
 
 /// A proxy in front of the S3 server.
-pub(crate) async fn wire_to_s3() -> Wire {
-    Wire::to(servers().s3.endpoint.trim_start_matches("http://")).await
+pub(crate) async fn proxy_to_s3() -> FaultProxy {
+    FaultProxy::to(servers().s3.endpoint.trim_start_matches("http://")).await
 }
 
-/// A house whose clients reach S3 through a wire; its broker does not need it.
-pub(crate) async fn clients_behind_s3(change: impl FnOnce(&mut app::Settings)) -> (House, Wire) {
-    let wire = wire_to_s3().await;
-    let endpoint = format!("http://{}", wire.address());
-    let house = House::with(|settings| {
+/// A test broker whose clients reach S3 through a proxy. The broker itself connects to S3 directly.
+pub(crate) async fn start_with_client_s3_proxy(change: impl FnOnce(&mut app::Settings)) -> (TestBroker, FaultProxy) {
+    let proxy = proxy_to_s3().await;
+    let endpoint = format!("http://{}", proxy.address());
+    let broker = TestBroker::start_with(|settings| {
         settings.objects.public_endpoint = Some(endpoint);
         change(settings);
     })
     .await;
-    (house, wire)
+    (broker, proxy)
 }
 
 /// A proxy in front of PostgreSQL.
-pub(crate) async fn wire_to_database() -> Wire {
+pub(crate) async fn proxy_to_database() -> FaultProxy {
     let [_, _, _, database] = servers().secrets();
-    Wire::to(&database).await
+    FaultProxy::to(&database).await
 }
 
-/// The upload that a record tells of.
-pub(crate) fn upload_of(record: &Record) -> String {
+/// The id of the upload that a record belongs to.
+pub(crate) fn upload_id_of(record: &Record) -> String {
     record.header("lfs-upload-id").expect("a record of ours").to_owned()
 }
 
-/// Sends what should be refused, and asserts that it is, soon, and with a time to come again.
-pub(crate) async fn refused_soon(answer: impl Future<Output = Answer>, codes: &[&str]) -> Answer {
+/// Sends a request and asserts that the broker soon refuses it with 503 and a `Retry-After`.
+pub(crate) async fn expect_quick_refusal(response: impl Future<Output = ApiResponse>, codes: &[&str]) -> ApiResponse {
     let begun = Instant::now();
-    let answer = answer.await;
+    let response = response.await;
     let took = begun.elapsed();
-    assert!(codes.contains(&answer.code()), "{}: {}", answer.status, answer.text);
-    let code = answer.code().to_owned();
-    let answer = answer.expect_problem(503, &code);
-    assert!(answer.headers.contains_key("retry-after") && answer.json["retryable"] == true, "{}", answer.text);
-    assert!(took < AT_ONCE, "answered after {took:?}: {}", answer.text);
-    answer
+    assert!(codes.contains(&response.code()), "{}: {}", response.status, response.text);
+    let code = response.code().to_owned();
+    let response = response.expect_problem(503, &code);
+    assert!(response.headers.contains_key("retry-after") && response.json["retryable"] == true, "{}", response.text);
+    assert!(took < MAX_WAIT, "answered after {took:?}: {}", response.text);
+    response
 }
 
-impl House {
-    /// Whether a pointer is in Kafka once, for readers of what is committed.
+impl TestBroker {
+    /// Whether committed records contain each pointer exactly once.
     pub(crate) fn is_exactly_once(&self) -> bool {
         self.settings.kafka.delivery == lfs_broker::kafka::Delivery::ExactlyOnce
     }
 
-    /// The records of the house's topic, each upload's once: a broker that died may have sent one again, in the same
-    /// bytes, where there are no transactions.
+    /// The records of the broker's topic, one per upload. Without transactions a broker that was killed may have sent
+    /// the same record twice, byte for byte.
     pub(crate) async fn distinct_records(&self) -> Vec<Record> {
         let mut first: BTreeMap<String, Record> = BTreeMap::new();
         let mut distinct = Vec::new();
         for record in self.records(&self.topic).await {
-            let id = upload_of(&record);
+            let id = upload_id_of(&record);
             match first.get(&id) {
                 None => {
                     first.insert(id, record.clone());
@@ -82,18 +82,18 @@ impl House {
         distinct
     }
 
-    /// Says that a broker which is dead took the session to complete it; its lease ends in 30 seconds.
-    pub(crate) async fn taken_by_the_dead(&self, id: &str) {
-        let taken = sqlx::query(
+    /// Gives the session's completion lease to a replica that does not exist; the lease ends after 30 seconds.
+    pub(crate) async fn lease_to_dead_replica(&self, id: &str) {
+        let leased = sqlx::query(
             "update upload_sessions set state = 'completing', lease_owner = gen_random_uuid(), lease_attempt = 1,
                  lease_until = clock_timestamp() + interval '30 seconds', version = version + 1 where id = $1",
         );
-        let taken = taken.bind(id.parse::<Uuid>().unwrap()).execute(&self.db).await.unwrap();
-        assert_eq!(taken.rows_affected(), 1);
+        let updated = leased.bind(id.parse::<Uuid>().unwrap()).execute(&self.db).await.unwrap();
+        assert_eq!(updated.rows_affected(), 1);
     }
 
-    /// Writes down every row of the outbox, for it does not keep what was published.
-    pub(crate) async fn log_the_outbox(&self) {
+    /// Copies every inserted outbox row into a log table, because the relay deletes published rows.
+    pub(crate) async fn log_outbox_inserts(&self) {
         let log = "create table outbox_log (like outbox);
              create function log_outbox() returns trigger language plpgsql as
                  $$ begin insert into outbox_log select new.*; return null; end $$;
@@ -101,47 +101,47 @@ impl House {
         sqlx::raw_sql(log).execute(&self.db).await.unwrap();
     }
 
-    /// The numbers under which pointers were promised, by upload.
-    pub(crate) async fn promises(&self) -> BTreeMap<String, i64> {
+    /// The outbox number of each upload's pointer, by upload id.
+    pub(crate) async fn outbox_numbers(&self) -> BTreeMap<String, i64> {
         let rows: Vec<(Uuid, i64)> =
             sqlx::query_as("select session_id, number from outbox_log").fetch_all(&self.db).await.unwrap();
         rows.into_iter().map(|(id, number)| (id.to_string(), number)).collect()
     }
 
-    /// Asserts that each key's records are in the order in which they were promised.
-    pub(crate) fn assert_in_order(records: &[Record], promises: &BTreeMap<String, i64>) {
+    /// Asserts that each key's records are in the order of their outbox numbers.
+    pub(crate) fn assert_key_order(records: &[Record], outbox_numbers: &BTreeMap<String, i64>) {
         let mut last: BTreeMap<Vec<u8>, (i32, i64)> = BTreeMap::new();
         for record in records {
-            let number = promises[&upload_of(record)];
+            let number = outbox_numbers[&upload_id_of(record)];
             let key = record.key.clone().expect("a record with a key");
             if let Some((partition, before)) = last.insert(key.clone(), (record.partition, number)) {
                 assert_eq!(partition, record.partition, "{key:?} is in two partitions");
-                assert!(before < number, "{key:?}: promise {number} comes after {before}");
+                assert!(before < number, "{key:?}: outbox number {number} comes after {before}");
             }
         }
     }
 
-    /// What the tenant holds: open sessions and their bytes.
-    pub(crate) async fn quota(&self) -> (i64, i64) {
-        let held = sqlx::query_as("select open_sessions, reserved_bytes from tenants where tenant = 'default'");
-        held.fetch_one(&self.db).await.unwrap()
+    /// The tenant's quota usage: open sessions and reserved bytes.
+    pub(crate) async fn tenant_usage(&self) -> (i64, i64) {
+        let usage = sqlx::query_as("select open_sessions, reserved_bytes from tenants where tenant = 'default'");
+        usage.fetch_one(&self.db).await.unwrap()
     }
 
-    /// Completes as a client does that asks again for as long as it is told to.
-    pub(crate) async fn insist(&self, id: &str) -> Answer {
+    /// Completes like a client that retries for as long as the broker answers "retry".
+    pub(crate) async fn complete_with_retries(&self, id: &str) -> ApiResponse {
         for _ in 0..60 {
-            let answer = self.complete(id).await;
-            match answer.status {
-                200 => return answer,
+            let response = self.complete(id).await;
+            match response.status {
+                200 => return response,
                 202 | 503 => tokio::time::sleep(Duration::from_millis(250)).await,
-                _ => panic!("{}", answer.text),
+                _ => panic!("{}", response.text),
             }
         }
         panic!("{id} never ended: {}", self.upload(id).await.text);
     }
 
-    /// Opens and puts, ready to be completed.
-    pub(crate) async fn put_up(&self, content: &[u8], more: Value) -> Answer {
+    /// Opens an upload and puts its bytes, so that it can be completed.
+    pub(crate) async fn open_and_put(&self, content: &[u8], more: Value) -> ApiResponse {
         let opened = self.open(content, more).await.expect(201);
         match opened.json["mode"].as_str() {
             Some("single") => drop(self.put(&opened.json["upload"], content).await.expect(200)),

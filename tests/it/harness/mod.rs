@@ -1,11 +1,11 @@
-//! A `House`: one broker with a database, a bucket and a topic of its own, and everything a test asks of them.
+//! `TestBroker`: one broker with a database, a bucket and a topic of its own, and the requests that tests send to it.
 
+pub(crate) mod fault_proxy;
 pub(crate) mod faults;
+pub(crate) mod in_process;
 pub(crate) mod process;
-pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod servers;
-pub(crate) mod serving;
 pub(crate) mod tokens;
 pub(crate) mod uploads;
 
@@ -17,7 +17,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use lfs_broker::app;
 use lfs_broker::kafka::Delivery;
 use lfs_broker::store;
-use lfs_broker::{auth, broker, finish, http, kafka, objects, policy, sweeper};
+use lfs_broker::{auth, broker, completion, http, kafka, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::checksum::Sha256;
@@ -31,26 +31,26 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use process::Process;
+use in_process::InProcessBroker;
 use servers::servers;
-use uploads::lost_its_directory;
+use uploads::is_versitygw_directory_race;
 
-/// One broker, and what is around it.
-pub(crate) struct House {
-    /// The settings it was started with; a restart uses them again.
+/// One broker and the database, bucket and topic that it uses.
+pub(crate) struct TestBroker {
+    /// The settings of the last start; a restart uses them again.
     pub(crate) settings: app::Settings,
-    /// A topic that only this house uses, with three partitions.
+    /// A topic that only this broker uses, with three partitions.
     pub(crate) topic: String,
     pub(crate) bucket: String,
     pub(crate) db: PgPool,
     pub(crate) s3: aws_sdk_s3::Client,
     pub(crate) http: reqwest::Client,
-    process: Option<Process>,
-    /// How far the clock is pushed: a broker that is started again goes on from there.
-    pushed_ms: AtomicU64,
+    running: Option<InProcessBroker>,
+    /// How far the clock is ahead. A broker that is started again keeps this offset.
+    clock_advance_ms: AtomicU64,
 }
 
-/// A record as a consumer that is not ours sees it.
+/// A Kafka record as a plain consumer reads it.
 #[derive(Debug, Clone)]
 pub(crate) struct Record {
     pub(crate) partition: i32,
@@ -61,16 +61,16 @@ pub(crate) struct Record {
     pub(crate) headers: Vec<(String, String)>,
 }
 
-/// An HTTP answer, read whole.
+/// An HTTP response with its whole body.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct ApiResponse {
     pub(crate) status: u16,
     pub(crate) headers: reqwest::header::HeaderMap,
     pub(crate) json: Value,
     pub(crate) text: String,
 }
 
-impl Answer {
+impl ApiResponse {
     pub(crate) fn code(&self) -> &str {
         self.json["code"].as_str().unwrap_or_default()
     }
@@ -83,14 +83,14 @@ impl Answer {
         self.json["id"].as_str().unwrap_or_else(|| panic!("no id in {}", self.text)).to_owned()
     }
 
-    /// Asserts the status and gives the answer back.
+    /// Asserts the status and returns the response.
     #[track_caller]
     pub(crate) fn expect(self, status: u16) -> Self {
         assert_eq!(self.status, status, "{}", self.text);
         self
     }
 
-    /// Asserts that it is a problem of this status and code, in the form of RFC 9457.
+    /// Asserts an RFC 9457 problem with this status and code.
     #[track_caller]
     pub(crate) fn expect_problem(self, status: u16, code: &str) -> Self {
         assert_eq!((self.status, self.code()), (status, code), "{}", self.text);
@@ -109,7 +109,7 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::of(bytes).to_string()
 }
 
-/// Bytes that no compression or zero page hides, the same for the same seed.
+/// Pseudorandom bytes, the same for the same seed. Compression or zero pages cannot hide a mistake in them.
 pub(crate) fn bytes(length: usize, seed: u64) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut bytes = vec![0; length];
@@ -117,20 +117,20 @@ pub(crate) fn bytes(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// A time of an answer, which is in UTC.
+/// Parses a timestamp of a response and asserts that it is in UTC.
 pub(crate) fn time(value: &Value) -> OffsetDateTime {
     let text = value.as_str().expect("a time");
     assert!(text.ends_with('Z'), "{text} is not in UTC");
     OffsetDateTime::parse(text, &Rfc3339).expect("a time of RFC 3339")
 }
 
-impl House {
-    pub(crate) async fn new() -> Self {
-        Self::with(|_| {}).await
+impl TestBroker {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
     }
 
-    /// A house whose settings are changed before it starts.
-    pub(crate) async fn with(change: impl FnOnce(&mut app::Settings)) -> Self {
+    /// Starts a broker with changed settings.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut app::Settings)) -> Self {
         let servers = servers();
         let url = servers.database().await;
         let bucket = format!("it-{}", Uuid::new_v4().simple());
@@ -138,8 +138,8 @@ impl House {
             listen: ([127, 0, 0, 1], 0).into(),
             public_url: None,
             cors_origins: Vec::new(),
-            // A machine that is busy with tests may be slow; what a caller hears in time has tests of its own.
-            store: store::Settings { max_connections: 8, answer_within: Duration::from_secs(15), ..store::Settings::new(&url) },
+            // A machine that is busy with tests may be slow. Other tests check how soon the broker answers.
+            store: store::Settings { max_connections: 8, call_timeout: Duration::from_secs(15), ..store::Settings::new(&url) },
             objects: objects::Settings {
                 bucket: Some(bucket.clone()),
                 endpoint: Some(servers.s3.endpoint.clone()),
@@ -158,31 +158,31 @@ impl House {
             auth: auth::Settings { mode: auth::Mode::None, ..auth::Settings::default() },
             policy: policy::Settings { default_enabled: true, ..policy::Settings::default() },
             broker: broker::Settings { complete_wait: Duration::from_secs(20), ..broker::Settings::default() },
-            finish: finish::Settings::default(),
-            // Tests that want a sweep push the clock and wake the sweeper by an abort, or set this lower.
+            completion: completion::Settings::default(),
+            // A test that needs a sweep advances the clock and wakes the sweeper by an abort, or lowers this interval.
             sweeper: sweeper::Settings { every: Duration::from_millis(200), ..sweeper::Settings::default() },
         };
         change(&mut settings);
         let s3 = s3_client(&settings.objects);
         s3.create_bucket().bucket(&bucket).send().await.expect("a bucket is made");
-        let process = Some(Process::start(&settings, Duration::ZERO).await);
+        let running = Some(InProcessBroker::start(&settings, Duration::ZERO).await);
         let db = PgPool::connect(&url).await.unwrap();
         let http = reqwest::Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
         let topic = format!("it-{}", Uuid::new_v4().simple());
-        let house = Self { settings, topic, bucket, db, s3, http, process, pushed_ms: AtomicU64::new(0) };
-        house.make_topic(&house.topic, 3).await;
-        house
+        let broker = Self { settings, topic, bucket, db, s3, http, running, clock_advance_ms: AtomicU64::new(0) };
+        broker.create_topic(&broker.topic, 3).await;
+        broker
     }
 
-    /// Makes a topic in Kafka, and waits until it can be seen.
-    pub(crate) async fn make_topic(&self, topic: &str, partitions: i32) {
-        servers::make_topic(topic, partitions).await;
+    /// Creates a topic in Kafka and waits until its metadata shows it.
+    pub(crate) async fn create_topic(&self, topic: &str, partitions: i32) {
+        servers::create_topic(topic, partitions).await;
         let topic = topic.to_owned();
         tokio::task::spawn_blocking(move || {
             let consumer = consumer();
             let begun = std::time::Instant::now();
             loop {
-                // A Kafka on a machine that is busy with tests may answer late.
+                // Kafka may answer late on a machine that is busy with tests.
                 let metadata = consumer.fetch_metadata(Some(&topic), Duration::from_secs(5));
                 if metadata.as_ref().is_ok_and(|metadata| {
                     metadata.topics().iter().any(|found| found.name() == topic && found.partitions().len() == partitions as usize)
@@ -198,7 +198,7 @@ impl House {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://{}", self.process.as_ref().expect("the broker runs").address())
+        format!("http://{}", self.running.as_ref().expect("the broker runs").address())
     }
 
     /// The real client.
@@ -206,41 +206,41 @@ impl House {
         Client::new(&self.url()).unwrap()
     }
 
-    pub(crate) async fn send(&self, request: reqwest::RequestBuilder) -> Answer {
+    pub(crate) async fn send(&self, request: reqwest::RequestBuilder) -> ApiResponse {
         let response = request.send().await.expect("the broker answers");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await.unwrap();
-        Answer { status, headers, json: serde_json::from_str(&text).unwrap_or(Value::Null), text }
+        ApiResponse { status, headers, json: serde_json::from_str(&text).unwrap_or(Value::Null), text }
     }
 
-    /// A request of any kind, to be given headers and a body.
+    /// A request to which the caller adds headers and a body.
     pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
         self.http.request(method.parse().unwrap(), format!("{}{path}", self.url()))
     }
 
-    /// Sends a body as it is, under `application/json`.
-    pub(crate) async fn send_json(&self, method: &str, path: &str, body: impl Into<reqwest::Body>) -> Answer {
+    /// Sends a body unchanged, as `application/json`.
+    pub(crate) async fn send_json(&self, method: &str, path: &str, body: impl Into<reqwest::Body>) -> ApiResponse {
         self.send(self.request(method, path).header("content-type", "application/json").body(body)).await
     }
 
-    pub(crate) async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> ApiResponse {
         self.send(self.http.get(format!("{}{path}", self.url()))).await
     }
 
-    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> ApiResponse {
         self.send(self.http.post(format!("{}{path}", self.url())).json(body)).await
     }
 
-    pub(crate) async fn delete(&self, path: &str) -> Answer {
+    pub(crate) async fn delete(&self, path: &str) -> ApiResponse {
         self.send(self.http.delete(format!("{}{path}", self.url()))).await
     }
 
-    pub(crate) async fn put_policy(&self, topic: &str, policy: &Value) -> Answer {
+    pub(crate) async fn put_policy(&self, topic: &str, policy: &Value) -> ApiResponse {
         self.send(self.http.put(format!("{}/lfs/topics/{topic}", self.url())).json(policy)).await
     }
 
-    /// Opens an upload of these bytes to the house's topic; `more` adds or replaces members.
-    pub(crate) async fn open(&self, content: &[u8], more: Value) -> Answer {
+    /// Opens an upload of these bytes to the broker's topic. `more` adds or replaces members; null removes one.
+    pub(crate) async fn open(&self, content: &[u8], more: Value) -> ApiResponse {
         let mut body = json!({"topic": self.topic, "size": content.len(), "sha256": sha256(content)});
         for (name, value) in more.as_object().expect("an object") {
             match value {
@@ -251,23 +251,23 @@ impl House {
         self.post("/lfs/uploads", &body).await
     }
 
-    /// Sends bytes by a signed request, as a client that knows nothing else would.
-    pub(crate) async fn put(&self, request: &Value, content: &[u8]) -> Answer {
-        let mut answer = self.put_once(request, content).await;
+    /// Sends bytes with a signed request, like a client that knows nothing else.
+    pub(crate) async fn put(&self, request: &Value, content: &[u8]) -> ApiResponse {
+        let mut response = self.put_once(request, content).await;
         for _ in 0..20 {
-            if !lost_its_directory(answer.status, &answer.text) {
+            if !is_versitygw_directory_race(response.status, &response.text) {
                 break;
             }
-            answer = self.put_once(request, content).await;
+            response = self.put_once(request, content).await;
         }
-        answer
+        response
     }
 
-    async fn put_once(&self, request: &Value, content: &[u8]) -> Answer {
+    async fn put_once(&self, request: &Value, content: &[u8]) -> ApiResponse {
         let signed: SignedRequest = serde_json::from_value(request.clone()).unwrap_or_else(|error| panic!("{error}: {request}"));
         let mut put = self.http.put(&signed.url).body(content.to_vec());
         for (name, value) in &signed.headers {
-            // It follows from the body, but this client leaves it out where the body is empty.
+            // HTTP clients derive it from the body, but reqwest omits it when the body is empty.
             if name != "content-length" || content.is_empty() {
                 put = put.header(name, value);
             }
@@ -275,7 +275,7 @@ impl House {
         self.send(put).await
     }
 
-    /// Puts every part of an answer that has them.
+    /// Puts every part that a response lists.
     pub(crate) async fn put_parts(&self, parts: &Value, content: &[u8]) {
         for part in parts.as_array().expect("parts") {
             let (offset, size) = (part["offset"].as_u64().unwrap() as usize, part["size"].as_u64().unwrap() as usize);
@@ -283,23 +283,23 @@ impl House {
         }
     }
 
-    pub(crate) async fn complete(&self, id: &str) -> Answer {
+    pub(crate) async fn complete(&self, id: &str) -> ApiResponse {
         self.post(&format!("/lfs/uploads/{id}/complete"), &json!({})).await
     }
 
-    /// Opens, puts in one PUT, and completes; asserts that it was published.
-    pub(crate) async fn publish(&self, content: &[u8], more: Value) -> Answer {
+    /// Opens an upload, sends one PUT, completes it, and asserts that it was published.
+    pub(crate) async fn publish(&self, content: &[u8], more: Value) -> ApiResponse {
         let opened = self.open(content, more).await.expect(201);
         self.put(&opened.json["upload"], content).await.expect(200);
         self.complete(&opened.id()).await.expect(200)
     }
 
-    pub(crate) async fn upload(&self, id: &str) -> Answer {
+    pub(crate) async fn upload(&self, id: &str) -> ApiResponse {
         self.get(&format!("/lfs/uploads/{id}")).await
     }
 
-    /// Waits, by the API's own long-poll, until the upload is in this state.
-    pub(crate) async fn until(&self, id: &str, state: &str) -> Answer {
+    /// Waits with the API's long poll until the upload is in this state.
+    pub(crate) async fn wait_for_state(&self, id: &str, state: &str) -> ApiResponse {
         let mut found = self.upload(id).await;
         for _ in 0..30 {
             if found.state() == state {
@@ -311,25 +311,25 @@ impl House {
         panic!("{id} never became {state}: {}", found.text);
     }
 
-    /// Waits until `true`; a condition that never holds fails the test.
-    pub(crate) async fn eventually<F: Future<Output = bool>>(&self, what: &str, mut holds: impl FnMut() -> F) {
+    /// Waits up to 15 s until the condition holds, else fails the test.
+    pub(crate) async fn eventually<F: Future<Output = bool>>(&self, description: &str, mut holds: impl FnMut() -> F) {
         for _ in 0..150 {
             if holds().await {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        panic!("never: {what}");
+        panic!("never happened: {description}");
     }
 
-    /// Pushes the broker's clock.
-    pub(crate) fn push_clock(&self, by: Duration) {
-        self.pushed_ms.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
-        self.process.as_ref().expect("the broker runs").push_clock(by);
+    /// Advances the broker's clock.
+    pub(crate) fn advance_clock(&self, duration: Duration) {
+        self.clock_advance_ms.fetch_add(u64::try_from(duration.as_millis()).unwrap(), Ordering::Relaxed);
+        self.running.as_ref().expect("the broker runs").advance_clock(duration);
     }
 
-    fn pushed(&self) -> Duration {
-        Duration::from_millis(self.pushed_ms.load(Ordering::Relaxed))
+    fn clock_advance(&self) -> Duration {
+        Duration::from_millis(self.clock_advance_ms.load(Ordering::Relaxed))
     }
 
     /// Every committed record of a topic, by partition and offset, read by a plain consumer.
@@ -350,31 +350,31 @@ impl House {
         !page.uploads().is_empty()
     }
 
-    /// Ends the broker in order and starts it again, with changed settings.
+    /// Shuts the broker down in order and starts it again with changed settings.
     pub(crate) async fn restart(&mut self, change: impl FnOnce(&mut app::Settings)) {
-        self.process.take().expect("the broker runs").stop().await;
-        self.start(change).await;
+        self.running.take().expect("the broker runs").stop().await;
+        self.start_again(change).await;
     }
 
-    /// Drops the broker as a crash would, and starts another.
+    /// Drops the broker like a crash and starts it again with changed settings.
     pub(crate) async fn crash(&mut self, change: impl FnOnce(&mut app::Settings)) {
-        self.process.take().expect("the broker runs").crash();
-        self.start(change).await;
+        self.running.take().expect("the broker runs").crash();
+        self.start_again(change).await;
     }
 
-    pub(crate) async fn start(&mut self, change: impl FnOnce(&mut app::Settings)) {
+    pub(crate) async fn start_again(&mut self, change: impl FnOnce(&mut app::Settings)) {
         change(&mut self.settings);
-        self.process = Some(Process::start(&self.settings, self.pushed()).await);
+        self.running = Some(InProcessBroker::start(&self.settings, self.clock_advance()).await);
     }
 
-    /// Ends the broker in order; what follows is done to what is around it, until [`House::start`].
+    /// Shuts the broker down in order. It stays down until [`TestBroker::start_again`].
     pub(crate) async fn stop(&mut self) {
-        self.process.take().expect("the broker runs").stop().await;
+        self.running.take().expect("the broker runs").stop().await;
     }
 
-    /// A second replica on the same database, S3 and Kafka.
-    pub(crate) async fn replica(&self) -> Process {
-        Process::start(&self.settings, self.pushed()).await
+    /// Starts a second replica on the same database, S3 and Kafka.
+    pub(crate) async fn replica(&self) -> InProcessBroker {
+        InProcessBroker::start(&self.settings, self.clock_advance()).await
     }
 }
 
@@ -403,7 +403,7 @@ fn consumer() -> BaseConsumer {
         .set("isolation.level", "read_committed")
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
-        // The end of a partition is told when a fetch comes back empty: by default half a second later.
+        // Kafka reports the end of a partition when a fetch comes back empty, by default after half a second.
         .set("fetch.wait.max.ms", "10")
         .create()
         .expect("a consumer is made")
@@ -418,13 +418,13 @@ fn read_all(topic: &str) -> Vec<Record> {
         assignment.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
     }
     consumer.assign(&assignment).unwrap();
-    let (mut records, mut ended) = (Vec::new(), 0);
+    let (mut records, mut partitions_read) = (Vec::new(), 0);
     let deadline = Instant::now() + Duration::from_secs(60);
-    while ended < partitions.len() {
+    while partitions_read < partitions.len() {
         assert!(Instant::now() < deadline, "{topic} was not read in a minute");
         match consumer.poll(Duration::from_secs(10)).expect("Kafka answers in time") {
-            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => ended += 1,
-            // On a busy machine a connection may be late; librdkafka comes back by itself.
+            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => partitions_read += 1,
+            // On a busy machine a connection may be slow; librdkafka reconnects by itself.
             Err(error) if matches!(error.rdkafka_error_code(), Some(AllBrokersDown | BrokerTransportFailure)) => {}
             Err(error) => panic!("{error}"),
             Ok(message) => records.push(Record {

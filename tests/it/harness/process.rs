@@ -1,67 +1,119 @@
-//! One broker on a runtime of its own, so that it can be dropped whole, as a killed process is.
+//! A broker in a process of its own: a test can kill it, signal it, and set failpoints in it.
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lfs_broker::app::{self, Running};
-use lfs_broker::store::Store;
-use tokio::runtime::{Builder, Runtime};
-use tracing_subscriber::EnvFilter;
+use lfs_broker::kafka::Delivery;
 
-/// A broker that runs, or did.
-pub(crate) struct Process {
-    store: Store,
-    running: Option<Running>,
-    runtime: Option<Runtime>,
-    address: SocketAddr,
+use super::TestBroker;
+
+/// A running or ended `lfs-broker serve`. It is killed when it is dropped.
+pub(crate) struct BrokerProcess {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    url: String,
 }
 
-impl Process {
-    /// Starts a broker whose clock is pushed by this much.
-    pub(crate) async fn start(settings: &app::Settings, pushed: Duration) -> Self {
-        // Silent unless RUST_LOG is set; only the first of all tests can set it.
-        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
-        let log = tracing_subscriber::fmt().with_env_filter(filter);
-        let _ = log.with_test_writer().try_init();
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime is made");
-        let settings = settings.clone();
-        let start = runtime.spawn(async move {
-            let store = Store::connect(&settings.store).expect("the database has a URL");
-            store.push_clock(pushed);
-            let running = app::start_on(settings, store.clone()).await.expect("the broker starts");
-            (store, running)
-        });
-        let (store, running) = start.await.expect("the broker starts");
-        let address = running.address();
-        Self { store, running: Some(running), runtime: Some(runtime), address }
+impl TestBroker {
+    /// Starts a process beside the test broker, on the same database, S3 and Kafka, with short intervals.
+    pub(crate) async fn spawn_process(&self, environment_changes: &[(&str, &str)]) -> BrokerProcess {
+        self.spawn_process_after(":", environment_changes).await
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    pub(crate) fn push_clock(&self, by: Duration) {
-        self.store.push_clock(by);
-    }
-
-    /// Ends it in order.
-    pub(crate) async fn stop(mut self) {
-        let running = self.running.take().expect("it runs");
-        let runtime = self.runtime.as_ref().expect("it has a runtime until it is dropped");
-        runtime.spawn(running.stop()).await.expect("the broker ends in order");
-    }
-
-    /// Drops whatever it does, requests, completions and all: nothing is finished, nothing given back.
-    pub(crate) fn crash(self) {
-        drop(self);
+    /// Runs a shell command first, then starts the process in the same shell.
+    pub(crate) async fn spawn_process_after(&self, shell_command: &str, environment_changes: &[(&str, &str)]) -> BrokerProcess {
+        let (settings, objects) = (&self.settings, &self.settings.objects);
+        let text = |value: &Option<String>| value.clone().expect("the test broker has set it");
+        let delivery = match settings.kafka.delivery {
+            Delivery::ExactlyOnce => "exactly_once",
+            Delivery::AtLeastOnce => "at_least_once",
+        };
+        let mut environment: BTreeMap<&str, String> = BTreeMap::from([
+            ("DATABASE_URL", settings.store.url.clone()),
+            ("KAFKA_BOOTSTRAP_SERVERS", settings.kafka.bootstrap_servers.clone()),
+            ("AWS_ENDPOINT_URL_S3", text(&objects.endpoint)),
+            ("AWS_ACCESS_KEY_ID", text(&objects.access_key_id)),
+            ("AWS_SECRET_ACCESS_KEY", text(&objects.secret_access_key)),
+            ("AWS_REGION", text(&objects.region)),
+            ("LFS_BROKER_S3_BUCKET", self.bucket.clone()),
+            ("LFS_BROKER_DELIVERY", delivery.to_owned()),
+            ("LFS_BROKER_AUTH_MODE", "none".to_owned()),
+            ("LFS_BROKER_TOPICS_DEFAULT_ENABLED", "true".to_owned()),
+            ("LFS_BROKER_LISTEN", "127.0.0.1:0".to_owned()),
+            ("LFS_BROKER_LEASE_SECONDS", "3".to_owned()),
+            ("LFS_BROKER_SWEEP_SECONDS", "1".to_owned()),
+            ("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "0".to_owned()),
+        ]);
+        environment.extend(environment_changes.iter().map(|(name, value)| (*name, (*value).to_owned())));
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", &format!("{shell_command} && exec \"$0\" serve"), env!("CARGO_BIN_EXE_lfs-broker")])
+            .env_clear()
+            .envs(environment)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, written) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&log));
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| written.lock().unwrap().push(line)));
+        let mut process = BrokerProcess { child, log, url: String::new() };
+        let line = process.wait_for_log("serving on http://").await;
+        process.url = format!("http://{}", line.rsplit("http://").next().unwrap().split([' ', '"']).next().unwrap());
+        process
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            // What blocks on Kafka goes on in its thread, as a request that is under way when its sender dies.
-            runtime.shutdown_background();
+impl BrokerProcess {
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Every log line so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Waits for a log line that contains these words.
+    pub(crate) async fn wait_for_log(&self, words: &str) -> String {
+        for _ in 0..600 {
+            if let Some(line) = self.log.lock().unwrap().iter().find(|line| line.contains(words)) {
+                return line.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        panic!("the broker never logged {words:?}:\n{}", self.log());
+    }
+
+    /// Whether the process exits within a second: its connections break before the process is gone.
+    pub(crate) async fn has_exited(&mut self) -> bool {
+        for _ in 0..20 {
+            if self.child.try_wait().expect("the state of a child process can be read").is_some() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        false
+    }
+
+    /// Sends the process a signal by the signal's name.
+    pub(crate) fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
+    }
+}
+
+/// Sends a signal to a process that the test started.
+pub(crate) fn signal(process: u32, name: &str) {
+    let sent = Command::new("kill").arg(format!("-{name}")).arg(process.to_string()).status();
+    assert!(sent.expect("kill runs").success());
+}
+
+impl Drop for BrokerProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -1,20 +1,20 @@
-//! What uploads need besides one PUT: parts and their hashes, other checksums, objects put behind the broker's back.
+//! Helpers for multipart uploads, other checksums, and objects written without the broker.
 
 use aws_sdk_s3::error::ProvideErrorMetadata as _;
 use lfs_broker_client::checksum::Algorithm;
 use serde_json::{Value, json};
 
-use super::{Answer, House, Record, sha256};
+use super::{ApiResponse, Record, TestBroker, sha256};
 
-/// The smallest part that S3 joins, in bytes.
-pub(crate) const PART: usize = 5 << 20;
+/// The smallest part that S3 joins.
+pub(crate) const PART_BYTES: usize = 5 << 20;
 
 /// The SHA-256 of each part of this size.
 pub(crate) fn part_hashes(content: &[u8], part_bytes: usize) -> Vec<String> {
     content.chunks(part_bytes).map(sha256).collect()
 }
 
-/// The digest by an algorithm's name, hex.
+/// The hex digest of the content by the algorithm's name.
 pub(crate) fn digest(algorithm: &str, content: &[u8]) -> String {
     let mut hasher = algorithm.parse::<Algorithm>().unwrap().hasher();
     hasher.update(content);
@@ -22,7 +22,7 @@ pub(crate) fn digest(algorithm: &str, content: &[u8]) -> String {
 }
 
 impl Record {
-    /// The first header of this name.
+    /// The first header with this name.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(header, _)| header == name).map(|(_, value)| value.as_str())
     }
@@ -33,51 +33,51 @@ impl Record {
     }
 }
 
-impl House {
-    /// Opens an upload in parts of 5 MiB without part hashes; `more` adds or replaces members.
-    pub(crate) async fn open_parts(&self, content: &[u8], more: Value) -> Answer {
-        let mut members = json!({"part_size": PART});
+impl TestBroker {
+    /// Opens an upload in parts of 5 MiB without part hashes. `more` adds or replaces members.
+    pub(crate) async fn open_multipart(&self, content: &[u8], more: Value) -> ApiResponse {
+        let mut members = json!({"part_size": PART_BYTES});
         members.as_object_mut().unwrap().extend(more.as_object().expect("an object").clone());
         self.open(content, members).await
     }
 
-    /// The same with the hash of every part.
-    pub(crate) async fn open_hashed_parts(&self, content: &[u8], more: Value) -> Answer {
-        let mut members = json!({"part_sha256": part_hashes(content, PART)});
+    /// Opens an upload in parts of 5 MiB with the hash of every part.
+    pub(crate) async fn open_multipart_with_hashes(&self, content: &[u8], more: Value) -> ApiResponse {
+        let mut members = json!({"part_sha256": part_hashes(content, PART_BYTES)});
         members.as_object_mut().unwrap().extend(more.as_object().expect("an object").clone());
-        self.open_parts(content, members).await
+        self.open_multipart(content, members).await
     }
 
-    /// Asks for part URLs.
-    pub(crate) async fn sign(&self, id: &str, body: Value) -> Answer {
+    /// Requests presigned URLs for parts.
+    pub(crate) async fn presign_parts(&self, id: &str, body: Value) -> ApiResponse {
         self.post(&format!("/lfs/uploads/{id}/parts"), &body).await
     }
 
-    pub(crate) async fn complete_with(&self, id: &str, body: Value) -> Answer {
+    pub(crate) async fn complete_with(&self, id: &str, body: Value) -> ApiResponse {
         self.post(&format!("/lfs/uploads/{id}/complete"), &body).await
     }
 
-    /// Completes what may have to be read back first: 200 at once, or 202 and published soon. Gives what GET says then.
-    pub(crate) async fn complete_and_wait(&self, id: &str, body: Value) -> Answer {
-        let answer = self.complete_with(id, body).await;
-        assert!([200, 202].contains(&answer.status), "{}", answer.text);
-        self.until(id, "published").await
+    /// Completes an upload that the broker may have to read back: 200, or 202 and published later. Returns the published state.
+    pub(crate) async fn complete_and_wait(&self, id: &str, body: Value) -> ApiResponse {
+        let response = self.complete_with(id, body).await;
+        assert!([200, 202].contains(&response.status), "{}", response.text);
+        self.wait_for_state(id, "published").await
     }
 
-    /// Asks for the bytes behind a record's value.
-    pub(crate) async fn resolve(&self, value: &[u8], query: &str) -> Answer {
+    /// Resolves a record's value to a download URL.
+    pub(crate) async fn resolve(&self, value: &[u8], query: &str) -> ApiResponse {
         let request = self.http.post(format!("{}/lfs/resolve{query}", self.url()));
         self.send(request.header("content-type", "application/json").body(value.to_vec())).await
     }
 
-    /// Downloads by a resolved pointer, as a client that knows nothing else would.
+    /// Downloads with a resolved pointer, like a client that knows nothing else.
     pub(crate) async fn download(&self, resolved: &Value) -> Vec<u8> {
         let got = self.http.get(resolved["url"].as_str().expect("a URL")).send().await.unwrap();
         assert_eq!(got.status(), 200);
         got.bytes().await.unwrap().to_vec()
     }
 
-    /// The only record of the house's topic, and the bytes behind it.
+    /// The only record of the broker's topic, and the content of its object.
     pub(crate) async fn only_record(&self) -> (Record, Vec<u8>) {
         let mut records = self.records(&self.topic).await;
         assert_eq!(records.len(), 1);
@@ -87,7 +87,7 @@ impl House {
         (record, content)
     }
 
-    /// Writes an object with the house's own credentials, past the broker; `token` is the write token it bears.
+    /// Writes an object directly with the broker's S3 credentials. `token` becomes the write token in its metadata.
     pub(crate) async fn put_object(&self, key: &str, content: &[u8], token: Option<&str>) {
         for _ in 0..20 {
             let put = self.s3.put_object().bucket(&self.bucket).key(key).body(content.to_vec().into());
@@ -97,15 +97,15 @@ impl House {
             };
             match put.send().await {
                 Ok(_) => return,
-                Err(error) if error.code().is_some_and(|code| lost_its_directory(409, code)) => {}
+                Err(error) if error.code().is_some_and(|code| is_versitygw_directory_race(409, code)) => {}
                 Err(error) => panic!("{error:?}"),
             }
         }
-        panic!("{key}: no PUT outlived the removals beside it");
+        panic!("{key}: every PUT failed because of concurrent DELETEs");
     }
 
-    /// Waits until S3 holds neither objects nor, under this key, parts.
-    pub(crate) async fn until_nothing_is_left(&self, object_key: &str) {
+    /// Waits until S3 holds no object, and no open multipart upload for this key.
+    pub(crate) async fn wait_until_s3_is_empty(&self, object_key: &str) {
         self.eventually("nothing is left in S3", || async {
             self.objects().await.is_empty() && !self.has_open_multipart(object_key).await
         })
@@ -113,9 +113,9 @@ impl House {
     }
 }
 
-/// Whether VersityGW removed the directory above a key while it wrote there: a DELETE takes empty directories away, and a
-/// PUT that meets it answers so and has stored nothing (1.8.0, seen in 7 of 100 PUTs beside constant DELETEs). Clients try
-/// again.
-pub(super) fn lost_its_directory(status: u16, text: &str) -> bool {
+/// Whether VersityGW removed the directory above a key while it wrote there. A DELETE removes empty directories, and a
+/// concurrent PUT then fails like this without storing anything (1.8.0, seen in 7 of 100 PUTs beside constant DELETEs).
+/// Clients retry such a PUT.
+pub(super) fn is_versitygw_directory_race(status: u16, text: &str) -> bool {
     status == 409 && text.contains("ExistingObjectIsDirectory")
 }

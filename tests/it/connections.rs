@@ -1,0 +1,248 @@
+//! Many connections, many long polls, large bodies, few file descriptors; and an orderly shutdown.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::harness::TestBroker;
+use crate::harness::process::BrokerProcess;
+use crate::harness::raw::RawConnection;
+use crate::harness::tokens::token;
+
+const HEALTH: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+const LIST: &[u8] = b"GET /lfs/uploads?limit=1 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+
+fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// The status line and headers of the next response, on a connection that may stay open.
+async fn head(connection: &mut RawConnection) -> String {
+    let mut bytes = Vec::new();
+    let read = async {
+        while !bytes.ends_with(b"\r\n\r\n") {
+            bytes.push(connection.0.read_u8().await.expect("the broker answers"));
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), read).await.expect("the broker answers in time");
+    String::from_utf8(bytes).unwrap().to_ascii_lowercase()
+}
+
+/// Opens connections whose request never ends.
+async fn open_unfinished_requests(broker: &TestBroker, count: usize) -> Vec<RawConnection> {
+    join_all((0..count).map(async |_| {
+        let mut connection = broker.connect().await;
+        connection.send(b"GET /healthz HTTP/1.1\r\n").await;
+        connection
+    }))
+    .await
+}
+
+async fn head_of(broker: &TestBroker, request: &[u8]) -> String {
+    let mut connection = broker.connect().await;
+    connection.send(request).await;
+    head(&mut connection).await
+}
+
+#[tokio::test]
+async fn with_every_connection_taken_health_is_answered_and_other_requests_get_503() {
+    let broker = TestBroker::start_with(|settings| settings.http.connections = 4).await;
+    let held = open_unfinished_requests(&broker, 4).await;
+    tokio::time::sleep(millis(100)).await;
+    let begun = Instant::now();
+    for path in ["/healthz", "/readyz"] {
+        let response = head_of(&broker, format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes()).await;
+        assert!(response.starts_with("http/1.1 200") && response.contains("connection: close"), "{response}");
+    }
+    assert!(begun.elapsed() < millis(3000), "{:?}", begun.elapsed());
+    let refused = broker.send_raw(LIST).await;
+    refused[0].expect_problem(503, "dependency-unavailable");
+    assert!(refused[0].head.contains("retry-after: 1"), "{refused:?}");
+    drop(held);
+    let asked = join_all((0..40).map(|_| head_of(&broker, LIST)));
+    let served = tokio::time::timeout(Duration::from_secs(20), asked).await.expect("all are served");
+    assert!(served.iter().filter(|response| response.starts_with("http/1.1 200")).count() >= 4, "{served:?}");
+    broker.eventually("the broker serves again", async || head_of(&broker, LIST).await.starts_with("http/1.1 200")).await;
+}
+
+#[tokio::test]
+async fn idle_connections_are_closed_for_new_clients() {
+    let broker = TestBroker::start_with(|settings| settings.http.connections = 3).await;
+    let mut idle = Vec::new();
+    for _ in 0..3 {
+        let mut connection = broker.connect().await;
+        connection.send(HEALTH).await;
+        head(&mut connection).await;
+        idle.push(connection);
+    }
+    let begun = Instant::now();
+    for _ in 0..5 {
+        let response = head_of(&broker, LIST).await;
+        assert!(response.starts_with("http/1.1 200"), "{response}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn one_address_cannot_take_every_connection() {
+    let broker = TestBroker::start_with(|settings| settings.http.connections_per_address = 3).await;
+    let held = open_unfinished_requests(&broker, 3).await;
+    tokio::time::sleep(millis(100)).await;
+    assert!(head_of(&broker, HEALTH).await.starts_with("http/1.1 200"));
+    let refused = broker.send_raw(LIST).await;
+    refused[0].expect_problem(429, "rate-limited");
+    assert!(refused[0].head.contains("retry-after: 1"), "{refused:?}");
+    drop(held);
+    broker.eventually("the address is served again", async || head_of(&broker, LIST).await.starts_with("http/1.1 200")).await;
+}
+
+#[tokio::test]
+async fn a_tenant_has_a_limit_of_concurrent_long_polls_that_affects_no_other_request() {
+    let broker = TestBroker::start_with_tokens(|settings| settings.http.tenant_long_polls = 2).await;
+    let body = json!({"topic": broker.topic, "size": 1, "sha256": crate::harness::sha256(b"x")});
+    let open = async |tenant: &str| {
+        let request = broker.request("POST", "/lfs/uploads").bearer_auth(token(tenant, "lfs:write", &["*"]));
+        broker.send(request.json(&body)).await.expect(201).id()
+    };
+    let read = async |tenant: &str, id: &str, wait: u32| {
+        let request = broker.request("GET", &format!("/lfs/uploads/{id}?wait={wait}"));
+        broker.send(request.bearer_auth(token(tenant, "lfs:read", &["*"]))).await
+    };
+    let (own, other) = (open("acme").await, open("other").await);
+    // Each of the two retries until it is among the allowed long polls, then waits until the upload changes.
+    let waits = async || {
+        while read("acme", &own, 30).await.status != 200 {
+            tokio::time::sleep(millis(20)).await;
+        }
+    };
+    let refused = async {
+        broker.eventually("a third is refused", async || read("acme", &own, 1).await.status == 429).await;
+        let response = read("acme", &own, 1).await.expect_problem(429, "rate-limited");
+        assert_eq!(response.headers["retry-after"], "1");
+        // The limit affects neither a request without a wait nor another tenant.
+        read("acme", &own, 0).await.expect(200);
+        read("other", &other, 1).await.expect(200);
+        let abort = broker.request("DELETE", &format!("/lfs/uploads/{own}"));
+        broker.send(abort.bearer_auth(token("acme", "lfs:write", &["*"]))).await.expect(204);
+    };
+    tokio::join!(waits(), waits(), refused);
+    read("acme", &own, 1).await.expect(200);
+}
+
+#[tokio::test]
+async fn request_bodies_share_a_memory_budget_and_small_ones_need_none() {
+    let broker = TestBroker::start_with(|settings| {
+        settings.http.body_memory_bytes = 1 << 20;
+        settings.http.body_timeout = millis(2500);
+    })
+    .await;
+    let open = json!({"topic": broker.topic, "size": 1, "sha256": crate::harness::sha256(b"x")}).to_string().into_bytes();
+    let whole = [open, vec![b' '; 900_000]].concat();
+    let send_half = async || {
+        let mut connection = broker.connect().await;
+        let head = "POST /lfs/uploads HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n";
+        connection.send(format!("{head}content-length: {}\r\n\r\n", whole.len()).as_bytes()).await;
+        connection.send(&whole[..500_000]).await;
+        connection
+    };
+    // Half of each body fits, and no more. The first waits until its time is over, then frees enough for the second.
+    let mut first = send_half().await;
+    tokio::time::sleep(millis(500)).await;
+    let mut second = send_half().await;
+    tokio::time::sleep(millis(200)).await;
+    let small = Instant::now();
+    broker.open(b"x", json!({})).await.expect(201);
+    assert!(small.elapsed() < millis(1500), "a small body waits for no other");
+    let ((), ()) = tokio::join!(async { drop(first.0.write_all(&whole[500_000..]).await) }, async {
+        drop(second.0.write_all(&whole[500_000..]).await)
+    });
+    let (first, second) = (first.responses().await, second.responses().await);
+    first[0].expect_problem(503, "dependency-unavailable");
+    assert!(first[0].head.contains("retry-after") && first[0].body.contains("request bodies hold"), "{first:?}");
+    assert!([201, 503].contains(&second[0].status), "{second:?}");
+    broker.send_json("POST", "/lfs/uploads", whole).await.expect(201);
+}
+
+/// Opens connections that send nothing.
+async fn open_silent_connections(process: &BrokerProcess, count: usize) -> Vec<tokio::net::TcpStream> {
+    let address = process.url().trim_start_matches("http://").to_owned();
+    let mut held = Vec::new();
+    for _ in 0..count {
+        held.push(tokio::net::TcpStream::connect(&address).await.expect("the system accepts the connection"));
+    }
+    held
+}
+
+#[tokio::test]
+async fn a_low_limit_of_open_files_does_not_delay_health_checks() {
+    let broker = TestBroker::start().await;
+    // The broker raises a soft limit to the hard limit. Under a low hard limit it allows fewer connections.
+    for limit in ["ulimit -Sn 300", "ulimit -n 400"] {
+        let process = broker.spawn_process_after(limit, &[]).await;
+        let held = open_silent_connections(&process, 420).await;
+        let begun = Instant::now();
+        let response = broker.http.get(format!("{}/healthz", process.url())).send().await;
+        assert!(response.as_ref().is_ok_and(|response| response.status() == 200), "{limit}: {response:?}\n{}", process.log());
+        assert!(begun.elapsed() < Duration::from_secs(6), "{limit}: {:?}", begun.elapsed());
+        broker
+            .eventually("other requests are served too", async || {
+                broker.send(broker.http.get(format!("{}/lfs/uploads", process.url()))).await.status == 200
+            })
+            .await;
+        assert!(begun.elapsed() < Duration::from_secs(8), "{limit}: {:?}", begun.elapsed());
+        assert!(!process.log().contains("cannot accept"), "{limit}: {}", process.log());
+        drop(held);
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_shuts_down_reports_it_first_and_resets_no_connection() {
+    let broker = TestBroker::start().await;
+    let id = broker.open(b"x", json!({})).await.expect(201).id();
+    let mut process = broker.spawn_process(&[("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "2")]).await;
+    let connect =
+        async || RawConnection(tokio::net::TcpStream::connect(process.url().trim_start_matches("http://")).await.unwrap());
+    let (mut kept, mut waiting) = (connect().await, connect().await);
+    kept.send(HEALTH).await;
+    assert!(!head(&mut kept).await.contains("connection: close"));
+    let mut body = [0; 15];
+    kept.0.read_exact(&mut body).await.unwrap();
+    waiting.send(format!("GET /lfs/uploads/{id}?wait=30 HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes()).await;
+    let begun = Instant::now();
+    process.signal("TERM");
+    process.wait_for_log("ending").await;
+    let ready = broker.send(broker.http.get(format!("{}/readyz", process.url()))).await;
+    assert_eq!((ready.status, ready.json["status"].as_str()), (503, Some("shutting-down")), "{}", ready.text);
+    let new = broker.send(broker.http.get(format!("{}/lfs/uploads", process.url()))).await.expect(200);
+    assert_eq!(new.headers["connection"], "close");
+    kept.send(LIST).await;
+    let last = kept.responses().await;
+    assert!(last[0].status == 200 && last[0].head.contains("connection: close"), "{last:?}");
+    // A long poll gets the current state when the broker shuts down, not a closed connection.
+    let waited = waiting.responses().await;
+    assert_eq!(waited[0].status, 200, "{waited:?}");
+    assert!(begun.elapsed() >= millis(1900) && begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    let mut has_exited = false;
+    for _ in 0..20 {
+        has_exited = has_exited || process.has_exited().await;
+    }
+    assert!(has_exited, "{}", process.log());
+}
+
+#[tokio::test]
+async fn a_second_signal_stops_the_broker_at_once() {
+    let broker = TestBroker::start().await;
+    let mut process = broker.spawn_process(&[("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "100")]).await;
+    process.signal("TERM");
+    process.wait_for_log("ending").await;
+    assert!(!process.has_exited().await);
+    process.signal("TERM");
+    process.wait_for_log("asked to end twice").await;
+    let mut has_exited = false;
+    for _ in 0..10 {
+        has_exited = has_exited || process.has_exited().await;
+    }
+    assert!(has_exited, "{}", process.log());
+}
