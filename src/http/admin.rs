@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use lfs_broker_client::api::{self, Redrive, Stats, Upload, Validated};
+use lfs_broker_client::api::{Redrive, Stats, Upload, Validated};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -30,8 +30,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "The upload. It is published soon, or shows the last publish error", body = Upload),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn redrive_upload(
@@ -52,8 +50,6 @@ async fn redrive_upload(
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "The object is the verified one", body = Validated),
-        (status = "4XX", description = "Refused, or the object was replaced or deleted", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn reverify_upload(
@@ -74,8 +70,6 @@ async fn reverify_upload(
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "The upload, rejected", body = Upload),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn discard_upload(State(app): State<App>, Admin(caller): Admin, UploadId(id): UploadId) -> Result<Json<Upload>, Problem> {
@@ -90,8 +84,6 @@ async fn discard_upload(State(app): State<App>, Admin(caller): Admin, UploadId(i
     get, path = "/lfs/stats", operation_id = "getStats", tag = "operations",
     responses(
         (status = 200, description = "The statistics", body = Stats),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn get_stats(State(app): State<App>, _: Admin) -> Result<Json<Stats>, Problem> {

@@ -5,6 +5,7 @@ pub(crate) mod allowed_hosts;
 mod client_ip;
 mod connection_limits;
 mod descriptors;
+mod error_responses;
 mod extract;
 mod long_polls;
 mod middleware;
@@ -28,8 +29,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::{HeaderName, Method, header, request};
 use ipnet::IpNet;
-use lfs_broker_client::api::ErrorCode;
-use lfs_broker_client::api::{ReadUpload, Upload};
+use lfs_broker_client::api::{self, ErrorCode, ReadUpload, Upload};
 use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
@@ -266,8 +266,11 @@ fn rate_limited(seconds: u64, detail: &str) -> Problem {
     info(
         title = "lfs-broker",
         description = "The claim check pattern for Kafka: clients upload files directly to S3, and the broker publishes verified pointers to Kafka.",
+        contact(name = "The lfs-broker maintainers"),
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
+    servers((url = "/", description = "The broker that serves this document")),
+    components(schemas(api::Problem)),
     security(("bearer" = [])),
     tags(
         (name = "uploads", description = "Open, upload and complete"),

@@ -2,12 +2,15 @@
 
 use lfs_broker_client::api::{Integrity, Record};
 use lfs_broker_client::pointer::Pointer;
+use utoipa::openapi::extensions::Extensions;
 use utoipa::openapi::path::PathItem;
 use utoipa::openapi::schema::{AdditionalProperties, ArrayItems, SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Content, OneOf, OpenApi, RefOr, Schema};
 use utoipa::{Modify, ToSchema};
 use uuid::Uuid;
+
+use super::error_responses;
 
 /// The answer of complete: `published` with status 200, the other states with 202. It is one type with the discriminator `state`,
 /// because many generated clients have only one response type for each method.
@@ -121,14 +124,27 @@ struct ContractInfo {
     version: String,
 }
 
-/// Adds what the macros cannot express: the bearer token, and absent members instead of null.
+/// Names of enum values for generated code. openapi-generator's Go client puts the values of all enums into one namespace, in which
+/// `sha256` and `none` of two enums would clash. The values in JSON do not change.
+const VALUE_NAMES: [(&str, &[&str]); 2] = [
+    ("Integrity", &["SIZE", "CHECKSUM", "PARTS_SHA256", "WHOLE_SHA256"]),
+    ("Next", &["PUT", "PARTS", "COMPLETE", "WAIT", "NOTHING"]),
+];
+
+/// Adds what the macros cannot express: the bearer token, error responses, and absent members instead of null.
 pub(super) struct PostProcess;
 
 impl Modify for PostProcess {
     fn modify(&self, document: &mut OpenApi) {
+        error_responses::add(document);
         let components = document.components.get_or_insert_default();
         let bearer = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build());
         components.add_security_scheme("bearer", bearer);
+        for (name, values) in VALUE_NAMES {
+            if let Some(RefOr::T(Schema::Object(schema))) = components.schemas.get_mut(name) {
+                schema.extensions = Some(Extensions::from_iter([("x-enum-varnames", values)]));
+            }
+        }
         for schema in components.schemas.values_mut() {
             omit_nulls(schema);
         }

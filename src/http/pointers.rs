@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use lfs_broker_client::api::{self, ResolveAnswer, ResolveOptions};
+use lfs_broker_client::api::{ResolveAnswer, ResolveOptions};
 use lfs_broker_client::pointer::Pointer;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -24,8 +24,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     post, path = "/lfs/resolve", operation_id = "resolvePointer", tag = "pointers", request_body = Pointer, params(ResolveOptions),
     responses(
         (status = 200, description = "The request that downloads the file, or the result of the check", body = ResolveAnswer),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn resolve_pointer(

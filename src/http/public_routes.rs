@@ -5,11 +5,12 @@ use std::sync::LazyLock;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
-use lfs_broker_client::api::{self, Dependencies, Dependency, ErrorCode};
+use lfs_broker_client::api::{Dependencies, Dependency, ErrorCode};
 use serde::Serialize;
 use utoipa::ToSchema;
+use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -81,7 +82,11 @@ async fn healthz(_: SizeChecked) -> Json<Health> {
 /// 200 while uploads can be opened and completed, else 503. Gives the reason for each dependency that fails.
 #[utoipa::path(
     get, path = "/readyz", operation_id = "getReadiness", tag = "operations", security(()),
-    responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready", body = Readiness))
+    responses(
+        (status = 200, description = "Ready", body = Readiness),
+        (status = 503, description = "Not ready", body = Readiness,
+            headers(("Retry-After" = u64, description = "Seconds to wait before the retry."))),
+    )
 )]
 async fn readyz(_: SizeChecked, State(app): State<App>) -> Response {
     let Dependencies { database, storage, kafka } = app.broker.dependencies().await;
@@ -92,7 +97,11 @@ async fn readyz(_: SizeChecked, State(app): State<App>) -> Response {
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
     };
     let capabilities = app.broker.capabilities.get().cloned();
-    (code, Json(Readiness { status, database, storage, kafka, capabilities })).into_response()
+    let mut response = (code, Json(Readiness { status, database, storage, kafka, capabilities })).into_response();
+    if code == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
 }
 
 /// Read the OpenAPI document
@@ -102,10 +111,15 @@ async fn readyz(_: SizeChecked, State(app): State<App>) -> Response {
     get, path = "/openapi.json", operation_id = "getContract", tag = "operations", security(()),
     responses((status = 200, description = "The document", body = Contract))
 )]
-async fn contract(_: SizeChecked) -> Response {
-    static CONTRACT: LazyLock<String> =
-        LazyLock::new(|| super::openapi().to_pretty_json().expect("the document has only strings and numbers"));
-    ([(header::CONTENT_TYPE, "application/json")], CONTRACT.as_str()).into_response()
+async fn contract(_: SizeChecked, State(app): State<App>) -> Response {
+    static CONTRACT: LazyLock<OpenApi> = LazyLock::new(super::openapi);
+    let mut contract = CONTRACT.clone();
+    // Behind a prefix, the paths of the document are relative to that prefix.
+    if let (false, Some([server])) = (app.base_path.is_empty(), contract.servers.as_deref_mut()) {
+        server.url.clone_from(&app.base_path);
+    }
+    let json = contract.to_pretty_json().expect("the document has only strings and numbers");
+    ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
 /// Explain an error code
@@ -114,7 +128,7 @@ async fn contract(_: SizeChecked) -> Response {
 #[utoipa::path(
     get, path = "/problems/{code}", operation_id = "explainProblem", tag = "operations", security(()),
     params(("code" = String, Path, description = "The error code")),
-    responses((status = 200, description = "The explanation", body = String, content_type = "text/html"), (status = 404, description = "No such code", body = api::Problem, content_type = "application/problem+json"))
+    responses((status = 200, description = "The explanation", body = String, content_type = "text/html"), )
 )]
 async fn explain_problem(_: SizeChecked, code: Result<Path<String>, PathRejection>) -> Result<Html<String>, Problem> {
     let code = code.ok().and_then(|Path(code)| ErrorCode::named(&code));

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use lfs_broker_client::api::{self, ListTopics, Policy, TopicPage};
+use lfs_broker_client::api::{ListTopics, Policy, TopicPage};
 use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -24,8 +24,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     get, path = "/lfs/topics", operation_id = "listTopics", tag = "topics", params(ListTopics),
     responses(
         (status = 200, description = "A page", body = TopicPage),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn list_topics(
@@ -44,8 +42,6 @@ async fn list_topics(
     params(("topic" = String, Path, description = "The topic")),
     responses(
         (status = 200, description = "The policy", body = Policy),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn get_topic(State(app): State<App>, _: Authenticated, TopicName(topic): TopicName) -> Result<Json<Policy>, Problem> {
@@ -60,8 +56,6 @@ async fn get_topic(State(app): State<App>, _: Authenticated, TopicName(topic): T
     params(("topic" = String, Path, description = "The topic")),
     responses(
         (status = 200, description = "The policy as stored", body = Policy),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn put_topic(
@@ -86,8 +80,6 @@ async fn put_topic(
     params(("topic" = String, Path, description = "The topic")),
     responses(
         (status = 204, description = "Deleted"),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn delete_topic(State(app): State<App>, _: Admin, TopicName(topic): TopicName) -> Result<StatusCode, Problem> {

@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    self, CompleteUpload, History, ListUploads, OpenUpload, ReadHistory, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
+    CompleteUpload, History, ListUploads, OpenUpload, ReadHistory, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
     UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
@@ -40,8 +40,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     responses(
         (status = 201, description = "Opened", body = Upload, headers(("Location" = String, description = "The upload"))),
         (status = 200, description = "Already opened with this Idempotency-Key", body = Upload),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn open_upload(
@@ -66,8 +64,6 @@ async fn open_upload(
     params(("id" = Uuid, Path, description = "The upload"), ReadUpload),
     responses(
         (status = 200, description = "The upload", body = Upload),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn get_upload(
@@ -86,8 +82,6 @@ async fn get_upload(
     get, path = "/lfs/uploads", operation_id = "listUploads", tag = "uploads", params(ListUploads),
     responses(
         (status = 200, description = "A page", body = UploadPage),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn list_uploads(
@@ -106,8 +100,6 @@ async fn list_uploads(
     params(("id" = Uuid, Path, description = "The upload"), ReadHistory),
     responses(
         (status = 200, description = "A page of transitions", body = History),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn get_upload_history(
@@ -127,8 +119,6 @@ async fn get_upload_history(
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "Signed parts", body = SignedParts),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn sign_parts(
@@ -151,9 +141,7 @@ async fn sign_parts(
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 200, description = "Published: the pointer is in Kafka", body = Completed),
-        (status = 202, description = "Verified: the pointer will be published to Kafka. Completing: retry", body = Completed, headers(("Retry-After" = u64, description = "Seconds"))),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
+        (status = 202, description = "Verified: the pointer will be published to Kafka. Completing: retry", body = Completed, headers(("Retry-After" = u64, description = "Seconds to wait before the retry."))),
     )
 )]
 async fn complete_upload(
@@ -178,8 +166,6 @@ async fn complete_upload(
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
         (status = 204, description = "Aborted, or already ended"),
-        (status = "4XX", description = "Refused", body = api::Problem, content_type = "application/problem+json"),
-        (status = 503, description = "A dependency does not answer", body = api::Problem, content_type = "application/problem+json"),
     )
 )]
 async fn abort_upload(State(app): State<App>, CanWrite(caller): CanWrite, UploadId(id): UploadId) -> Result<StatusCode, Problem> {

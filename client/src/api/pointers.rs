@@ -39,8 +39,9 @@ pub struct Resolved {
     pub request: SignedRequest,
     /// The size in bytes, compared with the object in S3.
     pub size: u64,
-    /// The SHA-256 that the bytes must have.
-    #[cfg_attr(feature = "openapi", schema(required = true))]
+    // openapi-generator's Go client cannot check the pattern of `Sha256` on a value that may be null.
+    /// The SHA-256 that the bytes must have, in lower-case hex; null if the pointer has none.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, required = true))]
     pub sha256: Option<Sha256>,
     /// The media type that the producer declared.
     #[cfg_attr(feature = "openapi", schema(required = true))]

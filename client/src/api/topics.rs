@@ -32,7 +32,9 @@ pub struct Policy {
     pub checksums: Vec<Algorithm>,
     /// The lowest integrity level at which a pointer is published.
     pub min_integrity: Integrity,
-    /// The allowed media types: `type/subtype`, `type/*` or `*/*`.
+    // No line may contain an asterisk before a slash: it would end the comment in generated code.
+    /// The allowed media types, each a type and a subtype. The subtype `*` allows every subtype of the type, and `*` for
+    /// both allows every media type.
     pub content_types: Vec<String>,
     /// How long an upload stays open without further signing, in seconds.
     pub session_seconds: u64,
