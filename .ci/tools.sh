@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
-#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|schemathesis|deny|cyclonedx ...
+#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|lint|schemathesis|deny|cyclonedx ...
 # Each tool's directory carries its version, and appears whole or not at all.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -56,6 +56,16 @@ pip_install() {
 }
 
 fetch_openapi() { pip_install "$OPENAPI_HOME" "openapi-spec-validator==$OPENAPI_VERSION"; }
+
+fetch_lint() {
+    [ ! -d "$LINT_HOME" ] || return 0
+    rm -rf "$LINT_HOME.part"
+    mkdir "$LINT_HOME.part"
+    cp "$here"/openapi/package*.json "$LINT_HOME.part"
+    npm --prefix "$LINT_HOME.part" ci --no-audit --no-fund --loglevel=error
+    mv "$LINT_HOME.part" "$LINT_HOME"
+}
+
 fetch_schemathesis() { pip_install "$SCHEMATHESIS_HOME" "schemathesis==$SCHEMATHESIS_VERSION"; }
 
 # cargo_install DIRECTORY CRATE VERSION
