@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A TypeScript client that openapi-generator makes for fetch of openapi/openapi.json compiles, and uploads to a running broker.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. .ci/dev.sh
+
+cp -r .ci/sdk/typescript-fetch "$WORK/client"
+cp openapi/openapi.json "$WORK/client"
+cd "$WORK/client"
+mvn -q -B generate-sources >"$WORK/maven.log" 2>&1 || { tail -n 60 "$WORK/maven.log"; exit 1; }
+npm ci --no-audit --no-fund --loglevel=error
+npx tsc
+start_dev
+timeout 300 node built/upload.js
