@@ -1,5 +1,6 @@
-// Loads compose files as `docker compose` does and says what is wrong with them.
+// Loads a compose file as `docker compose` does and says what is wrong with it: load FILE [SERVICE]
 // The library's own command stops before the checks between services; this one loads the whole project.
+// With a service it prints the environment of that service's container, one NAME=VALUE a line.
 package main
 
 import (
@@ -8,15 +9,32 @@ import (
 	"os"
 
 	"github.com/compose-spec/compose-go/v2/cli"
+	"github.com/compose-spec/compose-go/v2/types"
 )
 
 func main() {
-	options, err := cli.NewProjectOptions(os.Args[1:], cli.WithOsEnv, cli.WithName("check"))
+	options, err := cli.NewProjectOptions(os.Args[1:2], cli.WithOsEnv, cli.WithName("check"))
 	if err == nil {
-		_, err = options.LoadProject(context.Background())
+		var project *types.Project
+		if project, err = options.LoadProject(context.Background()); err == nil && len(os.Args) > 2 {
+			err = printEnvironment(project, os.Args[2])
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+func printEnvironment(project *types.Project, name string) error {
+	service, err := project.GetService(name)
+	if err != nil {
+		return err
+	}
+	for variable, value := range service.Environment {
+		if value != nil {
+			fmt.Printf("%s=%s\n", variable, *value)
+		}
+	}
+	return nil
 }
