@@ -46,7 +46,7 @@ published=$(curl -sf "$LFS_BROKER_URL/lfs/uploads?topic=examples&state=published
 [ "$published" = 7 ] || { echo "$published of 7 uploads are published"; exit 1; }
 
 # What the broker refuses says why.
-! examples/curl/upload.sh "$WORK/small" 'no/topic' >"$WORK/refused" 2>&1 || { echo "a topic without a name was taken"; exit 1; }
+! examples/curl/upload.sh "$WORK/small" 'no/topic' >"$WORK/refused" 2>&1 || { echo "an invalid topic was accepted"; exit 1; }
 grep -q '"code":"validation-failed"' "$WORK/refused" || { cat "$WORK/refused"; exit 1; }
 
 # A pointer without a sha256, from a topic that allows it: with the right size, and with another one.

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Uploads a file with curl, in one PUT or in parts, and fetches it back: upload.sh FILE TOPIC [KEY]
-# LFS_BROKER_URL and, where the broker asks for one, LFS_BROKER_TOKEN say where and who.
+# Uploads a file with curl, in one PUT or in parts, and downloads it again: upload.sh FILE TOPIC [KEY]
+# LFS_BROKER_URL is the broker (http://127.0.0.1:8080 by default). LFS_BROKER_TOKEN is the token, if the broker requires one.
 set -euo pipefail
 file=$1 topic=$2 key=${3:-}
-# Neither an option nor, as `-`, standard input.
+# So that curl reads the name neither as an option nor, if it is `-`, as standard input.
 [[ $file = /* ]] || file=./$file
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# broker PATH [OPTION...]: asks the broker. What it refuses goes to standard error, with its reason.
+# broker PATH [OPTION...]: sends a request to the broker. An error response goes to standard error.
 broker() {
     local path=$1 status=0
     shift
@@ -19,14 +19,14 @@ broker() {
     cat "$work/answer"
 }
 
-# put FILE: sends it by the signed request in $work/request; its headers are signed, so all of them are sent.
+# put FILE: sends it with the presigned request in $work/request. The headers are signed, so all of them must be sent.
 put() {
     jq -r '.headers | to_entries[] | "header = \"\(.key): \(.value)\""' "$work/request" >"$work/headers"
-    # -g: brackets and braces in a name are its own.
+    # -g: brackets and braces in the name are no patterns.
     curl -gsS --fail -o /dev/null -K "$work/headers" -T "$1" "$(jq -r .url "$work/request")"
 }
 
-# By its bytes alone: before a name with a backslash sha256sum writes one more.
+# From standard input: sha256sum adds a backslash to the output if the name has one.
 sha256=$(sha256sum <"$file" | cut -d' ' -f1)
 jq -n --arg topic "$topic" --arg key "$key" --argjson size "$(stat -c %s "$file")" --arg sha256 "$sha256" \
     '{$topic, $size, $sha256} + if $key == "" then {} else {$key} end' | broker /lfs/uploads -d @- >"$work/upload"
@@ -44,16 +44,16 @@ else
     done
 fi
 
-# 200: in Kafka. 202: not yet; until the bytes are proved there is no pointer.
+# 200: the pointer is in Kafka. 202: not yet. There is no pointer until the bytes are verified.
 broker "/lfs/uploads/$id/complete" -X POST >"$work/done"
 while ! jq -e .pointer "$work/done" >/dev/null; do
     broker "/lfs/uploads/$id?wait=30" >"$work/done"
-    # Open again: the completion ended without a verdict, and complete goes on, or says why it cannot.
+    # Open again: the completion ended without a result. Complete again to continue, or to get the reason.
     ! jq -e '.state == "open"' "$work/done" >/dev/null || broker "/lfs/uploads/$id/complete" -X POST >"$work/done"
     jq -e '.pointer or .state == "completing"' "$work/done" >/dev/null || { cat "$work/done" >&2; exit 1; }
 done
 jq -c .pointer "$work/done"
 
-# What a consumer does with the record's value. With the topic a pointer that was copied from another one is refused.
+# What a consumer does with the record's value. With the topic, the broker refuses a pointer that was copied from another topic.
 jq -c .pointer "$work/done" | broker "/lfs/resolve?topic=$topic" -d @- | jq -r .url | xargs curl -sS --fail -o "$work/back"
 echo "$sha256  $work/back" | sha256sum --check --quiet

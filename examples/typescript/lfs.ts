@@ -1,4 +1,4 @@
-// Uploads through lfs-broker and fetches back, in a browser as in node: nothing here but fetch and Blob.
+// Uploads through lfs-broker and downloads, in a browser and in node. It uses only fetch and Blob.
 import { sha256 } from "@noble/hashes/sha2.js";
 import { bytesToHex } from "@noble/hashes/utils.js";
 
@@ -14,17 +14,17 @@ export interface SignedPart extends Signed {
   size: number;
 }
 
-/** The value that a consumer of the topic reads. */
+/** The value of the record in Kafka. */
 export interface Pointer {
   kfs_lfs: number;
   bucket: string;
   key: string;
   size: number;
-  /** Absent where the topic's policy allows another checksum, or none. */
+  /** Absent if the topic's policy allows another checksum, or none. */
   sha256?: string;
 }
 
-/** An upload as the broker tells it; openapi/openapi.json has the rest of its members. */
+/** An upload as the broker returns it. openapi/openapi.json has the other members. */
 export interface Upload {
   id: string;
   state: "open" | "completing" | "verified" | "published" | "aborted" | "expired" | "rejected";
@@ -38,7 +38,7 @@ export interface Upload {
   error?: { code: string; detail: string };
 }
 
-/** What the broker refuses, as RFC 9457 writes it. */
+/** An error response of the broker (RFC 9457). */
 export class Refused extends Error {
   constructor(
     readonly status: number,
@@ -72,14 +72,14 @@ export class Broker {
     return signed.then(({ parts }) => parts[0]);
   }
 
-  /** Completes, and waits until the bytes are proved: there is no pointer before. */
+  /** Completes, and waits until the bytes are verified: there is no pointer before. */
   async complete(id: string, sha256?: string, signal?: AbortSignal): Promise<Pointer> {
     let upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
     while (!upload.pointer) {
       if (upload.state === "completing") {
         upload = await this.call<Upload>("GET", `/lfs/uploads/${id}?wait=30`, undefined, signal);
       } else if (upload.state === "open") {
-        // The completion ended without a verdict: complete goes on, or says why it cannot.
+        // The completion ended without a result. Complete again to continue, or to get the reason.
         upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
       } else {
         throw new Refused(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
@@ -89,13 +89,13 @@ export class Broker {
   }
 
   /** Uploads bytes to a topic, in one PUT or in parts as the broker chooses. */
-  async upload(bytes: Blob, promise: { topic: string; key?: string; filename?: string }): Promise<Pointer> {
-    const upload = await this.call<Upload>("POST", "/lfs/uploads", { ...promise, size: bytes.size, sha256: await hashed(bytes) });
+  async upload(bytes: Blob, declared: { topic: string; key?: string; filename?: string }): Promise<Pointer> {
+    const upload = await this.call<Upload>("POST", "/lfs/uploads", { ...declared, size: bytes.size, sha256: await hashed(bytes) });
     if (upload.upload) {
       await put(upload.upload, bytes);
     }
     for (let number = 1; number <= (upload.part_count ?? 0); number++) {
-      // Signed when it is needed: a URL does not outlive a long upload.
+      // Each part is signed just before it is sent, because a URL expires during a long upload.
       const part = await this.signPart(upload.id, number);
       await put(part, bytes.slice(part.offset, part.offset + part.size));
     }
@@ -103,8 +103,8 @@ export class Broker {
   }
 
   /**
-   * Fetches the bytes behind a pointer, and holds them against its sha256; against its size alone where it has none. With
-   * the topic that it was read from, a pointer that was copied from another topic is refused.
+   * Downloads the object of a pointer, and compares its size and its sha256 (if the pointer has one). With the topic of
+   * the record, the broker refuses a pointer that was copied from another topic.
    */
   async fetch(pointer: Pointer, topic?: string): Promise<Blob> {
     const query = topic === undefined ? "" : `?topic=${encodeURIComponent(topic)}`;
@@ -112,20 +112,20 @@ export class Broker {
     const answer = await fetch(url);
     if (!answer.ok) throw new Error(`S3 answered ${answer.status}`);
     const bytes = await answer.blob();
-    if (bytes.size !== pointer.size) throw new Error(`promised ${pointer.size} bytes, found ${bytes.size}`);
+    if (bytes.size !== pointer.size) throw new Error(`declared ${pointer.size} bytes, found ${bytes.size}`);
     const found = await hashed(bytes);
-    if (pointer.sha256 && found !== pointer.sha256.toLowerCase()) throw new Error(`promised ${pointer.sha256}, found ${found}`);
+    if (pointer.sha256 && found !== pointer.sha256.toLowerCase()) throw new Error(`declared ${pointer.sha256}, found ${found}`);
     return bytes;
   }
 }
 
-/** A file's name as a member of the promise, left out where the broker would refuse it: the bytes matter more. */
+/** The file's name as a member of the open request. Omitted if the broker would refuse it, so that the upload succeeds. */
 export function named(filename: string): { filename?: string } {
   const refused = /[/\\\p{Cc}]/u.test(filename) || filename === "." || filename === ".." || filename === "";
   return refused || new TextEncoder().encode(filename).length > 255 ? {} : { filename };
 }
 
-/** SHA-256 of the whole without having the whole in memory. */
+/** SHA-256 of the whole, read in pieces of 4 MiB. */
 export async function hashed(bytes: Blob, signal?: AbortSignal): Promise<string> {
   const hash = sha256.create();
   const window = 4 << 20;
@@ -136,7 +136,7 @@ export async function hashed(bytes: Blob, signal?: AbortSignal): Promise<string>
   return bytesToHex(hash.digest());
 }
 
-/** The headers to send: all that were signed, but one that browsers write themselves, from the body. */
+/** The headers to send: all that were signed except `content-length`, which a browser sets itself. */
 export function headersOf({ headers }: Signed): Record<string, string> {
   return Object.fromEntries(Object.entries(headers).filter(([name]) => name.toLowerCase() !== "content-length"));
 }

@@ -1,5 +1,5 @@
-// Uploads a file and fetches it back: node built/node.js FILE TOPIC [KEY]
-// LFS_BROKER_URL and, where the broker asks for one, LFS_BROKER_TOKEN say where and who.
+// Uploads a file and downloads it again: node built/node.js FILE TOPIC [KEY]
+// LFS_BROKER_URL is the broker (http://127.0.0.1:8080 by default). LFS_BROKER_TOKEN is the token, if the broker requires one.
 import { openAsBlob } from "node:fs";
 import { Broker } from "./lfs.js";
 

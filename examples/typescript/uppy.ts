@@ -1,4 +1,4 @@
-// Uppy's @uppy/aws-s3 (version 5) on lfs-broker: its bytes go straight into S3, its uploads become pointers in Kafka.
+// Options for Uppy's @uppy/aws-s3 (version 5): it uploads directly to S3, and lfs-broker publishes the pointers to Kafka.
 import type { AwsS3Options } from "@uppy/aws-s3";
 import type { Uppy, UppyFile } from "@uppy/core";
 import { Broker, hashed, headersOf, named, type Pointer, type Signed, type Upload } from "./lfs.js";
@@ -13,7 +13,7 @@ type Options = Extract<
 
 const MIB = 1 << 20;
 
-/** What the broker is asked for: at least 16 MiB a part, and at most 10,000 parts. */
+/** The part size to request: at least 16 MiB, and at most 10,000 parts. */
 function partSize({ size }: { size: number }): number {
   return Math.max(16, Math.ceil(size / 10_000 / MIB)) * MIB;
 }
@@ -22,17 +22,17 @@ function partSize({ size }: { size: number }): number {
  * Options for `uppy.use(AwsS3, lfsBroker(uppy, broker, topic))`. Once a file is uploaded, its `response.body.pointer` is
  * the value of the record in Kafka.
  *
- * Files of one part go up in one PUT, which Uppy does not complete: a post-processor does.
+ * A file of one part is uploaded in one PUT. Uppy calls no option afterwards, so a post-processor completes the upload.
  */
 export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic: string): Options {
   const single = new Map<string, string>();
   const hashes = new Map<string, { sha256: Promise<string>; stop: AbortController }>();
 
   const data = (file: File): Blob => {
-    if (!(file.data instanceof Blob)) throw new Error(`${file.name} is not here`);
+    if (!(file.data instanceof Blob)) throw new Error(`the data of ${file.name} is not in this page`);
     return file.data;
   };
-  /** Begins to hash beside the upload. Complete asks for it, however it ended: until then that is nobody's trouble. */
+  /** Hashes while the parts are uploaded. Complete awaits the hash, so an error is reported there and ignored here. */
   const hash = (file: File, upload: string): Promise<string> => {
     const stop = new AbortController();
     const sha256 = hashed(data(file), stop.signal);
@@ -47,23 +47,23 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
   const keep = (file: File, pointer: Pointer): void => {
     uppy.setFileState(file.id, { response: { status: 200, body: { pointer } } });
   };
-  const promise = (file: File) => ({
+  const declared = (file: File) => ({
     topic,
     key: file.name,
     ...named(file.name),
     size: data(file).size,
     ...(file.type && { content_type: file.type }),
   });
-  // Where this fails too, the upload expires.
+  // If this fails too, the upload expires.
   const abort = (upload: string) => broker.call("DELETE", `/lfs/uploads/${upload}`).catch(() => undefined);
 
-  // One file's trouble stays its own: an error that leaves a post-processor ends the whole batch.
+  // The error of one file is stored in its state: an error thrown by a post-processor would end the whole batch.
   uppy.addPostProcessor(async (ids) => {
     for (const id of ids) {
       const upload = single.get(id);
       if (!upload) continue;
       single.delete(id);
-      // Nothing where it was removed meanwhile.
+      // Undefined if the file was removed in the meantime.
       const file: File | undefined = uppy.getFile(id);
       if (!file || file.error) {
         await abort(upload);
@@ -83,14 +83,14 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
     getChunkSize: partSize,
 
     async getUploadParameters(file) {
-      const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...promise(file), sha256: await hashed(data(file)) });
+      const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...declared(file), sha256: await hashed(data(file)) });
       if (!upload.upload) throw new Error("the broker wants parts of a file this small");
       single.set(file.id, upload.id);
       return { method: "PUT", url: upload.upload.url, headers: headersOf(upload.upload) };
     },
 
     async createMultipartUpload(file) {
-      const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...promise(file), part_size: partSize(data(file)) });
+      const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...declared(file), part_size: partSize(data(file)) });
       void hash(file, upload.id);
       return { uploadId: upload.id, key: upload.object_key };
     },
@@ -107,7 +107,7 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
 
     async completeMultipartUpload(file, { uploadId, key, signal }) {
       const sha256 = await (hashes.get(uploadId)?.sha256 ?? hash(file, uploadId)).catch((error) => {
-        // The next try reads anew.
+        // The next try hashes again.
         forget(uploadId);
         throw error;
       });
@@ -127,7 +127,7 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
   };
 }
 
-/** Uppy's own waits for an ETag, which a page may not read without a rule of the bucket; the broker needs none. */
+/** Uppy's own function requires an ETag, which a page can read only with a CORS rule of the bucket. The broker needs none. */
 function putWithProgress(
   signed: Signed,
   body: Blob | FormData,
