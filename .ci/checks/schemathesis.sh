@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the OpenAPI document says is what the broker does: requests are made from it, right and wrong ones, and every
-# answer is held against it. The broker runs with tokens on, beside the embedded parts of `dev`. About a minute.
+# The broker does what the OpenAPI document says: valid and invalid requests are generated from it, and every answer is
+# compared with it, error codes too. The broker runs with tokens, beside the embedded parts of `dev`. About a minute.
 # $LFS_CI_BROKER is the broker; an argument is where the reports go.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash .ci/tools.sh schemathesis
 broker=$(realpath "${LFS_CI_BROKER:?the broker}")
 config=$PWD/.ci/schemathesis.toml
+repository=$PWD
 work=$(mktemp -d)
 running=()
 
@@ -52,6 +53,7 @@ export LFS_BROKER_JWT_ISSUER=ci LFS_BROKER_JWT_AUDIENCE=ci LFS_BROKER_TOPICS_DEF
 export LFS_BROKER_LISTEN=127.0.0.1:0 LFS_BROKER_S3_ALLOW_COPY_SOURCE=true LFS_BROKER_DELIVERY=at_least_once
 # Tokens that are not valid are what it sends most.
 export LFS_BROKER_FAILED_LOGINS_PER_MINUTE=0
+touch "$work/serve.started"
 "$broker" serve >"$work/serve.log" 2>&1 &
 running+=($!)
 url=$(eventually 60 grep -oE 'http://127\.0\.0\.1:[0-9]+' "$work/serve.log" | head -n 1)
@@ -63,4 +65,6 @@ report=$(realpath -m "${1:-$work/report}")
 cd "$work"
 PYTHONPATH=$SCHEMATHESIS_HOME timeout 240 python3 -m schemathesis.cli --config-file "$config" run "$url/openapi.json" \
     --report ndjson --report-dir "$report"
+curl -sSf -o "$work/openapi.json" "$url/openapi.json"
+python3 "$repository/.ci/documented_codes.py" "$work/openapi.json" "$(find "$report" -name '*.ndjson' -newer "$work/serve.started")"
 ! grep -E 'panicked|answered internal' "$work/serve.log"
