@@ -42,6 +42,11 @@ const OPERATIONS: &[(&str, &[ErrorCode])] = &[
             ErrorCode::TopicNotEnabled,
             ErrorCode::TopicNotFound,
             ErrorCode::IdempotencyInFlight,
+            // A replay may meet an upload that ends at the same moment.
+            ErrorCode::StateConflict,
+            ErrorCode::UploadExpired,
+            ErrorCode::UploadAborted,
+            ErrorCode::CompletionUnknown,
             ErrorCode::ObjectTooLarge,
             ErrorCode::ChecksumNotAllowed,
             ErrorCode::ContentTypeNotAllowed,
@@ -54,7 +59,16 @@ const OPERATIONS: &[(&str, &[ErrorCode])] = &[
     ("listUploads", &[ErrorCode::ValidationFailed]),
     ("getUpload", &[ErrorCode::UploadNotFound, ErrorCode::ValidationFailed]),
     ("getUploadHistory", &[ErrorCode::UploadNotFound, ErrorCode::ValidationFailed]),
-    ("signParts", &[ErrorCode::UploadNotFound, ErrorCode::StateConflict, ErrorCode::UploadExpired, ErrorCode::UploadAborted]),
+    (
+        "signParts",
+        &[
+            ErrorCode::UploadNotFound,
+            ErrorCode::StateConflict,
+            ErrorCode::UploadExpired,
+            ErrorCode::UploadAborted,
+            ErrorCode::CompletionUnknown,
+        ],
+    ),
     (
         "completeUpload",
         &[

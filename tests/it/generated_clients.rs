@@ -138,3 +138,18 @@ async fn a_pointer_resolves_with_its_members_in_any_order() {
     // The document's example names an object of another broker: it is understood and forbidden, not invalid.
     broker.send_json("POST", "/lfs/resolve", example.to_string().into_bytes()).await.expect_problem(403, "pointer-forbidden");
 }
+
+#[tokio::test]
+async fn a_broker_that_is_not_ready_says_when_to_ask_again() {
+    let broker = TestBroker::start_with(|settings| settings.objects.bucket = Some("it-nobody-made-this".to_owned())).await;
+    for _ in 0..150 {
+        let response = broker.get("/readyz").await;
+        if response.status == 503 {
+            assert_eq!(response.headers["retry-after"], "1");
+            return;
+        }
+        // The readiness checks run in the background.
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    panic!("/readyz never answered 503");
+}
