@@ -331,7 +331,7 @@ fn a_number_outside_its_range_is_refused_with_the_limit_and_the_value() {
     let message = |name, value| with(&[REQUIRED[0], REQUIRED[1], (name, value)]).err().unwrap().to_string();
     assert_eq!(
         message("LFS_BROKER_LEASE_SECONDS", "2"),
-        "LFS_BROKER_LEASE_SECONDS is \"2\", but must be a whole number, 3 to 4294967295 seconds"
+        "LFS_BROKER_LEASE_SECONDS is \"2\", but must be a whole number, 3 to 1000000000 seconds"
     );
     assert_eq!(
         message("LFS_BROKER_PART_SIZE_BYTES", "5242879"),

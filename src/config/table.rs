@@ -5,7 +5,7 @@ use super::setting::{Setting, row};
 use crate::{broker, http, policy, session};
 
 /// The largest number of things, and of seconds. It only excludes typing errors.
-const MAX: u64 = u32::MAX as u64;
+const MAX: u64 = 1_000_000_000;
 const COUNT: Kind = Number(0..=MAX, "");
 const AT_LEAST_ONE: Kind = Number(1..=MAX, "");
 const SECONDS: Kind = Number(1..=MAX, "seconds");
@@ -170,7 +170,7 @@ static UPLOADS: [Setting; 6] = [
          GiB.",
     ),
     row("LFS_BROKER_SESSION_SECONDS", "session_seconds", LIFETIME, |s| &mut s.app.policy.session_seconds)
-        .doc("How long an upload stays open. Signing parts extends this time. Then the upload is `expired`."),
+        .doc("How long an upload stays open; then it is `expired`. Signing parts extends this time."),
     row("LFS_BROKER_SESSION_MAX_SECONDS", "session_max_seconds", LIFETIME, |s| &mut s.app.policy.session_max_seconds)
         .doc("How long an upload stays open at most, however many parts are signed."),
     row("LFS_BROKER_URL_SECONDS", "url_seconds", LIFETIME, |s| &mut s.app.policy.url_seconds)
@@ -198,7 +198,7 @@ static COMPLETION: [Setting; 5] = [
 static LIMITS: [Setting; 8] = [
     row("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", COUNT, |s| &mut s.app.broker.quota.open_sessions)
         .doc("How many open uploads one tenant may have; then open gets 429 `quota-sessions-exceeded`. 0: no limit."),
-    row("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Number(0..=i64::MAX as u64, "bytes"), |s| {
+    row("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Number(0..=1_000_000_000_000_000_000, "bytes"), |s| {
         &mut s.app.broker.quota.reserved_bytes
     })
     .doc(
