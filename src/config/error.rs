@@ -51,10 +51,7 @@ pub enum Error {
 }
 
 fn missing(names: &[&str]) -> String {
-    match names {
-        [name] => format!("{name} is not set"),
-        names => format!("{} settings are not set: {}", names.len(), names.join(", ")),
-    }
+    names.iter().map(|name| format!("{name} is not set")).collect::<Vec<_>>().join("; ")
 }
 
 impl Error {

@@ -67,8 +67,8 @@ static ADDRESSES: [Setting; 6] = [
     row("LFS_BROKER_TLS_KEY_FILE", "tls.key_file", Text, |s| &mut s.raw.key_file)
         .doc("A PEM file with the key of the certificate. Both files are set together."),
     row("LFS_BROKER_TRUSTED_PROXIES", "trusted_proxies", List, |s| &mut s.raw.trusted_proxies).doc(
-        "IP addresses and networks of proxies. Only their `X-Forwarded-For` header counts, and no limit per address applies to their of \
-         connections.",
+        "IP addresses and networks of proxies. Only their `X-Forwarded-For` header counts. Their connections have \
+         no limit per address.",
     ),
     row("LFS_BROKER_CORS_ORIGINS", "cors.origins", List, |s| &mut s.app.cors_origins)
         .doc("Web origins whose pages may call the API, such as `https://app.example.net`. `*` allows every page."),
