@@ -1,17 +1,23 @@
 //! Settings: which values are accepted, and how errors name the setting.
 
+use super::setting::Kind;
 use super::*;
+use crate::kafka::Delivery;
+use crate::{broker, completion, policy, sweeper};
 use proptest::prelude::*;
 
+fn environment(pairs: &[(&str, &str)]) -> Environment {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
 fn with(pairs: &[(&str, &str)]) -> Result<app::Settings, Error> {
-    let pairs: BTreeMap<String, String> = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    load(None, |name| pairs.get(name).cloned())
+    load(None, &environment(pairs))
 }
 
 const REQUIRED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://x/y"), ("KAFKA_BOOTSTRAP_SERVERS", "k:9092")];
 
 #[test]
-fn defaults_match_the_documentation() {
+fn a_broker_without_settings_has_the_documented_defaults() {
     let settings = with(&REQUIRED).unwrap();
     assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
     assert_eq!(settings.auth.mode, auth::Mode::Jwt);
@@ -32,17 +38,14 @@ fn the_environment_overrides_the_file_and_errors_name_the_setting() {
         "listen = '127.0.0.1:1'\n[s3]\nbucket = 'file'\n[kafka.properties]\n'security.protocol' = 'ssl'\n",
     )
     .unwrap();
-    let environment = |name: &str| match name {
-        "LFS_BROKER_S3_BUCKET" => Some("environment".to_owned()),
-        _ => REQUIRED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()),
-    };
-    let settings = load(Some(file.path()), environment).unwrap();
+    let environment = environment(&[REQUIRED[0], REQUIRED[1], ("LFS_BROKER_S3_BUCKET", "environment")]);
+    let settings = load(Some(file.path()), &environment).unwrap();
     assert_eq!(settings.objects.bucket.as_deref(), Some("environment"));
     assert_eq!(settings.listen.port(), 1);
     assert_eq!(settings.kafka.properties["security.protocol"], "ssl");
 
     std::fs::write(file.path(), "lisen = 'x'\n").unwrap();
-    assert!(load(Some(file.path()), environment).err().unwrap().to_string().contains("lisen"));
+    assert!(load(Some(file.path()), &environment).err().unwrap().to_string().contains("lisen"));
     let message = |extra: (&str, &str)| with(&[REQUIRED[0], REQUIRED[1], extra]).err().unwrap().to_string();
     assert!(message(("LFS_BROKER_URL_SECONDS", "0")).contains("LFS_BROKER_URL_SECONDS"));
     assert!(message(("LFS_BROKER_LEASE_SECONDS", "x")).contains("LFS_BROKER_LEASE_SECONDS"));
@@ -77,7 +80,7 @@ fn http_settings_are_validated() {
         ("LFS_BROKER_PUBLIC_URL", "https://lfs.example/base/"),
     ]);
     let settings = settings.unwrap();
-    assert_eq!(settings.http.tls.unwrap().key_file, PathBuf::from("/k"));
+    assert_eq!(settings.http.tls.unwrap().key_file, Path::new("/k"));
     let nets: Vec<String> = settings.http.trusted_proxies.iter().map(ToString::to_string).collect();
     assert_eq!(nets, ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"]);
     assert_eq!((settings.http.tenant_requests_per_second, settings.cors_origins.len()), (0, 2));
@@ -108,15 +111,13 @@ fn http_settings_are_validated() {
         ("LFS_BROKER_CORS_ORIGINS", "https://A.example"),
     ] {
         let message = more(&[(name, value)]).err().unwrap_or_else(|| panic!("{name}={value:?} is accepted")).to_string();
-        let toml_path =
-            SETTINGS.iter().find(|(setting, ..)| *setting == name).map(|(_, toml_path, _)| toml_path.rsplit('.').next().unwrap());
         let wanted = match name {
             "LFS_BROKER_TLS_KEY_FILE" => "LFS_BROKER_TLS_CERTIFICATE_FILE",
             "LFS_BROKER_TLS_CERTIFICATE_FILE" => "LFS_BROKER_TLS_KEY_FILE",
             "LFS_BROKER_COMPLETE_WAIT_SECONDS" => "LFS_BROKER_REQUEST_SECONDS",
             name => name,
         };
-        assert!(message.contains(wanted) || message.contains(toml_path.unwrap()), "{name}={value:?}: {message}");
+        assert!(message.contains(wanted), "{name}={value:?}: {message}");
     }
 }
 
@@ -166,11 +167,12 @@ fn a_broker_without_tokens_also_answers_under_its_public_name() {
 proptest! {
     #[test]
     fn no_number_setting_causes_a_panic(value in "[ -~]{0,24}", number in any::<i128>()) {
-        for (name, _, value_kind) in SETTINGS.iter().filter(|(_, _, value_kind)| matches!(value_kind, ValueKind::Number)) {
-            let is_valid = |text: &str| text.parse::<i64>().is_ok_and(|number| number >= 0);
-            for text in [value.as_str(), &number.to_string()] {
-                prop_assert_eq!(parse_value(name, text.to_owned(), *value_kind).is_ok(), is_valid(text));
-                let _ = with(&[REQUIRED[0], REQUIRED[1], (name, text)]);
+        for setting in table::settings() {
+            let Kind::Number(range, _) = &setting.kind else { continue };
+            let is_valid = |text: &str| text.parse::<u64>().is_ok_and(|number| range.contains(&number));
+            for text in [value.as_str(), &number.to_string(), &range.start().to_string(), &range.end().to_string()] {
+                prop_assert_eq!(setting.set(&mut Draft::default(), setting.variable, text).is_ok(), is_valid(text));
+                let _ = with(&[REQUIRED[0], REQUIRED[1], (setting.variable, text)]);
             }
         }
     }
@@ -196,7 +198,7 @@ fn a_secret_can_come_from_a_file() {
 fn from_file(text: &str) -> Result<app::Settings, Error> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
-    load(Some(file.path()), |name| REQUIRED.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+    load(Some(file.path()), &environment(&REQUIRED))
 }
 
 #[test]
@@ -245,9 +247,9 @@ fn a_file_may_use_toml_arrays_and_bare_keys() {
 }
 
 #[test]
-fn the_example_file_in_the_readme_is_valid() {
-    let readme = include_str!("../README.md");
-    let (_, rest) = readme.split_once("```toml\n").expect("the README has an example");
+fn the_example_file_in_the_documentation_is_valid() {
+    let documentation = documentation();
+    let (_, rest) = documentation.split_once("```toml\n").expect("the documentation has an example");
     let (example, _) = rest.split_once("```").unwrap();
     let settings = from_file(example).unwrap();
     assert_eq!(settings.objects.bucket.as_deref(), Some("lfs"));
@@ -256,9 +258,150 @@ fn the_example_file_in_the_readme_is_valid() {
     kafka::Kafka::connect(&settings.kafka).unwrap();
     settings.objects.check().unwrap();
     // The example shows every table.
-    let toml_paths: Vec<&str> =
-        SETTINGS.iter().map(|(_, toml_path, _)| *toml_path).chain(["s3.endpoint", "kafka.properties"]).collect();
-    for table in toml_paths.iter().filter_map(|toml_path| toml_path.split_once('.')).map(|(table, _)| table) {
-        assert!(example.contains(&format!("[{table}")), "{table}");
+    for (table, _) in table::settings().filter_map(|setting| setting.key.split_once('.')).chain([("kafka.properties", "")]) {
+        assert!(example.contains(&format!("[{table}]")), "{table}");
     }
+}
+
+#[test]
+fn the_documentation_is_generated_from_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    if committed != documentation() {
+        std::fs::write(&path, documentation()).unwrap();
+        panic!("docs/configuration.md was not current and is written again: review and commit it");
+    }
+}
+
+#[test]
+fn every_default_is_that_of_the_module() {
+    let settings = with(&REQUIRED).unwrap();
+    let module_defaults = [
+        format!("{:?}", http::Settings::default()),
+        format!("{:?}", policy::Settings::default()),
+        format!("{:?}", broker::Settings::default()),
+        format!("{:?}", completion::Settings::default()),
+        format!("{:?}", sweeper::Settings::default()),
+        format!("{:?}", objects::Settings::default()),
+    ];
+    let loaded = [
+        format!("{:?}", settings.http),
+        format!("{:?}", settings.policy),
+        format!("{:?}", settings.broker),
+        format!("{:?}", settings.completion),
+        format!("{:?}", settings.sweeper),
+        format!("{:?}", settings.objects),
+    ];
+    assert_eq!(loaded, module_defaults);
+    // The documentation shows a value for a setting only if the setting accepts that value.
+    for setting in table::settings() {
+        if let Some(value) = setting.default_value() {
+            setting.set(&mut Draft::default(), setting.variable, &value).unwrap();
+        }
+    }
+}
+
+#[test]
+fn every_setting_has_its_own_name_field_and_documentation() {
+    let mut names = std::collections::BTreeSet::new();
+    for setting in table::settings() {
+        assert!(names.insert(setting.variable) && names.insert(setting.key), "{} stands twice", setting.variable);
+        assert!(setting.doc.ends_with('.'), "{}", setting.variable);
+        if setting.variable.starts_with("LFS_BROKER_") {
+            assert_eq!(setting.variable, format!("LFS_BROKER_{}", setting.key.replace('.', "_").to_uppercase()));
+        }
+        // Another value than the default arrives in the field of this setting, and in no other field.
+        let value = match &setting.kind {
+            Kind::Number(range, _) => (range.start() + 7).to_string(),
+            Kind::Flag => "true".to_owned(),
+            Kind::Words(words) => words[1].to_owned(),
+            Kind::Address => "192.0.2.1:1".to_owned(),
+            Kind::Text | Kind::Secret | Kind::List => "text".to_owned(),
+        };
+        let mut draft = Draft::default();
+        setting.set(&mut draft, setting.variable, &value).unwrap();
+        assert_eq!((setting.field)(&mut draft).get(), Some(value), "{}", setting.variable);
+        let changed = table::settings().filter(|other| (other.field)(&mut draft).get() != other.default_value());
+        assert_eq!(changed.map(|other| other.variable).collect::<Vec<_>>(), [setting.variable]);
+    }
+}
+
+#[test]
+fn a_number_outside_its_range_is_refused_with_the_limit_and_the_value() {
+    let message = |name, value| with(&[REQUIRED[0], REQUIRED[1], (name, value)]).err().unwrap().to_string();
+    assert_eq!(
+        message("LFS_BROKER_LEASE_SECONDS", "2"),
+        "LFS_BROKER_LEASE_SECONDS is \"2\", but must be a whole number, 3 to 1000000000 seconds"
+    );
+    assert_eq!(
+        message("LFS_BROKER_PART_SIZE_BYTES", "5242879"),
+        "LFS_BROKER_PART_SIZE_BYTES is \"5242879\", but must be a whole number, 5242880 to 5368709120 bytes"
+    );
+    let in_file = from_file("part_size_bytes = -1").err().unwrap().to_string();
+    assert!(in_file.starts_with("part_size_bytes is \"-1\", but must be a whole number, 5242880 to"), "{in_file}");
+}
+
+#[test]
+fn unknown_names_are_refused_with_the_nearest_setting() {
+    for (name, nearest) in [
+        ("LFS_BROKER_LISTN", "LFS_BROKER_LISTEN"),
+        ("LFS_BROKER_BUCKET", "LFS_BROKER_S3_BUCKET"),
+        ("LFS_BROKER_JWT_SECRET", "LFS_BROKER_JWT_HS256_SECRET"),
+        ("LFS_BROKER_CORS_ORIGIN", "LFS_BROKER_CORS_ORIGINS"),
+        ("LFS_BROKER_TOKENS", "LFS_BROKER_TOKEN"),
+        ("LFS_BROKER_S3_BUCKT_FILE", "LFS_BROKER_S3_BUCKET"),
+    ] {
+        let message = with(&[REQUIRED[0], REQUIRED[1], (name, "hush")]).err().unwrap().to_string();
+        assert_eq!(message, format!("there is no setting {name}; did you mean {nearest}?"));
+    }
+    let message = with(&[("LFS_BROKER_XYZ", ""), ("LFS_BROKER_LISTN", "")]).err().unwrap().to_string();
+    assert!(message.contains("there is no setting LFS_BROKER_XYZ") && message.contains("LFS_BROKER_LISTEN"), "{message}");
+    for (text, nearest) in [
+        ("bucket = 'hush'", "there is no setting bucket; did you mean s3.bucket?"),
+        ("[s3]\nbuket = 'hush'", "there is no setting s3.buket; did you mean s3.bucket?"),
+        ("[s4]", "there is no setting s4"),
+        ("[s3.bucket2.x]", "there is no setting s3.bucket2; did you mean s3.bucket?"),
+    ] {
+        let message = from_file(text).err().unwrap().to_string();
+        assert!(message.starts_with(nearest) && !message.contains("hush"), "{text:?}: {message}");
+    }
+}
+
+#[test]
+fn variables_of_other_programs_and_of_the_command_line_are_accepted() {
+    for (name, value) in [
+        ("LFS_BROKER_URL", "http://127.0.0.1:8080"),
+        ("LFS_BROKER_TOKEN", "x"),
+        ("LFS_BROKER_LOG_FORMAT", "json"),
+        ("LFS_BROKER_CONFIG", "/etc/lfs-broker.toml"),
+        ("LFS_TEST_KAFKA", "x"),
+        ("RUST_LOG", "debug"),
+        // As Kubernetes sets them for a service with the name lfs-broker.
+        ("LFS_BROKER_SERVICE_HOST", "10.0.0.1"),
+        ("LFS_BROKER_SERVICE_PORT", "8080"),
+        ("LFS_BROKER_SERVICE_PORT_HTTP", "8080"),
+        ("LFS_BROKER_PORT", "tcp://10.0.0.1:8080"),
+        ("LFS_BROKER_PORT_8080_TCP", "tcp://10.0.0.1:8080"),
+        ("LFS_BROKER_PORT_8080_TCP_ADDR", "10.0.0.1"),
+    ] {
+        assert!(with(&[REQUIRED[0], REQUIRED[1], (name, value)]).is_ok(), "{name}");
+    }
+    assert!(with(&[REQUIRED[0], REQUIRED[1], ("LFS_BROKER_PORT", "8080")]).is_err(), "not from Kubernetes");
+}
+
+#[test]
+fn missing_settings_are_reported_together() {
+    let message = with(&[("LFS_BROKER_TLS_KEY_FILE", "/k")]).err().unwrap().to_string();
+    for name in [
+        "DATABASE_URL",
+        "KAFKA_BOOTSTRAP_SERVERS",
+        "LFS_BROKER_TLS_CERTIFICATE_FILE",
+        "LFS_BROKER_JWT_HS256_SECRET",
+        "LFS_BROKER_JWT_ISSUER",
+        "LFS_BROKER_JWT_AUDIENCE",
+    ] {
+        assert!(message.contains(name), "{name}: {message}");
+    }
+    let without_tokens = with(&[REQUIRED[1], ("LFS_BROKER_AUTH_MODE", "none")]).err().unwrap().to_string();
+    assert_eq!(without_tokens, "DATABASE_URL is not set");
 }

@@ -24,17 +24,17 @@ pub(crate) const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 /// How uploads are split into parts, and what a topic without a policy allows.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `LFS_BROKER_TOPICS_DEFAULT_ENABLED`: whether a topic without a policy accepts uploads.
+    /// `LFS_BROKER_TOPICS_DEFAULT_ENABLED`.
     pub default_enabled: bool,
-    /// `LFS_BROKER_SINGLE_PUT_MAX_BYTES`: larger uploads are multipart uploads.
+    /// `LFS_BROKER_SINGLE_PUT_MAX_BYTES`.
     pub single_put_max_bytes: u64,
-    /// `LFS_BROKER_PART_SIZE_BYTES`: the size of a part; very large files get larger parts.
+    /// `LFS_BROKER_PART_SIZE_BYTES`.
     pub part_size_bytes: u64,
-    /// `LFS_BROKER_SESSION_SECONDS`: how long an upload stays open.
+    /// `LFS_BROKER_SESSION_SECONDS`.
     pub session_seconds: u64,
-    /// `LFS_BROKER_SESSION_MAX_SECONDS`: how long it stays open at most; signing parts extends it up to this.
+    /// `LFS_BROKER_SESSION_MAX_SECONDS`.
     pub session_max_seconds: u64,
-    /// `LFS_BROKER_URL_SECONDS`: how long a URL is valid.
+    /// `LFS_BROKER_URL_SECONDS`.
     pub url_seconds: u64,
 }
 

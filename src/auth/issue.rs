@@ -57,9 +57,10 @@ struct IssuedClaims {
 /// If there is no secret to sign with, or if such a broker would not accept the token.
 pub fn issue(settings: &Settings, grant: Grant) -> Result<String, IssueError> {
     let secret = settings.hs256_secret.as_deref().ok_or(IssueError::NoSecret)?;
-    Auth::new(&Settings { mode: Mode::Jwt, ..settings.clone() })?;
+    let settings = Settings { mode: Mode::Jwt, ..settings.clone() };
+    Auth::new(&settings)?;
     let (Some(iss), Some(aud)) = (settings.issuer.clone(), settings.audience.clone()) else {
-        return Err(BadSettings::MissingIssuerOrAudience.into());
+        return Err(BadSettings::Missing(settings.missing()).into());
     };
     if !is_valid_tenant(&grant.tenant) {
         return Err(IssueError::Tenant(grant.tenant));

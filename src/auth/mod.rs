@@ -144,18 +144,32 @@ pub struct Settings {
     pub audience: Option<String>,
 }
 
+impl Settings {
+    /// The settings that mode `jwt` needs and that are not set.
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
+        const KEY: &str = "LFS_BROKER_JWT_HS256_SECRET (or LFS_BROKER_JWT_PUBLIC_KEY_FILE or LFS_BROKER_JWT_JWKS_URL)";
+        let has_key = self.hs256_secret.is_some() || self.public_key_pem.is_some() || self.jwks_url.is_some();
+        let needed = [
+            (has_key, KEY),
+            (self.issuer.is_some(), "LFS_BROKER_JWT_ISSUER"),
+            (self.audience.is_some(), "LFS_BROKER_JWT_AUDIENCE"),
+        ];
+        needed.into_iter().filter(|(is_set, _)| self.mode == Mode::Jwt && !is_set).map(|(_, name)| name).collect()
+    }
+}
+
 /// Why the authentication settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BadSettings {
-    /// Mode `jwt` needs exactly one key source; with several, it would be unclear which one applies.
+    /// With several key sources, it would be unclear which one applies.
     #[error(
         "auth mode jwt needs one of LFS_BROKER_JWT_HS256_SECRET, LFS_BROKER_JWT_PUBLIC_KEY_FILE and LFS_BROKER_JWT_JWKS_URL, \
          found {0}"
     )]
     KeyCount(usize),
-    /// Mode `jwt` needs an issuer and an audience.
-    #[error("auth mode jwt needs LFS_BROKER_JWT_ISSUER and LFS_BROKER_JWT_AUDIENCE")]
-    MissingIssuerOrAudience,
+    /// Mode `jwt` needs a key source, an issuer and an audience.
+    #[error("auth mode jwt needs settings that are not set: {}", .0.join(", "))]
+    Missing(Vec<&'static str>),
     /// A short secret can be guessed.
     #[error("LFS_BROKER_JWT_HS256_SECRET has {0} bytes, at least 32 are needed (RFC 7518, section 3.2)")]
     ShortSecret(usize),
@@ -195,11 +209,11 @@ impl Auth {
         }
         let (secret, pem, url) = (&settings.hs256_secret, &settings.public_key_pem, &settings.jwks_url);
         let given = usize::from(secret.is_some()) + usize::from(pem.is_some()) + usize::from(url.is_some());
-        if given != 1 {
+        if given > 1 {
             return Err(BadSettings::KeyCount(given));
         }
-        let (Some(issuer), Some(audience)) = (&settings.issuer, &settings.audience) else {
-            return Err(BadSettings::MissingIssuerOrAudience);
+        let (1, Some(issuer), Some(audience)) = (given, &settings.issuer, &settings.audience) else {
+            return Err(BadSettings::Missing(settings.missing()));
         };
         let required = RequiredClaims { issuer: issuer.clone(), audience: audience.clone() };
         match (secret, pem, url) {

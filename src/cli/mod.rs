@@ -87,28 +87,31 @@ struct Config {
 
 impl Config {
     fn load(&self) -> Result<app::Settings, Error> {
-        Ok(config::load(self.config.as_deref(), |name| std::env::var(name).ok())?)
+        Ok(config::load(self.config.as_deref(), &environment())?)
     }
 
     fn load_auth(&self) -> Result<auth::Settings, Error> {
-        Ok(config::load_auth(self.config.as_deref(), |name| std::env::var(name).ok())?)
+        Ok(config::load_auth(self.config.as_deref(), &environment())?)
     }
 
     fn load_kafka(&self, bootstrap_servers: Option<&str>) -> Result<kafka::Settings, Error> {
-        let variable = |name: &str| match (name, bootstrap_servers) {
-            ("KAFKA_BOOTSTRAP_SERVERS", Some(servers)) => Some(servers.to_owned()),
-            _ => std::env::var(name).ok(),
-        };
-        Ok(config::load_kafka(self.config.as_deref(), variable)?)
+        let argument = bootstrap_servers.map(|servers| ("KAFKA_BOOTSTRAP_SERVERS".to_owned(), servers.to_owned()));
+        let environment = environment().into_iter().chain(argument).collect();
+        Ok(config::load_kafka(self.config.as_deref(), &environment)?)
     }
 
     fn load_objects(&self) -> Result<objects::Settings, Error> {
-        Ok(config::load_objects(self.config.as_deref(), |name| std::env::var(name).ok())?)
+        Ok(config::load_objects(self.config.as_deref(), &environment())?)
     }
 
     fn load_store(&self) -> Result<store::Settings, Error> {
-        Ok(config::load_store(self.config.as_deref(), |name| std::env::var(name).ok())?)
+        Ok(config::load_store(self.config.as_deref(), &environment())?)
     }
+}
+
+/// The environment. A variable that is not UTF-8 is none of this program.
+fn environment() -> config::Environment {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }
 
 /// The broker that a command calls, and the token for it.
@@ -235,7 +238,7 @@ impl Error {
             Self::Dev(crate::dev::Error::NoKafka { .. }) => {
                 "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
-            Self::Config(config::Error::Missing(_)) => "the README lists all settings",
+            Self::Config(config::Error::Missing(_) | config::Error::Unknown(_)) => "docs/configuration.md lists all settings",
             Self::File { source: client::Error::NoReferenceBucket(_), .. } => {
                 "name the bucket with --reference-bucket; the command reads it with the AWS settings of the environment"
             }
@@ -348,5 +351,25 @@ fn shutdown_signal() -> impl Future<Output = ()> {
     });
     async {
         tokio::select! { () = interrupt => {}, () = terminate => {} }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variables(command: &clap::Command) -> Vec<String> {
+        let own = command.get_arguments().filter_map(|argument| argument.get_env()?.to_str().map(str::to_owned));
+        own.chain(command.get_subcommands().flat_map(variables)).collect()
+    }
+
+    #[test]
+    fn serve_accepts_every_variable_that_another_command_reads() {
+        let variables = variables(&Cli::command());
+        assert!(variables.contains(&"LFS_BROKER_URL".to_owned()));
+        for variable in variables {
+            let error = config::load(None, &[(variable.clone(), "1".to_owned())].into()).err();
+            assert!(matches!(error, Some(config::Error::Missing(_))), "{variable}: {error:?}");
+        }
     }
 }

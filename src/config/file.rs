@@ -1,48 +1,79 @@
 //! The TOML settings file. Several ways to write a value are accepted. Errors never show values, which may be secrets.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use toml::{Table, Value};
 
-use super::{Error, SETTINGS, ValueKind, read};
+use super::error::Error;
+use super::setting::{Kind, Setting};
+use super::table;
 
-/// Strings that only the file can set, because the AWS SDK reads their environment variables itself.
-const FILE_ONLY_STRINGS: [&str; 3] = ["s3.endpoint", "s3.access_key_id", "s3.secret_access_key"];
+/// The table of librdkafka's properties. Their names are not known here.
+const PROPERTIES: &str = "kafka.properties";
 
-/// Settings that may be lists in the file. In the environment they are comma-separated.
-const LISTS: [&str; 2] = ["trusted_proxies", "cors.origins"];
-
-/// Reads and parses the file. A syntax error names the line number.
-pub(super) fn parse(path: &str) -> Result<Table, Error> {
-    let text = read(path)?;
-    text.parse().map_err(|error: toml::de::Error| {
-        let preceding = text.as_bytes().get(..error.span().map_or(0, |span| span.start)).unwrap_or(text.as_bytes());
-        let line = 1 + preceding.iter().filter(|byte| **byte == b'\n').count();
-        Error::Toml { path: path.to_owned(), line, reason: error.message().replace('\n', ", ") }
-    })
+/// The contents of the file.
+#[derive(Default)]
+pub(super) struct File {
+    /// The values of the settings, by key.
+    pub(super) values: BTreeMap<&'static str, String>,
+    /// Kafka's properties, by their full names.
+    pub(super) properties: BTreeMap<String, String>,
 }
 
-/// Converts lists to comma-separated strings, and refuses values that must be strings but are not. serde would quote such a
-/// value in its error, and the value may be a secret.
-pub(super) fn check_strings(file: &mut Table) -> Result<(), Error> {
-    let strings =
-        SETTINGS.iter().filter(|(.., value_kind)| matches!(value_kind, ValueKind::Text)).map(|(_, toml_path, _)| *toml_path);
-    for toml_path in strings.chain(FILE_ONLY_STRINGS) {
-        let value = match toml_path.split_once('.') {
-            Some((section, key)) => match file.get_mut(section) {
-                Some(Value::Table(section)) => section.get_mut(key),
-                Some(_) => return Err(Error::NotATable(section)),
-                None => None,
-            },
-            None => file.get_mut(toml_path),
-        };
-        let Some(value) = value.filter(|value| !value.is_str()) else { continue };
-        match to_text(value).filter(|_| LISTS.contains(&toml_path) && value.is_array()) {
-            Some(list) => *value = Value::String(list),
-            None => return Err(Error::NotAString(toml_path)),
-        }
+pub(super) fn read_text(path: &str) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|error| Error::File(path.to_owned(), error))
+}
+
+impl File {
+    /// Reads the file. A syntax error names the line number, an unknown key or a value of the wrong type names the key.
+    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+        let path = path.display().to_string();
+        let text = read_text(&path)?;
+        let table = text.parse().map_err(|error: toml::de::Error| {
+            let preceding = text.as_bytes().get(..error.span().map_or(0, |span| span.start)).unwrap_or(text.as_bytes());
+            let line = 1 + preceding.iter().filter(|byte| **byte == b'\n').count();
+            Error::Toml { path, line, reason: error.message().replace('\n', ", ") }
+        })?;
+        let mut file = Self::default();
+        file.add(table, "")?;
+        Ok(file)
     }
-    Ok(())
+
+    fn add(&mut self, table: Table, prefix: &str) -> Result<(), Error> {
+        for (name, value) in table {
+            let key = format!("{prefix}{name}");
+            if let Some(setting) = table::settings().find(|setting| setting.key == key) {
+                self.values.insert(setting.key, value_text(setting, &value)?);
+            } else if key != PROPERTIES && !table::settings().any(|setting| setting.key.starts_with(&format!("{key}."))) {
+                return Err(Error::Unknown(vec![table::unknown(&key, table::settings().map(|setting| setting.key))]));
+            } else {
+                match value {
+                    Value::Table(table) if key == PROPERTIES => flatten(table, "", &mut self.properties)?,
+                    Value::Table(table) => self.add(table, &format!("{key}."))?,
+                    _ => return Err(Error::Type { expected: format!("a table, [{key}]"), key }),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value as it would be in an environment variable. A value of the wrong type is refused.
+fn value_text(setting: &Setting, value: &Value) -> Result<String, Error> {
+    let right_type = match &setting.kind {
+        Kind::Flag => value.is_bool(),
+        Kind::Number(..) => value.is_integer(),
+        Kind::List => value.is_str() || value.is_array(),
+        Kind::Text | Kind::Secret | Kind::Address | Kind::Words(_) => value.is_str(),
+    };
+    to_text(value).filter(|_| right_type).ok_or_else(|| {
+        let expected = match &setting.kind {
+            Kind::Flag | Kind::Number(..) | Kind::List => setting.kind.to_string(),
+            Kind::Text | Kind::Secret | Kind::Address | Kind::Words(_) => "a string in quotes".to_owned(),
+        };
+        Error::Type { key: setting.key.to_owned(), expected }
+    })
 }
 
 /// The value as text; the items of a list are separated by commas. `None` for a table.
@@ -56,13 +87,15 @@ fn to_text(value: &Value) -> Option<String> {
 }
 
 /// Collects the properties with their full names: TOML parses an unquoted `security.protocol` as nested tables.
-pub(super) fn flatten(table: Table, prefix: &str, properties: &mut BTreeMap<String, String>) -> Result<(), Error> {
+fn flatten(table: Table, prefix: &str, properties: &mut BTreeMap<String, String>) -> Result<(), Error> {
     for (name, value) in table {
         let name = format!("{prefix}{name}");
         match (to_text(&value), value) {
             (Some(text), _) => drop(properties.insert(name, text)),
             (None, Value::Table(table)) => flatten(table, &format!("{name}."), properties)?,
-            (None, _) => return Err(Error::NotAString("a list of kafka.properties")),
+            (None, _) => {
+                return Err(Error::Type { key: format!("{PROPERTIES}.{name}"), expected: "a list without tables".to_owned() });
+            }
         }
     }
     Ok(())

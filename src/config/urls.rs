@@ -1,6 +1,6 @@
 //! Validation of URLs and CORS origins, by the rules of browsers and HTTP clients.
 
-use super::{Error, invalid};
+use super::error::Error;
 
 /// Whether the URL is `http://host` or `https://host`, optionally with a path.
 fn is_base_url(url: &str) -> bool {
@@ -17,7 +17,9 @@ pub(super) fn url_host(url: &str) -> Option<String> {
 
 pub(super) fn public_url(url: Option<String>) -> Result<Option<String>, Error> {
     match url {
-        Some(url) if !is_base_url(&url) => Err(invalid("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net")),
+        Some(url) if !is_base_url(&url) => {
+            Err(Error::value("LFS_BROKER_PUBLIC_URL", &url, "a URL such as https://lfs.example.net"))
+        }
         url => Ok(url),
     }
 }

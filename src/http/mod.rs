@@ -51,49 +51,42 @@ pub(crate) use serve::serve;
 pub(crate) use tls::Tls;
 
 /// The valid values of [`Settings::body_memory_bytes`]: at least one whole body, at most what the semaphore can count.
-pub const BODY_MEMORY: RangeInclusive<usize> = 1 << 20..=1 << 40;
+pub const BODY_MEMORY: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
-/// Timeouts and limits of the HTTP server.
+/// Timeouts and limits of the HTTP server. `docs/configuration.md` describes the settings and gives the reasons for the defaults.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `LFS_BROKER_HEADER_SECONDS`: time limit for a request head, and for a TLS handshake.
+    /// `LFS_BROKER_HEADER_SECONDS`.
     pub header_timeout: Duration,
-    /// `LFS_BROKER_BODY_SECONDS`: time limit for a body. 64 KiB take 10 s at 50 kbit/s.
+    /// `LFS_BROKER_BODY_SECONDS`.
     pub body_timeout: Duration,
-    /// `LFS_BROKER_REQUEST_SECONDS`: time limit for a whole request. It must be longer than the longest wait, 30 s.
+    /// `LFS_BROKER_REQUEST_SECONDS`.
     pub request_timeout: Duration,
-    /// `LFS_BROKER_IDLE_SECONDS`: how long a connection may be idle between requests. It must be longer than the timeout of
-    /// proxies (60 s is common). Otherwise a proxy may send a request while the broker closes the connection.
+    /// `LFS_BROKER_IDLE_SECONDS`.
     pub idle_timeout: Duration,
     /// How long a client may read nothing from a response.
     pub write_timeout: Duration,
-    /// `LFS_BROKER_CONNECTIONS`: how many connections are served at once. A request on a further connection waits 1 s, then gets
-    /// 503. Health checks are always answered.
+    /// `LFS_BROKER_CONNECTIONS`.
     pub connections: usize,
-    /// `LFS_BROKER_CONNECTIONS_PER_ADDRESS`: connections of one client address; 0: no limit. Trusted proxies have no limit. The
-    /// default is half of all: enough for an office behind one address, but one address cannot take all connections.
+    /// `LFS_BROKER_CONNECTIONS_PER_ADDRESS`; 0: no limit.
     pub connections_per_address: usize,
-    /// `LFS_BROKER_TENANT_LONG_POLLS`: how many reads of one tenant may wait at once (`?wait=`); 0: no limit. The default is a
-    /// quarter of all connections, because each read occupies one for up to 30 s.
+    /// `LFS_BROKER_TENANT_LONG_POLLS`; 0: no limit.
     pub tenant_long_polls: usize,
-    /// `LFS_BROKER_BODY_MEMORY_BYTES`: memory for all request bodies together, beyond the first 8 KiB of each. The default is
-    /// enough for 64 bodies with 1 MiB of part hashes.
+    /// `LFS_BROKER_BODY_MEMORY_BYTES`.
     pub body_memory_bytes: usize,
-    /// `LFS_BROKER_SHUTDOWN_DELAY_SECONDS`: how long the broker still serves after the shutdown signal, while `/readyz` answers
-    /// 503. Load balancers need a few seconds to notice that.
+    /// `LFS_BROKER_SHUTDOWN_DELAY_SECONDS`.
     pub shutdown_delay: Duration,
-    /// `LFS_BROKER_SHUTDOWN_GRACE_SECONDS`: how long running work may take after the delay. Both together stay below 30 s, after
-    /// which Kubernetes kills the process.
+    /// `LFS_BROKER_SHUTDOWN_GRACE_SECONDS`.
     pub shutdown_grace: Duration,
     /// The certificate; `None`: no TLS.
     pub tls: Option<tls::Settings>,
-    /// `LFS_BROKER_TRUSTED_PROXIES`: proxies whose `X-Forwarded-For` header is used.
+    /// `LFS_BROKER_TRUSTED_PROXIES`.
     pub trusted_proxies: Vec<IpNet>,
     /// The hosts and origins that a broker without tokens accepts; `None`: all.
     pub allowed_hosts: Option<AllowedHosts>,
-    /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`; 0: no limit. Without tokens there is no limit.
+    /// `LFS_BROKER_TENANT_REQUESTS_PER_SECOND`; 0: no limit.
     pub tenant_requests_per_second: u32,
-    /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`: invalid tokens from one client address; 0: no limit.
+    /// `LFS_BROKER_FAILED_LOGINS_PER_MINUTE`; 0: no limit.
     pub failed_logins_per_minute: u32,
 }
 

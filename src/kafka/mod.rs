@@ -56,7 +56,7 @@ const REPLACE_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_CONCURRENT_QUERIES: usize = 16;
 
 /// Where Kafka is and how pointers are delivered to it.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Settings {
     /// `host:port` of one or more brokers, separated by commas.
     pub bootstrap_servers: String,

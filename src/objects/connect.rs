@@ -13,15 +13,13 @@ use aws_sdk_s3::config::{
     Builder, Config, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedCredentialsProvider,
     StalledStreamProtectionConfig,
 };
-use serde::Deserialize;
 
 use super::presign::Signer;
 use super::undeclared::BucketDefaults;
 use super::{Error, Inner, Objects, call_error, error_code};
 
 /// The object store and the credentials: the `[s3]` table.
-#[derive(Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Clone, Default)]
 pub struct Settings {
     /// The bucket of topics whose policy names no bucket.
     pub bucket: Option<String>,

@@ -44,7 +44,7 @@ pub struct Settings {
     pub max_connections: u32,
     /// How long a caller waits for one call.
     pub call_timeout: Duration,
-    /// `LFS_BROKER_TENANT_CONNECTIONS`: how many connections one tenant's writes and lists may use at once; 0: no limit.
+    /// `LFS_BROKER_TENANT_CONNECTIONS`; 0: no limit.
     pub tenant_connections: u32,
 }
 
@@ -52,8 +52,6 @@ impl Settings {
     /// Settings for `url` with the default number of connections.
     pub fn new(url: &str) -> Self {
         // 20 connections keep two cores of PostgreSQL busy and leave room for other replicas under its default of 100.
-        // A quarter of them is enough for one tenant, because its writes wait for the tenant's row anyway. The rest stays free
-        // for other tenants.
         Self { url: url.to_owned(), max_connections: 20, call_timeout: CALL_TIMEOUT, tenant_connections: 5 }
     }
 }
