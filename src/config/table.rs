@@ -120,7 +120,7 @@ static S3: [Setting; 10] = [
         .doc("Whether the bucket stands in the path of a URL instead of the host name."),
     row("LFS_BROKER_S3_SIGNING_ACCESS_KEY_ID", "s3.signing_access_key_id", Text, |s| &mut s.app.objects.signing_access_key_id)
         .unset("the broker's access key")
-        .doc("A write-only access key that signs upload URLs. A leaked URL can then read nothing."),
+        .doc("A write-only access key that signs upload URLs. A leaked upload URL can then read nothing."),
     row("LFS_BROKER_S3_SIGNING_SECRET_ACCESS_KEY", "s3.signing_secret_access_key", Secret, |s| {
         &mut s.app.objects.signing_secret_access_key
     })
