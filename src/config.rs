@@ -154,8 +154,11 @@ fn is_known(name: &str, value: &str) -> bool {
         || name.contains("_SERVICE_PORT")
         || name.contains("_PORT_")
         || (name.ends_with("_PORT") && value.contains("://"));
+    // The contract reserves the address of the metrics, which this version does not serve yet.
+    let is_reserved = name == "LFS_BROKER_METRICS_LISTEN";
     !name.starts_with("LFS_BROKER_")
         || is_service_link
+        || is_reserved
         || variables().any(|known| name == known || name.strip_suffix("_FILE") == Some(known))
 }
 
