@@ -1,5 +1,5 @@
-// Loads compose files as `docker compose` does and says what is wrong with them.
-// The library's own command stops before the checks between services; this one loads the whole project.
+// Loads compose files as `docker compose` does, and prints the first error.
+// The library's own command skips the checks across services; this program loads the whole project.
 package main
 
 import (
