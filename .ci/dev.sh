@@ -1,46 +1,47 @@
 # shellcheck shell=bash
-# A broker of a check's own, and a directory that ends with it. Sourced by the checks, which `run` gives $LFS_CI_BROKER.
+# Starts a broker and creates a work directory for one check; removes both at exit. The checks source this file.
+# `run` sets $LFS_CI_BROKER for them.
 : "${LFS_CI_BROKER:?the path of lfs-broker}"
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/lfs-broker-check.XXXXXX") || exit
 chmod 711 "$WORK"
-dev=
+dev_pid=
 export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost
 
-# Ends `dev`, then what $also_end names: a check that starts more sets it.
-also_end=:
-end_dev() {
+# Stops `dev`, then calls the function $extra_cleanup. A check that starts other processes sets it.
+extra_cleanup=:
+clean_up() {
     local status=$?
     trap - EXIT
-    if [ -n "$dev" ]; then
-        kill -TERM "$dev" 2>/dev/null || true
+    if [ -n "$dev_pid" ]; then
+        kill -TERM "$dev_pid" 2>/dev/null || true
         for _ in {1..300}; do
-            kill -0 "$dev" 2>/dev/null || break
+            kill -0 "$dev_pid" 2>/dev/null || break
             sleep 0.1
         done
-        if kill -KILL "$dev" 2>/dev/null; then
-            echo "dev did not end within 30 s of SIGTERM"
+        if kill -KILL "$dev_pid" 2>/dev/null; then
+            echo "dev did not exit within 30 s after SIGTERM; killed it"
             status=1
         fi
         [ "$status" = 0 ] || tail -n 40 "$WORK/dev.log"
     fi
-    "$also_end"
+    "$extra_cleanup"
     rm -rf "$WORK"
     exit "$status"
 }
-trap end_dev EXIT
+trap clean_up EXIT
 trap 'exit 143' INT TERM HUP
 
-# `dev` on free ports, with what $dev_options says; exports where it is.
+# Starts `dev` on free ports with $dev_options, and exports its addresses and credentials.
 dev_options=()
 start_dev() {
     "$LFS_CI_BROKER" dev --ephemeral --listen 127.0.0.1:0 --data-dir "$WORK/dev" "${dev_options[@]}" >"$WORK/dev.log" 2>&1 </dev/null &
-    dev=$!
+    dev_pid=$!
     for _ in {1..600}; do
         [ ! -s "$WORK/dev/dev.json" ] || break
-        kill -0 "$dev" 2>/dev/null || { echo "dev ended before it answered"; return 1; }
+        kill -0 "$dev_pid" 2>/dev/null || { echo "dev exited before it wrote dev.json"; return 1; }
         sleep 0.1
     done
-    LFS_BROKER_URL=$(jq -re .broker_url "$WORK/dev/dev.json") || { echo "no dev.json after 60 s"; return 1; }
+    LFS_BROKER_URL=$(jq -re .broker_url "$WORK/dev/dev.json") || { echo "$WORK/dev/dev.json has no broker_url after 60 s"; return 1; }
     KAFKA_BOOTSTRAP_SERVERS=$(jq -r .kafka_bootstrap "$WORK/dev/dev.json")
     AWS_ENDPOINT_URL_S3=$(jq -r .s3_endpoint "$WORK/dev/dev.json")
     AWS_REGION=$(jq -r .s3_region "$WORK/dev/dev.json")

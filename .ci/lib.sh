@@ -1,29 +1,29 @@
-# shellcheck shell=bash disable=SC2034 # `run` reads what is counted here.
-# Steps: each has a header, a time limit, a log, and adds to what passed and what failed.
-# Sourced by `run`, which sets $WORK and $DEADLINE (in bash's SECONDS).
+# shellcheck shell=bash disable=SC2034 # `run` reads these counters.
+# Steps: each step has a header, a time limit and a log, and adds to the counters `passed` and `failed`.
+# `run` sources this file and sets $WORK and $DEADLINE (in bash's SECONDS).
 passed=0
 failed=0
-running=
-unfinished=
+running_pid=
+current_step=
 
-# within SECONDS COMMAND...: a command in a process group of its own that ends with its time, or with ours.
-within() {
-    local limit=$1 left=$((DEADLINE - SECONDS)) status=0
+# with_timeout SECONDS COMMAND...: runs a command in its own process group, at most until $DEADLINE.
+with_timeout() {
+    local limit=$1 remaining=$((DEADLINE - SECONDS)) status=0
     shift
-    ((limit < left)) || limit=$left
-    ((limit > 0)) || { echo "no time left for: $*"; return 124; }
-    # In the background, because bash hears a signal only while it waits.
+    ((limit < remaining)) || limit=$remaining
+    ((limit > 0)) || { echo "not started, because the deadline of the whole run has passed: $*"; return 124; }
+    # In the background, because bash handles a signal only during `wait`, not while a foreground command runs.
     timeout --kill-after=10 "$limit" "$@" </dev/null &
-    running=$!
-    wait "$running" || status=$?
-    running=
-    [ "$status" != 124 ] || echo "ended after its $limit s: $*"
+    running_pid=$!
+    wait "$running_pid" || status=$?
+    running_pid=
+    [ "$status" != 124 ] || echo "timed out after $limit s: $*"
     return "$status"
 }
 
-# report NAME STATUS PASSED FAILED STARTED: adds up, and shows the log of what went wrong.
+# report NAME STATUS PASSED FAILED STARTED: adds to the counters, and prints the log of a failed step.
 report() {
-    unfinished=
+    current_step=
     passed=$((passed + $3))
     failed=$((failed + $4))
     if [ "$4" -gt 0 ]; then
@@ -34,13 +34,13 @@ report() {
     fi
 }
 
-# step NAME SECONDS COMMAND...: one pass or one failure.
+# step NAME SECONDS COMMAND...: runs a command, which counts as one pass or one failure.
 step() {
     local name=$1 limit=$2 started=$SECONDS status=0
     shift 2
-    unfinished=$name
+    current_step=$name
     echo "=== $name"
-    within "$limit" "$@" >"$WORK/step.log" 2>&1 || status=$?
+    with_timeout "$limit" "$@" >"$WORK/step.log" 2>&1 || status=$?
     if [ "$status" = 0 ]; then
         report "$name" 0 1 0 "$started"
     else
@@ -49,29 +49,29 @@ step() {
     return "$status"
 }
 
-# start NAME FUNCTION: a step in this shell, so that what it exports stays; it bounds its own waiting.
+# start NAME FUNCTION: a step in this shell, so that its exports remain. The function must have its own time limits.
 start() {
     local started=$SECONDS status=0
-    unfinished=$1
+    current_step=$1
     echo "=== $1"
     "$2" >"$WORK/step.log" 2>&1 || status=$?
     report "$1" "$status" $((status == 0)) $((status != 0)) "$started"
     return "$status"
 }
 
-# tests NAME SECONDS COMMAND...: `cargo test`, counted by the lines in which it counts itself.
-# A run that tested nothing, or broke off, is a failure too.
+# tests NAME SECONDS COMMAND...: runs `cargo test`, and adds the counts of its `test result:` lines.
+# A run without any test, or with an error but no failed test, counts as one failure.
 tests() {
-    local name=$1 limit=$2 started=$SECONDS status=0 ran broke
+    local name=$1 limit=$2 started=$SECONDS status=0 tests_passed tests_failed
     shift 2
-    unfinished=$name
+    current_step=$name
     echo "=== $name"
-    within "$limit" "$@" >"$WORK/step.log" 2>&1 || status=$?
+    with_timeout "$limit" "$@" >"$WORK/step.log" 2>&1 || status=$?
     grep -E '^(test result:|     Running |   Doc-tests )' "$WORK/step.log"
-    read -r ran broke < <(awk '/^test result:/ { for (i = 2; i <= NF; i++) { if ($i == "passed;") p += $(i - 1); if ($i == "failed;") f += $(i - 1) } }
+    read -r tests_passed tests_failed < <(awk '/^test result:/ { for (i = 2; i <= NF; i++) { if ($i == "passed;") p += $(i - 1); if ($i == "failed;") f += $(i - 1) } }
         END { print p + 0, f + 0 }' "$WORK/step.log")
-    if [ "$broke" = 0 ] && { [ "$status" != 0 ] || [ "$ran" = 0 ]; }; then
-        broke=1
+    if [ "$tests_failed" = 0 ] && { [ "$status" != 0 ] || [ "$tests_passed" = 0 ]; }; then
+        tests_failed=1
     fi
-    report "$name" "$status" "$ran" "$broke" "$started"
+    report "$name" "$status" "$tests_passed" "$tests_failed" "$started"
 }

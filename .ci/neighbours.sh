@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The servers that lfs-broker lives beside, each a real one on a free port of 127.0.0.1.
-# Sourced by `run`; on its own, for work at the desk:
+# Starts real servers of PostgreSQL, Kafka and S3 for the tests, each on a free port of 127.0.0.1.
+# `run` and the checks source this file. A developer can call it directly:
 #   bash .ci/neighbours.sh up DIRECTORY postgres kafka minio|versitygw   (then: . DIRECTORY/env)
 #   bash .ci/neighbours.sh down DIRECTORY
-# $NEIGHBOURS holds every server's data, log and pid; $NEIGHBOURS/env says how the tests reach them.
+# $NEIGHBOURS holds the data, log and pid file of each server. $NEIGHBOURS/env exports the variables by which the tests find them.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=.ci/versions.sh
 . "$here/versions.sh"
@@ -12,70 +12,70 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# share NAME VALUE: exports to this shell and to whoever reads $NEIGHBOURS/env.
-share() {
+# export_env NAME VALUE: exports a variable in this shell, and writes the export to $NEIGHBOURS/env.
+export_env() {
     export "$1=$2"
     printf 'export %s=%q\n' "$1" "$2" >>"$NEIGHBOURS/env"
 }
 
-# launch NAME COMMAND...: starts a server in a session of its own and remembers its pid.
-launch() {
+# start_server NAME COMMAND...: starts a server in its own session, and writes its log and its pid file.
+start_server() {
     local name=$1
     shift
     setsid "$@" >"$NEIGHBOURS/$name.log" 2>&1 </dev/null &
     echo $! >"$NEIGHBOURS/$name.pid"
 }
 
-# await NAME SECONDS COMMAND...: until the command succeeds; fails early when the server is gone.
-await() {
-    local name=$1 until=$((SECONDS + $2)) pid
+# wait_until_ready NAME SECONDS COMMAND...: repeats the command until it succeeds. Fails early if the server has exited.
+wait_until_ready() {
+    local name=$1 seconds=$2 deadline=$((SECONDS + $2)) pid
     shift 2
     pid=$(<"$NEIGHBOURS/$name.pid")
     until timeout 20 "$@" >/dev/null 2>&1; do
-        if ! kill -0 "$pid" 2>/dev/null || ((SECONDS >= until)); then
-            echo "$name does not answer; its log ends:" >&2
+        if ! kill -0 "$pid" 2>/dev/null || ((SECONDS >= deadline)); then
+            echo "$name exited or was not ready within $seconds s; the last lines of its log:" >&2
             tail -n 30 "$NEIGHBOURS/$name.log" >&2
             return 1
         fi
         sleep 0.2
     done
-    echo "$name answers (pid $pid)"
+    echo "$name is ready (pid $pid)"
 }
 
-# PostgreSQL refuses to run as root, so root hands it to a user that owns nothing else.
+# PostgreSQL refuses to run as root. So as root, start it as the user postgres or nobody.
 start_postgres() {
-    local bin data=$NEIGHBOURS/postgres port as=()
+    local bin data=$NEIGHBOURS/postgres port run_as=()
     bin=$(postgres_bin) && port=${LFS_CI_POSTGRES_PORT:-$(free_port)} || return
     mkdir -p "$data"
     if [ "$(id -u)" = 0 ]; then
         local owner=nobody
         ! id postgres >/dev/null 2>&1 || owner=postgres
         chmod 711 "$NEIGHBOURS" && chown "$owner" "$data" || return
-        as=(setpriv "--reuid=$owner" "--regid=$(id -g "$owner")" --clear-groups)
+        run_as=(setpriv "--reuid=$owner" "--regid=$(id -g "$owner")" --clear-groups)
     fi
     echo lfs >"$data/password"
-    (cd "$data" && "${as[@]}" "$bin/initdb" -D "$data/data" -U lfs -A scram-sha-256 --pwfile=password -E UTF8 --no-locale) \
+    (cd "$data" && "${run_as[@]}" "$bin/initdb" -D "$data/data" -U lfs -A scram-sha-256 --pwfile=password -E UTF8 --no-locale) \
         >"$NEIGHBOURS/initdb.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/initdb.log" >&2; return 1; }
-    # The machine is not going to lose power during a test, so nothing waits for the disk.
-    launch postgres "${as[@]}" "$bin/postgres" -D "$data/data" -c listen_addresses=127.0.0.1 -c "port=$port" \
+    # fsync is off for speed: a test need not survive a power loss.
+    start_server postgres "${run_as[@]}" "$bin/postgres" -D "$data/data" -c listen_addresses=127.0.0.1 -c "port=$port" \
         -c "unix_socket_directories=$data" -c fsync=off -c full_page_writes=off -c max_connections=400
-    await postgres 30 "$bin/pg_isready" -h 127.0.0.1 -p "$port" || return
-    share LFS_TEST_DATABASE_URL "postgres://lfs:lfs@127.0.0.1:$port/postgres"
+    wait_until_ready postgres 30 "$bin/pg_isready" -h 127.0.0.1 -p "$port" || return
+    export_env LFS_TEST_DATABASE_URL "postgres://lfs:lfs@127.0.0.1:$port/postgres"
 }
 
-# One node that is broker and controller. A topic that nobody made stays missing, as in most clusters. On a second port the
-# user `limited` may do everything but write to topics whose name begins with `refused-`.
+# One node that is broker and controller. It does not create topics automatically, as in most clusters. On a second port the
+# user `limited` may do everything except write to topics whose name begins with `refused-`.
 start_kafka() {
-    local data=$NEIGHBOURS/kafka port control limited config
-    port=${LFS_CI_KAFKA_PORT:-$(free_port)} && control=$(free_port) && limited=$(free_port) || return
+    local data=$NEIGHBOURS/kafka port controller_port limited_port config
+    port=${LFS_CI_KAFKA_PORT:-$(free_port)} && controller_port=$(free_port) && limited_port=$(free_port) || return
     mkdir -p "$data" && config=$data/server.properties
     cat >"$config" <<PROPERTIES
 process.roles=broker,controller
 node.id=1
-controller.quorum.voters=1@127.0.0.1:$control
+controller.quorum.voters=1@127.0.0.1:$controller_port
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited,CONTROLLER://127.0.0.1:$control
-advertised.listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited
+listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited_port,CONTROLLER://127.0.0.1:$controller_port
+advertised.listeners=PLAINTEXT://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$limited_port
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
 sasl.enabled.mechanisms=PLAIN
 listener.name.sasl_plaintext.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_limited="limited";
@@ -96,19 +96,19 @@ PROPERTIES
     local java=(java -Xmx320m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp "$KAFKA_HOME/*")
     "${java[@]}" kafka.tools.StorageTool format -t AAAAAAAAAAAAAAAAAAAAAQ -c "$config" \
         >"$NEIGHBOURS/kafka-format.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/kafka-format.log" >&2; return 1; }
-    launch kafka "${java[@]}" kafka.Kafka "$config"
-    await kafka 60 "${java[@]}" org.apache.kafka.tools.AclCommand --bootstrap-server "127.0.0.1:$port" --add \
+    start_server kafka "${java[@]}" kafka.Kafka "$config"
+    wait_until_ready kafka 60 "${java[@]}" org.apache.kafka.tools.AclCommand --bootstrap-server "127.0.0.1:$port" --add \
         --allow-principal User:limited --operation Describe --topic refused- --resource-pattern-type prefixed || return
-    share LFS_TEST_KAFKA "127.0.0.1:$port"
-    share LFS_TEST_KAFKA_LIMITED "127.0.0.1:$limited"
+    export_env LFS_TEST_KAFKA "127.0.0.1:$port"
+    export_env LFS_TEST_KAFKA_LIMITED "127.0.0.1:$limited_port"
 }
 
-# share_s3 FLAVOUR PORT ACCESS_KEY SECRET
-share_s3() {
-    share LFS_TEST_S3_FLAVOUR "$1"
-    share LFS_TEST_S3_ENDPOINT "http://127.0.0.1:$2"
-    share LFS_TEST_S3_ACCESS_KEY_ID "$3"
-    share LFS_TEST_S3_SECRET_ACCESS_KEY "$4"
+# export_s3_env FLAVOUR PORT ACCESS_KEY SECRET
+export_s3_env() {
+    export_env LFS_TEST_S3_FLAVOUR "$1"
+    export_env LFS_TEST_S3_ENDPOINT "http://127.0.0.1:$2"
+    export_env LFS_TEST_S3_ACCESS_KEY_ID "$3"
+    export_env LFS_TEST_S3_SECRET_ACCESS_KEY "$4"
 }
 
 start_minio() {
@@ -116,27 +116,27 @@ start_minio() {
     port=${LFS_CI_MINIO_PORT:-$(free_port)} || return
     mkdir -p "$NEIGHBOURS/minio"
     MINIO_ROOT_USER=minio-test MINIO_ROOT_PASSWORD=minio-test-secret MINIO_BROWSER=off MINIO_UPDATE=off \
-        launch minio "$MINIO_HOME/minio" server --address "127.0.0.1:$port" "$NEIGHBOURS/minio"
-    await minio 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/minio/health/ready" || return
-    share_s3 minio "$port" minio-test minio-test-secret
+        start_server minio "$MINIO_HOME/minio" server --address "127.0.0.1:$port" "$NEIGHBOURS/minio"
+    wait_until_ready minio 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/minio/health/ready" || return
+    export_s3_env minio "$port" minio-test minio-test-secret
 }
 
-# It keeps what S3 knows about an object in the file's extended attributes, or beside it where there are none.
+# VersityGW stores S3 metadata in extended attributes of the files, or in a sidecar directory if the file system has none.
 start_versitygw() {
-    local data=$NEIGHBOURS/versitygw port keep=()
+    local data=$NEIGHBOURS/versitygw port metadata_options=()
     port=${LFS_CI_VERSITYGW_PORT:-$(free_port)} || return
     mkdir -p "$data/objects" "$data/versions"
     if ! python3 -c 'import os, sys; os.setxattr(sys.argv[1], "user.probe", b"1")' "$data/objects" 2>/dev/null; then
         mkdir -p "$data/attributes"
-        keep=(--sidecar "$data/attributes")
+        metadata_options=(--sidecar "$data/attributes")
     fi
-    launch versitygw "$VERSITYGW_HOME/versitygw" --port "127.0.0.1:$port" --access versity-test --secret versity-test-secret \
-        --health /health posix "${keep[@]}" --versioning-dir "$data/versions" "$data/objects"
-    await versitygw 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/health" || return
-    share_s3 versitygw "$port" versity-test versity-test-secret
+    start_server versitygw "$VERSITYGW_HOME/versitygw" --port "127.0.0.1:$port" --access versity-test --secret versity-test-secret \
+        --health /health posix "${metadata_options[@]}" --versioning-dir "$data/versions" "$data/objects"
+    wait_until_ready versitygw 60 curl -sf --noproxy '*' "http://127.0.0.1:$port/health" || return
+    export_s3_env versitygw "$port" versity-test versity-test-secret
 }
 
-# Ends the servers that were launched here, by pid, politely first; PostgreSQL's word for "now" is INT.
+# Stops the started servers by their pids: TERM first, KILL after 10 s. PostgreSQL's signal for a fast shutdown is INT.
 stop_all() {
     local file pid signal
     for file in "$NEIGHBOURS"/*.pid; do
@@ -159,10 +159,10 @@ stop_all() {
 }
 
 main() {
-    local verb=${1:?up or down} server
+    local command=${1:?up or down} server
     NEIGHBOURS=$(mkdir -p "${2:?a directory}" && cd "$2" && pwd) || exit
     shift 2
-    [ "$verb" != down ] || { stop_all; exit; }
+    [ "$command" != down ] || { stop_all; exit; }
     for server in "$@"; do
         [ "$server" = postgres ] || bash "$here/tools.sh" "$server" || exit
         "start_$server" || exit

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Brings what CI needs and the machine lacks into $LFS_CI_TOOLS, and nothing that is there already.
+# Installs the named tools into $LFS_CI_TOOLS. Skips tools that are already installed.
 #   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|lint|schemathesis|deny|cyclonedx ...
-# Each tool's directory carries its version, and appears whole or not at all.
+# Each tool's directory name contains the version. The directory is renamed into place last, so it is never incomplete.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=.ci/versions.sh
 . "$here/versions.sh"
 
-# Debian's own packages; only where CI=true says that the machine is ours to change.
-fetch_debian() {
+# Installs Debian packages, only if CI=true: then this script may change the machine.
+install_debian() {
     local missing=()
     command -v shellcheck >/dev/null || missing+=(shellcheck)
     postgres_bin >/dev/null || missing+=(postgresql)
@@ -17,10 +17,10 @@ fetch_debian() {
     command -v chromium >/dev/null || missing+=(chromium)
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "${CI:-}" != true ] || [ "$(id -u)" != 0 ]; then
-        echo "missing: ${missing[*]} (installed only as root with CI=true)" >&2
+        echo "missing packages: ${missing[*]}; install them, or run as root with CI=true" >&2
         return 1
     fi
-    # The package would otherwise start a server of its own on the usual port.
+    # Without this setting the package starts its own server on the default port.
     mkdir -p /etc/postgresql-common
     [ -e /etc/postgresql-common/createcluster.conf ] || echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
     export DEBIAN_FRONTEND=noninteractive
@@ -36,11 +36,11 @@ go_install() {
     mv "$1.part" "$1"
 }
 
-fetch_minio() { go_install "$MINIO_HOME" "github.com/minio/minio@$MINIO_VERSION"; }
-fetch_versitygw() { go_install "$VERSITYGW_HOME" "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"; }
-fetch_toxiproxy() { go_install "$TOXIPROXY_HOME" "github.com/Shopify/toxiproxy/v2/cmd/server@$TOXIPROXY_VERSION"; }
+install_minio() { go_install "$MINIO_HOME" "github.com/minio/minio@$MINIO_VERSION"; }
+install_versitygw() { go_install "$VERSITYGW_HOME" "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"; }
+install_toxiproxy() { go_install "$TOXIPROXY_HOME" "github.com/Shopify/toxiproxy/v2/cmd/server@$TOXIPROXY_VERSION"; }
 
-fetch_kafka() {
+install_kafka() {
     [ ! -d "$KAFKA_HOME" ] || return 0
     rm -rf "$KAFKA_HOME.part"
     mvn -q -B -f "$here/pom.xml" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$KAFKA_HOME.part"
@@ -55,9 +55,9 @@ pip_install() {
     mv "$1.part" "$1"
 }
 
-fetch_openapi() { pip_install "$OPENAPI_HOME" "openapi-spec-validator==$OPENAPI_VERSION"; }
+install_openapi() { pip_install "$OPENAPI_HOME" "openapi-spec-validator==$OPENAPI_VERSION"; }
 
-fetch_lint() {
+install_lint() {
     [ ! -d "$LINT_HOME" ] || return 0
     rm -rf "$LINT_HOME.part"
     mkdir "$LINT_HOME.part"
@@ -66,7 +66,7 @@ fetch_lint() {
     mv "$LINT_HOME.part" "$LINT_HOME"
 }
 
-fetch_schemathesis() { pip_install "$SCHEMATHESIS_HOME" "schemathesis==$SCHEMATHESIS_VERSION"; }
+install_schemathesis() { pip_install "$SCHEMATHESIS_HOME" "schemathesis==$SCHEMATHESIS_VERSION"; }
 
 # cargo_install DIRECTORY CRATE VERSION
 cargo_install() {
@@ -77,11 +77,11 @@ cargo_install() {
     mv "$1.part" "$1"
 }
 
-fetch_deny() { cargo_install "$DENY_HOME" cargo-deny "$DENY_VERSION"; }
-fetch_cyclonedx() { cargo_install "$CYCLONEDX_HOME" cargo-cyclonedx "$CYCLONEDX_VERSION"; }
+install_deny() { cargo_install "$DENY_HOME" cargo-deny "$DENY_VERSION"; }
+install_cyclonedx() { cargo_install "$CYCLONEDX_HOME" cargo-cyclonedx "$CYCLONEDX_VERSION"; }
 
 mkdir -p "$LFS_CI_TOOLS"
 for tool in "$@"; do
     echo "$tool: $(date +%T)"
-    "fetch_$tool"
+    "install_$tool"
 done

@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034 # Read by the scripts that source this.
-# What CI runs against, and where it lives.
+# The versions of the tools and servers of CI, and their directories.
 LFS_CI_TOOLS=${LFS_CI_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/lfs-broker-ci}
 
-KAFKA_VERSION=4.3.1 # And in pom.xml.
-MINIO_VERSION=v0.0.0-20260212201848-7aac2a2c5b7c # The last one: its repository is archived.
+KAFKA_VERSION=4.3.1 # The same version is in pom.xml.
+MINIO_VERSION=v0.0.0-20260212201848-7aac2a2c5b7c # The last version: the repository is archived.
 VERSITYGW_VERSION=v1.8.0
 OPENAPI_VERSION=0.9.0
 LINT_VERSION=redocly-2.77.0-spectral-6.16.3 # And in openapi/package.json.
@@ -22,11 +22,11 @@ SCHEMATHESIS_HOME=$LFS_CI_TOOLS/schemathesis-$SCHEMATHESIS_VERSION
 DENY_HOME=$LFS_CI_TOOLS/cargo-deny-$DENY_VERSION
 CYCLONEDX_HOME=$LFS_CI_TOOLS/cargo-cyclonedx-$CYCLONEDX_VERSION
 
-# Where PostgreSQL's server programs are.
+# Prints the directory of PostgreSQL's server programs.
 postgres_bin() {
-    local found
-    for found in /usr/lib/postgresql/*/bin/postgres "$(command -v postgres)"; do
-        [ ! -x "$found" ] || { dirname "$found"; return; }
+    local program
+    for program in /usr/lib/postgresql/*/bin/postgres "$(command -v postgres)"; do
+        [ ! -x "$program" ] || { dirname "$program"; return; }
     done
     return 1
 }

@@ -31,7 +31,7 @@ environment+=(
 env -i PATH="$PATH" "${environment[@]}" "$program" serve >"$WORK/serve.log" 2>&1 </dev/null &
 serve=$!
 end_serve() { kill "$serve" 2>/dev/null || true; wait "$serve" || true; }
-also_end=end_serve
+extra_cleanup=end_serve
 for _ in {1..600}; do
     url=$(grep -oEm1 'http://127\.0\.0\.1:[0-9]+' "$WORK/serve.log") && break
     kill -0 "$serve" || { cat "$WORK/serve.log"; exit 1; }

@@ -16,11 +16,11 @@ mkfifo "$WORK/broker"
 node "$repository/.ci/sdk/browser/drive.mjs" "$WORK/typescript" "$WORK/origin" <"$WORK/broker" >"$WORK/browser.log" 2>&1 &
 pages=$!
 exec 4>"$WORK/broker"
-also_end() {
+extra_cleanup() {
     exec 4>&-
     kill "$pages" 2>/dev/null || true
 }
-also_end=also_end
+extra_cleanup=extra_cleanup
 for _ in {1..100}; do
     [ ! -s "$WORK/origin" ] || break
     sleep 0.1

@@ -10,7 +10,7 @@ kafka=${LFS_TEST_KAFKA:-}
 if [ -z "$kafka" ]; then
     NEIGHBOURS=$WORK/neighbours
     mkdir "$NEIGHBOURS"
-    also_end=stop_all
+    extra_cleanup=stop_all
     start_kafka
     kafka=$LFS_TEST_KAFKA
 fi

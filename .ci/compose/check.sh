@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# docker-compose.yaml loads in the parser of `docker compose`, which must refuse it
-# without its secret, with a misspelt setting, and with a neighbour missing.
+# Checks that the parser of `docker compose` accepts docker-compose.yaml. It must reject the file
+# without its secret, with a misspelt setting, and with a missing service.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 file=$PWD/../../docker-compose.yaml
@@ -8,17 +8,17 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 go build -o "$work/load" .
 
-loads() { LFS_BROKER_JWT_HS256_SECRET=${2-checked-only} "$work/load" "$1"; }
-refused() {
-    if loads "$@" 2>&1; then
-        echo "not refused: $1"
+load() { LFS_BROKER_JWT_HS256_SECRET=${2-checked-only} "$work/load" "$1"; }
+must_reject() {
+    if load "$@" 2>&1; then
+        echo "the compose parser accepted $1, but it must reject this file"
         exit 1
     fi
 }
 
-loads "$file"
-refused "$file" ''
+load "$file"
+must_reject "$file" ''
 sed 's/healthcheck:/healthchek:/' "$file" >"$work/misspelt.yaml"
-refused "$work/misspelt.yaml"
+must_reject "$work/misspelt.yaml"
 sed 's/^  bucket:$/  buckett:/' "$file" >"$work/missing.yaml"
-refused "$work/missing.yaml"
+must_reject "$work/missing.yaml"

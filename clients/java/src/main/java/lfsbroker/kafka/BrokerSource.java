@@ -7,44 +7,44 @@ import java.util.ArrayList;
 import java.util.List;
 import java.util.function.UnaryOperator;
 
-/** The bytes by {@code POST /lfs/resolve}: no credentials of S3, only a token that may read the pointer's topic. */
-final class BrokerSource implements Source {
-    private final Broker broker;
-    /** The topic that the broker publishes its own pointers to, by the record's. */
+/** Reads objects through {@code POST /lfs/resolve}. Needs no S3 credentials, only a token with read access to the topic. */
+final class BrokerSource implements ObjectSource {
+    private final BrokerClient broker;
+    /** Maps a record's topic to its staging topic, to which the broker publishes its own pointers. */
     private final UnaryOperator<String> stagingTopic;
-    /** The topic of the records; null where none is known. */
+    /** The topic of the records, or null if it is not known. */
     private final String topic;
 
-    BrokerSource(Broker broker, UnaryOperator<String> stagingTopic) {
+    BrokerSource(BrokerClient broker, UnaryOperator<String> stagingTopic) {
         this(broker, stagingTopic, null);
     }
 
-    private BrokerSource(Broker broker, UnaryOperator<String> stagingTopic, String topic) {
+    private BrokerSource(BrokerClient broker, UnaryOperator<String> stagingTopic, String topic) {
         this.broker = broker;
         this.stagingTopic = stagingTopic;
         this.topic = topic;
     }
 
     @Override
-    public Source boundTo(String topic) {
+    public ObjectSource forTopic(String topic) {
         return new BrokerSource(broker, stagingTopic, topic);
     }
 
     @Override
     public InputStream open(Pointer pointer, String versionId) {
-        List<String> query = new ArrayList<>();
+        List<String> parameters = new ArrayList<>();
         if (versionId != null) {
-            query.add("version_id=" + URLEncoder.encode(versionId, StandardCharsets.UTF_8));
+            parameters.add("version_id=" + URLEncoder.encode(versionId, StandardCharsets.UTF_8));
         }
         if (topic != null) {
-            query.add("topic=" + URLEncoder.encode(owner(pointer), StandardCharsets.UTF_8));
+            parameters.add("topic=" + URLEncoder.encode(expectedTopic(pointer), StandardCharsets.UTF_8));
         }
-        String asked = query.isEmpty() ? "" : "?" + String.join("&", query);
-        return broker.get(broker.call("POST", "/lfs/resolve" + asked, pointer.json(), null));
+        String query = parameters.isEmpty() ? "" : "?" + String.join("&", parameters);
+        return broker.get(broker.call("POST", "/lfs/resolve" + query, pointer.json(), null));
     }
 
-    /** The topic that the object must belong to: the record's, or its staging topic, where the serializer's uploads are. */
-    private String owner(Pointer pointer) {
+    /** The topic that the object must belong to: the record's topic, or its staging topic for uploads of the serializer. */
+    private String expectedTopic(Pointer pointer) {
         String staging = stagingTopic.apply(topic);
         return pointer.key().contains("/" + staging + "/lfs/") ? staging : topic;
     }

@@ -7,64 +7,65 @@ import java.util.Locale;
 import java.util.zip.CRC32;
 import java.util.zip.CRC32C;
 
-/** What a pointer says of the bytes: an algorithm and its digest in hex; {@code none} where it says nothing. */
+/** The checksum in a pointer: algorithm and hex digest. The algorithm is {@code none} if the pointer has no checksum. */
 record Checksum(String algorithm, String hex) {
-    /** Takes in bytes, and at the end has their digest. */
+    /** Computes a digest incrementally. */
     interface Hasher {
         void update(byte[] bytes, int offset, int length);
 
         String hex();
     }
 
-    /** SHA-256 stands above another checksum, as in every reader of the envelope. */
+    /** SHA-256 takes precedence over another checksum, as in every reader of the envelope. */
     static Checksum of(String sha256, String algorithm, String checksum) {
         if (sha256 != null) {
-            return checked("sha256", sha256, 64);
+            return parse("sha256", sha256, 64);
         }
         String name = algorithm == null ? "none" : algorithm.toLowerCase(Locale.ROOT);
         if (checksum == null && (name.equals("none") || name.equals("sha256"))) {
             return new Checksum("none", "");
         }
         return switch (name) {
-            case "sha256", "none" -> checked("sha256", checksum, 64);
-            case "md5" -> checked(name, checksum, 32);
-            case "crc64nvme" -> checked(name, checksum, 16);
-            case "crc32", "crc32c" -> checked(name, checksum, 8);
-            default -> throw new LfsException.Malformed("the pointer has an unknown checksum_alg: " + algorithm);
+            case "sha256", "none" -> parse("sha256", checksum, 64);
+            case "md5" -> parse(name, checksum, 32);
+            case "crc64nvme" -> parse(name, checksum, 16);
+            case "crc32", "crc32c" -> parse(name, checksum, 8);
+            default -> throw new LfsException.Malformed("the pointer is malformed: the checksum_alg " + algorithm
+                    + " is unknown; known are sha256, md5, crc32, crc32c, crc64nvme and none");
         };
     }
 
-    private static Checksum checked(String algorithm, String hex, int length) {
-        if (hex == null || !hex.matches("[0-9a-fA-F]{" + length + "}")) {
-            throw new LfsException.Malformed("the pointer's " + algorithm + " is not " + length + " hex digits");
+    private static Checksum parse(String algorithm, String hex, int digits) {
+        if (hex == null || !hex.matches("[0-9a-fA-F]{" + digits + "}")) {
+            throw new LfsException.Malformed("the pointer is malformed: " + algorithm + " needs " + digits + " hex digits, found "
+                    + (hex == null ? "none" : hex.length() + " characters"));
         }
         return new Checksum(algorithm, hex.toLowerCase(Locale.ROOT));
     }
 
-    /** A hasher of this algorithm. */
     Hasher hasher() {
         return switch (algorithm) {
-            case "sha256" -> digest("SHA-256");
-            case "md5" -> digest("MD5");
+            case "sha256" -> messageDigest("SHA-256");
+            case "md5" -> messageDigest("MD5");
             case "crc32" -> crc(new CRC32());
             case "crc32c" -> crc(new CRC32C());
             case "crc64nvme" -> new Crc64Nvme();
-            default -> nothing();
+            default -> noChecksum();
         };
     }
 
     static String sha256(byte[] bytes, int offset, int length) {
-        Hasher hasher = digest("SHA-256");
+        Hasher hasher = messageDigest("SHA-256");
         hasher.update(bytes, offset, length);
         return hasher.hex();
     }
 
-    private static Hasher digest(String name) {
+    private static Hasher messageDigest(String name) {
         MessageDigest digest;
         try {
             digest = MessageDigest.getInstance(name);
         } catch (NoSuchAlgorithmException error) {
-            throw new IllegalStateException("every Java has " + name, error);
+            throw new IllegalStateException("every Java platform has " + name, error);
         }
         return new Hasher() {
             @Override
@@ -93,7 +94,7 @@ record Checksum(String algorithm, String hex) {
         };
     }
 
-    private static Hasher nothing() {
+    private static Hasher noChecksum() {
         return new Hasher() {
             @Override
             public void update(byte[] bytes, int offset, int length) {}
@@ -105,7 +106,7 @@ record Checksum(String algorithm, String hex) {
         };
     }
 
-    /** CRC-64/NVME, which S3 knows and Java does not. */
+    /** CRC-64/NVME: S3 supports it, the JDK does not. */
     private static final class Crc64Nvme implements Hasher {
         private static final long[] TABLE = new long[256];
         private long crc = -1;
@@ -122,8 +123,8 @@ record Checksum(String algorithm, String hex) {
 
         @Override
         public void update(byte[] bytes, int offset, int length) {
-            for (int at = offset; at < offset + length; at++) {
-                crc = TABLE[(int) (crc ^ bytes[at]) & 0xff] ^ (crc >>> 8);
+            for (int index = offset; index < offset + length; index++) {
+                crc = TABLE[(int) (crc ^ bytes[index]) & 0xff] ^ (crc >>> 8);
             }
         }
 

@@ -10,17 +10,17 @@ import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
 /**
- * Follows pointers, and hands what they stand for to the application's own deserializer ({@code lfs.value.deserializer};
- * bytes by default). Any other record goes there as it is. The bytes are verified before anybody sees them.
+ * Downloads and verifies the object of each pointer, and passes its bytes to the application's own deserializer
+ * ({@code lfs.value.deserializer}; by default the value stays a byte array). Passes the values of other records unchanged.
  *
- * @param <T> what the application's own deserializer makes
+ * @param <T> the type that the application's own deserializer returns
  */
 public final class LfsDeserializer<T> implements Deserializer<T> {
     private static final Logger LOG = LoggerFactory.getLogger(LfsDeserializer.class);
-    /** How often a download that broke is begun anew. */
-    private static final int ATTEMPTS = 3;
+    /** How often a download is tried in all, if its connection breaks. */
+    private static final int MAX_DOWNLOAD_ATTEMPTS = 3;
 
-    private final LfsStreamDeserializer streams = new LfsStreamDeserializer();
+    private final LfsStreamDeserializer streamDeserializer = new LfsStreamDeserializer();
     private Deserializer<T> inner;
     private long maxBytes;
 
@@ -28,38 +28,39 @@ public final class LfsDeserializer<T> implements Deserializer<T> {
     @SuppressWarnings("unchecked")
     public void configure(Map<String, ?> settings, boolean isKey) {
         LfsConfig config = new LfsConfig(settings);
-        streams.configure(settings, isKey);
+        streamDeserializer.configure(settings, isKey);
         inner = config.getConfiguredInstance(LfsConfig.VALUE_DESERIALIZER, Deserializer.class);
         inner.configure(settings, false);
         maxBytes = config.getLong(LfsConfig.MAX_BYTES);
-        String advice = advice(settings, maxBytes, Runtime.getRuntime().maxMemory());
-        if (advice != null) {
-            LOG.warn(advice);
+        String warning = heapWarning(settings, maxBytes, Runtime.getRuntime().maxMemory());
+        if (warning != null) {
+            LOG.warn(warning);
         }
     }
 
-    /** What one poll may come to, where that is more than the heap; else null. */
-    static String advice(Map<String, ?> settings, long maxBytes, long heapBytes) {
-        Object set = settings.get(ConsumerConfig.MAX_POLL_RECORDS_CONFIG);
-        long records = set == null ? ConsumerConfig.DEFAULT_MAX_POLL_RECORDS : Long.parseLong(set.toString().trim());
+    /** A warning if the values of one poll may need more memory than the heap has; otherwise null. */
+    static String heapWarning(Map<String, ?> settings, long maxBytes, long heapBytes) {
+        Object configured = settings.get(ConsumerConfig.MAX_POLL_RECORDS_CONFIG);
+        long records = configured == null ? ConsumerConfig.DEFAULT_MAX_POLL_RECORDS : Long.parseLong(configured.toString().trim());
         if (records * maxBytes <= heapBytes) {
             return null;
         }
-        return "one poll may read " + records + " records (max.poll.records) of " + maxBytes + " bytes (lfs.max.bytes), the heap has "
-                + heapBytes + ": lower one of them, or take streams (LfsStreamDeserializer)";
+        return "one poll may read " + records + " records (max.poll.records) of up to " + maxBytes
+                + " bytes each (lfs.max.bytes), but the heap has only " + heapBytes
+                + " bytes: lower max.poll.records or lfs.max.bytes, or use LfsStreamDeserializer";
     }
 
     @Override
     public T deserialize(String topic, byte[] value) {
-        return inner.deserialize(topic, bytes(topic, null, value));
+        return inner.deserialize(topic, resolve(topic, null, value));
     }
 
     @Override
     public T deserialize(String topic, Headers headers, byte[] value) {
-        return inner.deserialize(topic, headers, bytes(topic, headers, value));
+        return inner.deserialize(topic, headers, resolve(topic, headers, value));
     }
 
-    private byte[] bytes(String topic, Headers headers, byte[] value) {
+    private byte[] resolve(String topic, Headers headers, byte[] value) {
         if (value == null || !Pointer.looksLike(value)) {
             return value;
         }
@@ -68,29 +69,30 @@ public final class LfsDeserializer<T> implements Deserializer<T> {
             throw new LfsException.TooLarge(pointer.size(), maxBytes);
         }
         for (int attempt = 1; ; attempt++) {
-            try (InputStream stream = streams.follow(pointer, topic, headers)) {
-                return whole(stream, (int) pointer.size());
+            try (InputStream stream = streamDeserializer.streamOf(pointer, topic, headers)) {
+                return readFully(stream, (int) pointer.size());
             } catch (IOException error) {
-                if (attempt == ATTEMPTS) {
-                    throw new LfsException.Unavailable(pointer + " could not be read: " + error.getMessage(), error);
+                if (attempt == MAX_DOWNLOAD_ATTEMPTS) {
+                    throw new LfsException.Unavailable("the object " + pointer + " could not be downloaded (" + attempt + " attempts): "
+                            + error.getMessage(), error);
                 }
             }
         }
     }
 
-    /** Reads to the end, where the stream has proved everything. */
-    private static byte[] whole(InputStream stream, int size) throws IOException {
+    /** Reads to the end, because the stream has verified all bytes only there. */
+    private static byte[] readFully(InputStream stream, int size) throws IOException {
         byte[] bytes = new byte[size];
         stream.readNBytes(bytes, 0, size);
         if (stream.read() != -1) {
-            throw new IllegalStateException("a verified stream ends where its pointer says");
+            throw new IllegalStateException("a verified stream has exactly the bytes of its pointer's size");
         }
         return bytes;
     }
 
     @Override
     public void close() {
-        streams.close();
+        streamDeserializer.close();
         if (inner != null) {
             inner.close();
         }

@@ -3,8 +3,8 @@ package lfsbroker.kafka;
 import org.apache.kafka.common.errors.SerializationException;
 
 /**
- * Why a value did not make its way. A consumer's {@code poll} wraps it in a {@code RecordDeserializationException}, which
- * says where the record is; a producer's {@code send} throws it as it is.
+ * Why a value could not be sent or read. A consumer's {@code poll} wraps this exception in a
+ * {@code RecordDeserializationException}, which names partition and offset. A producer's {@code send} throws it directly.
  */
 public class LfsException extends SerializationException {
     private static final long serialVersionUID = 1L;
@@ -13,7 +13,7 @@ public class LfsException extends SerializationException {
         super(message, cause);
     }
 
-    /** The bytes are not those that the pointer promises. Reading again does not help. */
+    /** The bytes do not match the pointer's size or checksum. A retry does not help. */
     public static final class Integrity extends LfsException {
         private static final long serialVersionUID = 1L;
 
@@ -22,16 +22,17 @@ public class LfsException extends SerializationException {
         }
     }
 
-    /** The value is larger than {@code lfs.max.bytes}. Nothing of it was read. */
+    /** The object is larger than {@code lfs.max.bytes}. None of its bytes were read. */
     public static final class TooLarge extends LfsException {
         private static final long serialVersionUID = 1L;
 
         TooLarge(long size, long limit) {
-            super("the value has " + size + " bytes, lfs.max.bytes allows " + limit, null);
+            super("the object has " + size + " bytes, but the limit is " + limit
+                    + " bytes; raise lfs.max.bytes or use LfsStreamDeserializer", null);
         }
     }
 
-    /** The record begins like a pointer but is none that can be followed. Handing it on as data would hide the loss. */
+    /** The value begins like a pointer but is invalid. Returning it as data would hide that the real value is missing. */
     public static final class Malformed extends LfsException {
         private static final long serialVersionUID = 1L;
 
@@ -40,7 +41,7 @@ public class LfsException extends SerializationException {
         }
     }
 
-    /** The broker or S3 said no: {@link #code} is one of the broker's, or S3's. */
+    /** The broker or S3 rejected the request. {@link #code} is the broker's or S3's error code. */
     public static final class Refused extends LfsException {
         private static final long serialVersionUID = 1L;
         private final String code;
@@ -50,13 +51,13 @@ public class LfsException extends SerializationException {
             this.code = code;
         }
 
-        /** What it was refused for, to decide by. */
+        /** The error code, by which an application can decide what to do. */
         public String code() {
             return code;
         }
     }
 
-    /** The broker or S3 cannot be reached now. The same again may succeed. */
+    /** The broker or S3 cannot be reached now, or did not finish in time. A retry may succeed. */
     public static final class Unavailable extends LfsException {
         private static final long serialVersionUID = 1L;
 

@@ -14,42 +14,42 @@ import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
 /**
- * Makes a stream of every value: of a pointer the bytes that it stands for, of any other record its own. Nothing is
- * fetched before the first read, so {@code poll} stays quick whatever the size.
+ * Returns a stream for each value: for a pointer a stream of the object's bytes, for another record a stream of its value.
+ * Nothing is fetched before the first read, so the size of objects does not slow down {@code poll}.
  *
- * <p>The stream is verified while it is read. Its last bytes come only when everything before them is proved;
- * bytes that are not the promised ones end it with {@link LfsException.Integrity}, a broken connection with an
- * {@code IOException}.
+ * <p>The stream is verified while it is read. It returns its last bytes only after all bytes are verified. Corrupt bytes end
+ * it with {@link LfsException.Integrity}, a broken connection with an {@code IOException}.
  */
 public final class LfsStreamDeserializer implements Deserializer<InputStream> {
     private static final Logger LOG = LoggerFactory.getLogger(LfsStreamDeserializer.class);
-    /** How long a read may stand still. */
-    private static final Duration PATIENCE = Duration.ofSeconds(60);
+    /** How long one read may wait for bytes. */
+    private static final Duration READ_TIMEOUT = Duration.ofSeconds(60);
 
-    private Source source;
-    /** Whether it was said that a pointer came without a checksum. */
-    private boolean told;
+    private ObjectSource source;
+    /** Whether the warning about pointers without a checksum was already logged. */
+    private boolean warnedOfMissingChecksum;
 
     @Override
     public void configure(Map<String, ?> settings, boolean isKey) {
         if (isKey) {
-            throw new ConfigException("lfs-broker carries values: a key stays what it is");
+            throw new ConfigException(
+                    "this deserializer reads values only: set it as value.deserializer, not as key.deserializer");
         }
-        String advice = advice(settings);
-        if (advice != null) {
-            LOG.warn(advice);
+        String warning = isolationWarning(settings);
+        if (warning != null) {
+            LOG.warn(warning);
         }
         source = new LfsConfig(settings).source();
     }
 
-    /** What is wrong with the consumer's own settings, or null. They are read already and cannot be changed from here. */
-    static String advice(Map<String, ?> settings) {
+    /** A warning about the consumer's isolation level, or null. A deserializer cannot change the consumer's settings. */
+    static String isolationWarning(Map<String, ?> settings) {
         Object level = settings.get(ConsumerConfig.ISOLATION_LEVEL_CONFIG);
         if (level != null && level.toString().equalsIgnoreCase("read_committed")) {
             return null;
         }
         return "isolation.level is " + (level == null ? "read_uncommitted (the default)" : level)
-                + ": a pointer may be seen twice, or although its transaction was aborted; set isolation.level=read_committed";
+                + ": the consumer may see a pointer twice, or a pointer of an aborted transaction; set isolation.level=read_committed";
     }
 
     @Override
@@ -65,27 +65,27 @@ public final class LfsStreamDeserializer implements Deserializer<InputStream> {
         if (!Pointer.looksLike(value)) {
             return new ByteArrayInputStream(value);
         }
-        return follow(Pointer.parse(value), topic, headers);
+        return streamOf(Pointer.parse(value), topic, headers);
     }
 
-    /** That a pointer has no checksum, for the first one that has none; else null. */
-    String advice(Pointer pointer) {
-        if (told || !pointer.checksum().algorithm().equals("none")) {
+    /** A warning for the first pointer that has no checksum; otherwise null. */
+    String missingChecksumWarning(Pointer pointer) {
+        if (warnedOfMissingChecksum || !pointer.checksum().algorithm().equals("none")) {
             return null;
         }
-        told = true;
-        return pointer + " has no checksum: of its bytes, and of those of others like it, only the size is verified";
+        warnedOfMissingChecksum = true;
+        return pointer + " has no checksum, so only the size of its bytes is verified; the log names only the first such pointer";
     }
 
-    InputStream follow(Pointer pointer, String topic, Headers headers) {
-        String advice = advice(pointer);
-        if (advice != null) {
-            LOG.warn(advice);
+    InputStream streamOf(Pointer pointer, String topic, Headers headers) {
+        String warning = missingChecksumWarning(pointer);
+        if (warning != null) {
+            LOG.warn(warning);
         }
         Header version = headers == null ? null : headers.lastHeader("lfs-version-id");
-        boolean none = version == null || version.value() == null;
-        String versionId = none ? null : new String(version.value(), StandardCharsets.UTF_8);
-        return new VerifiedStream(pointer, source.boundTo(topic), versionId, PATIENCE);
+        boolean absent = version == null || version.value() == null;
+        String versionId = absent ? null : new String(version.value(), StandardCharsets.UTF_8);
+        return new VerifiedStream(pointer, source.forTopic(topic), versionId, READ_TIMEOUT);
     }
 
     @Override

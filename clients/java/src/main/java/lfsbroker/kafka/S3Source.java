@@ -18,10 +18,10 @@ import software.amazon.awssdk.services.s3.S3ClientBuilder;
 import software.amazon.awssdk.services.s3.model.GetObjectResponse;
 
 /**
- * The bytes with credentials of one's own. Whoever may write to the topic chooses what a pointer names, so only the
- * buckets that were configured are read.
+ * Reads objects from S3 with the consumer's own credentials. Any producer with write access to the topic can name any bucket
+ * in a pointer, so only the configured buckets are read.
  */
-final class S3Source implements Source {
+final class S3Source implements ObjectSource {
     private final List<String> buckets;
     private final S3Client s3;
 
@@ -40,7 +40,7 @@ final class S3Source implements Source {
         }
         Password secret = config.getPassword(LfsConfig.S3_SECRET_ACCESS_KEY);
         if ((keyId == null) != (secret == null)) {
-            throw new ConfigException(LfsConfig.S3_ACCESS_KEY_ID + " and " + LfsConfig.S3_SECRET_ACCESS_KEY + " need each other");
+            throw new ConfigException(LfsConfig.S3_ACCESS_KEY_ID + " and " + LfsConfig.S3_SECRET_ACCESS_KEY + " must be set together");
         }
         if (keyId != null) {
             builder.credentialsProvider(StaticCredentialsProvider.create(AwsBasicCredentials.create(keyId, secret.value())));
@@ -51,7 +51,8 @@ final class S3Source implements Source {
     @Override
     public InputStream open(Pointer pointer, String versionId) {
         if (!buckets.contains(pointer.bucket())) {
-            throw new LfsException.Refused("pointer-forbidden", LfsConfig.S3_BUCKETS + " does not name " + pointer.bucket());
+            throw new LfsException.Refused("pointer-forbidden",
+                    "the pointer names the bucket " + pointer.bucket() + ", which is not in " + LfsConfig.S3_BUCKETS);
         }
         try {
             ResponseInputStream<GetObjectResponse> body = s3.getObject(
@@ -59,16 +60,16 @@ final class S3Source implements Source {
             return new Body(body);
         } catch (AwsServiceException error) {
             if (error.statusCode() == 429 || error.statusCode() >= 500) {
-                throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
+                throw new LfsException.Unavailable("S3 cannot be reached: " + error.getMessage(), error);
             }
             String code = error.awsErrorDetails() == null ? "HTTP " + error.statusCode() : error.awsErrorDetails().errorCode();
-            throw new LfsException.Refused(code, pointer.toString());
+            throw new LfsException.Refused(code, "S3 rejected the GET of " + pointer);
         } catch (SdkException error) {
-            throw new LfsException.Unavailable("S3 does not answer: " + error.getMessage(), error);
+            throw new LfsException.Unavailable("S3 cannot be reached: " + error.getMessage(), error);
         }
     }
 
-    /** What S3 sends, with the errors that every other stream has. */
+    /** The response body. Turns the SDK's unchecked exceptions into {@code IOException}, so that callers retry them. */
     static final class Body extends FilterInputStream {
         private final ResponseInputStream<?> body;
 
@@ -87,15 +88,15 @@ final class S3Source implements Source {
         }
 
         @Override
-        public int read(byte[] into, int offset, int length) throws IOException {
+        public int read(byte[] buffer, int offset, int length) throws IOException {
             try {
-                return body.read(into, offset, length);
+                return body.read(buffer, offset, length);
             } catch (SdkException error) {
                 throw new IOException(error.getMessage(), error);
             }
         }
 
-        /** A close would read what is left; an abort drops the connection. */
+        /** Aborts the connection, because the SDK's close would read the rest of the body. */
         @Override
         public void close() {
             body.abort();

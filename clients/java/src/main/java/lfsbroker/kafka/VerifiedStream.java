@@ -9,105 +9,106 @@ import java.util.concurrent.ScheduledThreadPoolExecutor;
 import java.util.concurrent.TimeUnit;
 
 /**
- * The bytes behind a pointer, verified while they are read. The last of them is given out only once the whole has the
- * pointer's size and checksum: whoever has read everything has read the right thing. Nothing is fetched before the first read.
+ * The bytes of a pointer's object, verified while they are read. The last bytes are returned only after the size and the
+ * checksum of the whole object match the pointer. Nothing is fetched before the first read.
  */
 final class VerifiedStream extends InputStream {
-    /** Ends reads that stand still: the JDK's HTTP client bounds the wait for an answer, not for its body. */
-    private static final ScheduledThreadPoolExecutor GUARD = guard();
+    /** Closes stalled downloads, because the JDK's HTTP client has no read timeout for a body. */
+    private static final ScheduledThreadPoolExecutor READ_TIMEOUTS = newScheduler();
 
     private final Pointer pointer;
-    private final Source source;
+    private final ObjectSource source;
     private final String versionId;
-    private final Duration patience;
+    private final Duration readTimeout;
     private final Checksum.Hasher hasher;
     private InputStream body;
-    private long received;
-    private boolean proved;
+    private long receivedBytes;
+    private boolean verified;
     private boolean closed;
 
-    VerifiedStream(Pointer pointer, Source source, String versionId, Duration patience) {
+    VerifiedStream(Pointer pointer, ObjectSource source, String versionId, Duration readTimeout) {
         this.pointer = pointer;
         this.source = source;
         this.versionId = versionId;
-        this.patience = patience;
+        this.readTimeout = readTimeout;
         this.hasher = pointer.checksum().hasher();
     }
 
-    private static ScheduledThreadPoolExecutor guard() {
-        var guard = new ScheduledThreadPoolExecutor(1, work -> {
-            Thread thread = new Thread(work, "lfs-broker-guard");
+    private static ScheduledThreadPoolExecutor newScheduler() {
+        var scheduler = new ScheduledThreadPoolExecutor(1, task -> {
+            Thread thread = new Thread(task, "lfs-broker-read-timeout");
             thread.setDaemon(true);
             return thread;
         });
-        guard.setRemoveOnCancelPolicy(true);
-        return guard;
+        scheduler.setRemoveOnCancelPolicy(true);
+        return scheduler;
     }
 
     @Override
     public int read() throws IOException {
-        byte[] one = new byte[1];
-        return read(one, 0, 1) == -1 ? -1 : one[0] & 0xff;
+        byte[] single = new byte[1];
+        return read(single, 0, 1) == -1 ? -1 : single[0] & 0xff;
     }
 
     @Override
-    public int read(byte[] into, int offset, int length) throws IOException {
+    public int read(byte[] buffer, int offset, int length) throws IOException {
         if (closed) {
             throw new IOException("the stream is closed");
         }
         if (length == 0) {
             return 0;
         }
-        if (proved) {
+        if (verified) {
             return -1;
         }
         if (body == null) {
             body = source.open(pointer, versionId);
         }
-        int count = next(into, offset, (int) Math.min(length, Math.max(1, pointer.size() - received)));
-        if (count > 0 && received + count > pointer.size()) {
-            throw more();
+        int count = readBody(buffer, offset, (int) Math.min(length, Math.max(1, pointer.size() - receivedBytes)));
+        if (count > 0 && receivedBytes + count > pointer.size()) {
+            throw tooManyBytes();
         }
         if (count > 0) {
-            hasher.update(into, offset, count);
-            received += count;
+            hasher.update(buffer, offset, count);
+            receivedBytes += count;
         }
-        if (count == -1 || received == pointer.size()) {
-            prove(count == -1);
+        if (count == -1 || receivedBytes == pointer.size()) {
+            verify(count == -1);
         }
         return count;
     }
 
-    private void prove(boolean ended) throws IOException {
-        if (received < pointer.size()) {
-            // A broken connection ends a body early too; that the bytes are wrong is not said yet.
-            throw new IOException(pointer + " ended after " + received + " of " + pointer.size() + " bytes");
+    private void verify(boolean endOfBody) throws IOException {
+        if (receivedBytes < pointer.size()) {
+            // Not an integrity error: a broken connection also ends a body early, and then a retry helps.
+            throw new IOException("the download of " + pointer + " ended after " + receivedBytes + " of " + pointer.size() + " bytes");
         }
-        if (!ended && next(new byte[1], 0, 1) != -1) {
-            throw more();
+        if (!endOfBody && readBody(new byte[1], 0, 1) != -1) {
+            throw tooManyBytes();
         }
         String found = hasher.hex();
         if (!found.equals(pointer.checksum().hex())) {
-            throw new LfsException.Integrity(
-                    pointer + ": promised " + pointer.checksum().algorithm() + " " + pointer.checksum().hex() + ", found " + found);
+            throw new LfsException.Integrity("the bytes of " + pointer + " are corrupt: expected " + pointer.checksum().algorithm()
+                    + " " + pointer.checksum().hex() + ", found " + found);
         }
-        proved = true;
+        verified = true;
     }
 
-    private LfsException more() {
-        return new LfsException.Integrity(pointer + " has more than the promised " + pointer.size() + " bytes");
+    private LfsException tooManyBytes() {
+        return new LfsException.Integrity(
+                "the bytes of " + pointer + " are corrupt: expected " + pointer.size() + " bytes, found more");
     }
 
-    private int next(byte[] into, int offset, int length) throws IOException {
-        ScheduledFuture<?> guard = GUARD.schedule(this::abandon, patience.toMillis(), TimeUnit.MILLISECONDS);
+    private int readBody(byte[] buffer, int offset, int length) throws IOException {
+        ScheduledFuture<?> timeout = READ_TIMEOUTS.schedule(this::closeBody, readTimeout.toMillis(), TimeUnit.MILLISECONDS);
         try {
-            return body.read(into, offset, length);
+            return body.read(buffer, offset, length);
         } finally {
-            guard.cancel(false);
+            timeout.cancel(false);
         }
     }
 
-    private void abandon() {
+    private void closeBody() {
         try {
             body.close();
         } catch (IOException error) {

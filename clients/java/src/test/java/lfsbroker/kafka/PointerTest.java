@@ -19,7 +19,7 @@ class PointerTest {
     }
 
     @Test
-    void anEnvelopeIsRead() {
+    void anEnvelopeOfKafScaleIsParsed() {
         byte[] json = bytes("{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"sha256\":\"" + SHA256.toUpperCase()
                 + "\",\"original_headers\":{},\"proxy_id\":\"p\"}");
         assertTrue(Pointer.looksLike(json));
@@ -32,7 +32,7 @@ class PointerTest {
 
     @ParameterizedTest
     @ValueSource(strings = {"", "hello", "{}", "[\"kfs_lfs\"]", " {\"kfs_lfs\":1}", "{\"a\":\"01234567890123456789012345678901234567890123\",\"kfs_lfs\":1}"})
-    void dataIsNoPointer(String value) {
+    void dataDoesNotLookLikeAPointer(String value) {
         assertFalse(Pointer.looksLike(bytes(value)));
     }
 
@@ -58,12 +58,12 @@ class PointerTest {
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"checksum_alg\":\"rot13\",\"checksum\":\"00\"}",
         "{\"kfs_lfs\":1,\"bucket\":\"b\",\"key\":\"k\",\"size\":5,\"checksum_alg\":\"md5\"}",
     })
-    void whatBeginsLikeAPointerAndIsNoneIsAnError(String value) {
+    void anInvalidPointerIsAnError(String value) {
         assertTrue(Pointer.looksLike(bytes(value)));
         assertThrows(LfsException.Malformed.class, () -> Pointer.parse(bytes(value)));
     }
 
-    /** The check values that the catalogues of these algorithms give for "123456789". */
+    /** The published check values of these algorithms for "123456789". */
     @ParameterizedTest
     @CsvSource({
         "crc32,cbf43926",
@@ -72,7 +72,7 @@ class PointerTest {
         "md5,25f9e794323b453885f5181f1b624d0b",
         "sha256,15e2b0d3c33891ebb0f1ef609ec419420c20e320ce94c65fbc8c3312448eb225",
     })
-    void everyChecksumIsKnown(String algorithm, String hex) {
+    void everyChecksumAlgorithmGivesItsPublishedCheckValue(String algorithm, String hex) {
         Checksum.Hasher hasher = Checksum.of(null, algorithm, hex).hasher();
         hasher.update(bytes("x123456789x"), 1, 9);
         assertEquals(hex, hasher.hex());

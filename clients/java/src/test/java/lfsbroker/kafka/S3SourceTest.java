@@ -16,8 +16,8 @@ import software.amazon.awssdk.http.AbortableInputStream;
 import software.amazon.awssdk.services.s3.model.GetObjectResponse;
 
 class S3SourceTest {
-    /** As the SDK's own streams do, for a checksum that does not fit or a call that is aborted. */
-    private static final class Failing extends InputStream {
+    /** The SDK's own streams throw this exception for a wrong checksum and for an aborted call. */
+    private static final class FailingStream extends InputStream {
         @Override
         public int read() {
             throw SdkClientException.create("the SDK's own error");
@@ -25,8 +25,8 @@ class S3SourceTest {
     }
 
     @Test
-    void anErrorOfTheSdkIsTriedAgainLikeABrokenConnection() throws IOException {
-        var response = new ResponseInputStream<>(GetObjectResponse.builder().build(), AbortableInputStream.create(new Failing()));
+    void anSdkExceptionWhileReadingBecomesAnIoException() throws IOException {
+        var response = new ResponseInputStream<>(GetObjectResponse.builder().build(), AbortableInputStream.create(new FailingStream()));
         try (InputStream body = new S3Source.Body(response)) {
             assertEquals("the SDK's own error", assertThrows(IOException.class, body::read).getMessage());
             assertEquals("the SDK's own error", assertThrows(IOException.class, () -> body.read(new byte[8], 0, 8)).getMessage());
@@ -35,8 +35,8 @@ class S3SourceTest {
 
     @ParameterizedTest
     @ValueSource(strings = {"lfs.s3.access.key.id", "lfs.s3.secret.access.key"})
-    void halfACredentialIsAWrongSetting(String half) {
-        var config = new LfsConfig(Map.of("lfs.s3.buckets", "b", "lfs.s3.region", "us-east-1", half, "x"));
+    void anAccessKeyIdAndItsSecretMustBeSetTogether(String setting) {
+        var config = new LfsConfig(Map.of("lfs.s3.buckets", "b", "lfs.s3.region", "us-east-1", setting, "x"));
         assertThrows(ConfigException.class, () -> new S3Source(config).close());
     }
 }

@@ -19,8 +19,8 @@ import org.junit.jupiter.api.Test;
 class VerifiedStreamTest {
     private static final byte[] HELLO = "hello".getBytes(StandardCharsets.UTF_8);
 
-    private static Source of(InputStream body) {
-        return new Source() {
+    private static ObjectSource sourceOf(InputStream body) {
+        return new ObjectSource() {
             @Override
             public InputStream open(Pointer pointer, String versionId) {
                 return body;
@@ -31,18 +31,18 @@ class VerifiedStreamTest {
         };
     }
 
-    private static VerifiedStream stream(byte[] promised, InputStream found) {
-        Checksum checksum = new Checksum("sha256", Checksum.sha256(promised, 0, promised.length));
-        Pointer pointer = new Pointer("b", "k", promised.length, checksum, new byte[0]);
-        return new VerifiedStream(pointer, of(found), null, Duration.ofMillis(200));
+    private static VerifiedStream stream(byte[] declared, InputStream found) {
+        Checksum checksum = new Checksum("sha256", Checksum.sha256(declared, 0, declared.length));
+        Pointer pointer = new Pointer("b", "k", declared.length, checksum, new byte[0]);
+        return new VerifiedStream(pointer, sourceOf(found), null, Duration.ofMillis(200));
     }
 
-    private static VerifiedStream stream(byte[] promised, String found) {
-        return stream(promised, new ByteArrayInputStream(found.getBytes(StandardCharsets.UTF_8)));
+    private static VerifiedStream stream(byte[] declared, String found) {
+        return stream(declared, new ByteArrayInputStream(found.getBytes(StandardCharsets.UTF_8)));
     }
 
     @Test
-    void whatIsPromisedIsRead() throws IOException {
+    void bytesThatMatchThePointerAreRead() throws IOException {
         try (InputStream whole = stream(HELLO, "hello"); InputStream nothing = stream(new byte[0], "")) {
             assertArrayEquals(HELLO, whole.readAllBytes());
             assertEquals(-1, whole.read());
@@ -51,7 +51,7 @@ class VerifiedStreamTest {
     }
 
     @Test
-    void theLastByteOfOtherBytesIsNotGivenOut() throws IOException {
+    void theLastByteOfCorruptBytesIsNotReturned() throws IOException {
         try (InputStream other = stream(HELLO, "hellO")) {
             assertArrayEquals("hell".getBytes(StandardCharsets.UTF_8), other.readNBytes(4));
             assertThrows(LfsException.Integrity.class, other::read);
@@ -59,7 +59,7 @@ class VerifiedStreamTest {
     }
 
     @Test
-    void moreBytesThanPromisedAreAnIntegrityError() throws IOException {
+    void moreBytesThanThePointersSizeAreAnIntegrityError() throws IOException {
         try (InputStream more = stream(HELLO, "hello!"); InputStream some = stream(new byte[0], "!")) {
             assertThrows(LfsException.Integrity.class, more::readAllBytes);
             assertThrows(LfsException.Integrity.class, some::readAllBytes);
@@ -67,15 +67,15 @@ class VerifiedStreamTest {
     }
 
     @Test
-    void fewerMayBeABrokenConnection() throws IOException {
+    void fewerBytesAreAnIoExceptionBecauseARetryMayHelp() throws IOException {
         try (InputStream fewer = stream(HELLO, "hell")) {
             IOException error = assertThrows(IOException.class, fewer::readAllBytes);
             assertTrue(error.getMessage().contains("4 of 5 bytes"), error.getMessage());
         }
     }
 
-    /** Until it is closed it gives nothing. */
-    private static final class Standing extends InputStream {
+    /** Returns nothing until it is closed. */
+    private static final class StalledStream extends InputStream {
         private final CountDownLatch closed = new CountDownLatch(1);
 
         @Override
@@ -95,33 +95,33 @@ class VerifiedStreamTest {
     }
 
     @Test
-    void aReadThatStandsStillEnds() {
+    void aStalledReadTimesOut() {
         assertTimeoutPreemptively(Duration.ofSeconds(10), () -> {
-            try (InputStream standing = stream(HELLO, new Standing())) {
-                assertEquals("closed", assertThrows(IOException.class, standing::read).getMessage());
+            try (InputStream stalled = stream(HELLO, new StalledStream())) {
+                assertEquals("closed", assertThrows(IOException.class, stalled::read).getMessage());
             }
         });
     }
 
     @Test
-    void thatAPointerHasNoChecksumIsSaidOnce() {
-        try (var streams = new LfsStreamDeserializer()) {
+    void aMissingChecksumIsLoggedOnce() {
+        try (var deserializer = new LfsStreamDeserializer()) {
             Checksum crc = Checksum.of(null, "crc32", "cbf43926");
-            assertNull(streams.advice(new Pointer("b", "proved", 1, crc, new byte[0])));
+            assertNull(deserializer.missingChecksumWarning(new Pointer("b", "verified", 1, crc, new byte[0])));
             Pointer bare = new Pointer("b", "bare", 1, Checksum.of(null, null, null), new byte[0]);
-            streams.configure(Map.of("lfs.broker.url", "http://127.0.0.1:1"), false);
-            streams.follow(bare, "videos", null);
-            assertNull(streams.advice(bare), "follow has said it");
+            deserializer.configure(Map.of("lfs.broker.url", "http://127.0.0.1:1"), false);
+            deserializer.streamOf(bare, "videos", null);
+            assertNull(deserializer.missingChecksumWarning(bare), "streamOf has already logged the warning");
         }
-        try (var streams = new LfsStreamDeserializer()) {
+        try (var deserializer = new LfsStreamDeserializer()) {
             Pointer bare = new Pointer("b", "bare", 1, Checksum.of(null, "none", null), new byte[0]);
-            assertTrue(streams.advice(bare).startsWith("b/bare has no checksum"));
+            assertTrue(deserializer.missingChecksumWarning(bare).startsWith("b/bare has no checksum"));
         }
     }
 
     @Test
     void nothingIsFetchedBeforeTheFirstRead() throws IOException {
-        Source none = new Source() {
+        ObjectSource failing = new ObjectSource() {
             @Override
             public InputStream open(Pointer pointer, String versionId) throws IOException {
                 throw new IOException("opened " + pointer + " " + versionId);
@@ -131,7 +131,7 @@ class VerifiedStreamTest {
             public void close() {}
         };
         Pointer pointer = new Pointer("b", "k", 1, Checksum.of(null, null, null), new byte[0]);
-        try (InputStream lazy = new VerifiedStream(pointer, none, "v1", Duration.ofSeconds(1))) {
+        try (InputStream lazy = new VerifiedStream(pointer, failing, "v1", Duration.ofSeconds(1))) {
             assertEquals("opened b/k v1", assertThrows(IOException.class, lazy::read).getMessage());
         }
     }

@@ -44,14 +44,14 @@ import software.amazon.awssdk.regions.Region;
 import software.amazon.awssdk.services.s3.S3Client;
 
 /**
- * Stock producers and consumers, a real Kafka and a running broker. Where they are is told by the environment that
- * {@code .ci/checks/java-client.sh} sets; without it every test here fails.
+ * Tests with stock producers and consumers, a real Kafka and a running broker. {@code .ci/checks/java-client.sh} starts both
+ * and sets their addresses in the environment. Without these variables every test here fails.
  */
-class ThroughKafkaTest {
-    private static final int LARGE = 41_943_041;
+class KafkaIntegrationTest {
+    private static final int LARGE_BYTES = 41_943_041;
 
     private final String topic = "java-" + UUID.randomUUID();
-    private final String staging = topic + ".lfs-staging";
+    private final String stagingTopic = topic + ".lfs-staging";
 
     private static String env(String name) {
         String value = System.getenv(name);
@@ -64,39 +64,39 @@ class ThroughKafkaTest {
     }
 
     @BeforeEach
-    void topics() throws Exception {
+    void createTopics() throws Exception {
         try (Admin admin = Admin.create(Map.of("bootstrap.servers", kafka()))) {
-            short one = 1;
-            admin.createTopics(List.of(new NewTopic(topic, 1, one), new NewTopic(staging, 1, one))).all().get();
+            short replicas = 1;
+            admin.createTopics(List.of(new NewTopic(topic, 1, replicas), new NewTopic(stagingTopic, 1, replicas))).all().get();
         }
     }
 
     @AfterEach
-    void noTopics() throws Exception {
+    void deleteTopics() throws Exception {
         try (Admin admin = Admin.create(Map.of("bootstrap.servers", kafka()))) {
-            admin.deleteTopics(List.of(topic, staging)).all().get();
+            admin.deleteTopics(List.of(topic, stagingTopic)).all().get();
         }
     }
 
-    /** What an application has, and the two lines that it adds. */
-    private <T> KafkaProducer<String, T> producer(Map<String, Object> more) {
+    /** An application's settings, and the two lines that it adds for this module. */
+    private <T> KafkaProducer<String, T> producer(Map<String, Object> overrides) {
         Map<String, Object> settings = new HashMap<>(Map.of(
                 "bootstrap.servers", kafka(),
                 "key.serializer", StringSerializer.class.getName(),
                 "value.serializer", LfsSerializer.class.getName(),
                 "lfs.broker.url", env("LFS_BROKER_URL")));
-        settings.putAll(more);
+        settings.putAll(overrides);
         return new KafkaProducer<>(settings);
     }
 
-    private <T> KafkaConsumer<String, T> consumer(String topic, Class<?> deserializer, Map<String, Object> more) {
+    private <T> KafkaConsumer<String, T> consumer(String topic, Class<?> deserializer, Map<String, Object> overrides) {
         Map<String, Object> settings = new HashMap<>(Map.of(
                 "bootstrap.servers", kafka(),
                 "isolation.level", "read_committed",
                 "key.deserializer", StringDeserializer.class.getName(),
                 "value.deserializer", deserializer.getName(),
                 "lfs.broker.url", env("LFS_BROKER_URL")));
-        settings.putAll(more);
+        settings.putAll(overrides);
         KafkaConsumer<String, T> consumer = new KafkaConsumer<>(settings);
         TopicPartition partition = new TopicPartition(topic, 0);
         consumer.assign(List.of(partition));
@@ -104,7 +104,7 @@ class ThroughKafkaTest {
         return consumer;
     }
 
-    /** The S3 of the broker, as a consumer with credentials of its own names it. */
+    /** The settings with which a consumer reads the broker's bucket directly from S3. */
     private static Map<String, Object> ownCredentials(String buckets) {
         return Map.of(
                 "lfs.s3.buckets", buckets,
@@ -124,14 +124,14 @@ class ThroughKafkaTest {
         return records;
     }
 
-    private <T> List<T> values(Class<?> deserializer, Map<String, Object> more, int count) {
-        try (KafkaConsumer<String, T> consumer = consumer(topic, deserializer, more)) {
+    private <T> List<T> values(Class<?> deserializer, Map<String, Object> overrides, int count) {
+        try (KafkaConsumer<String, T> consumer = consumer(topic, deserializer, overrides)) {
             return read(consumer, count).stream().map(ConsumerRecord::value).toList();
         }
     }
 
-    private <T> void send(Map<String, Object> more, List<T> values) throws Exception {
-        try (KafkaProducer<String, T> producer = producer(more)) {
+    private <T> void send(Map<String, Object> overrides, List<T> values) throws Exception {
+        try (KafkaProducer<String, T> producer = producer(overrides)) {
             for (T value : values) {
                 producer.send(new ProducerRecord<>(topic, "k", value)).get();
             }
@@ -148,14 +148,14 @@ class ThroughKafkaTest {
         return text.getBytes(StandardCharsets.UTF_8);
     }
 
-    /** The record as it is in Kafka. */
+    /** The first record's value as Kafka stores it. */
     private byte[] raw() {
         return this.<byte[]>values(ByteArrayDeserializer.class, Map.of(), 1).get(0);
     }
 
     @Test
-    void aLargeValueComesBackAsItWas() throws Exception {
-        byte[] large = random(LARGE);
+    void aLargeValueIsReadBackUnchanged() throws Exception {
+        byte[] large = random(LARGE_BYTES);
         send(Map.of(), List.of(large));
         byte[] raw = raw();
         assertTrue(Pointer.looksLike(raw) && raw.length < 1_000, raw.length + " bytes in Kafka");
@@ -164,29 +164,29 @@ class ThroughKafkaTest {
         try (InputStream stream = this.<InputStream>values(LfsStreamDeserializer.class, Map.of(), 1).get(0)) {
             assertArrayEquals(large, stream.readAllBytes());
         }
-        // The application's topic has the application's record alone; the broker's went to the staging topic.
-        try (KafkaConsumer<String, byte[]> own = consumer(staging, ByteArrayDeserializer.class, Map.of())) {
+        // The application's topic has only the application's record; the broker's own pointer is in the staging topic.
+        try (KafkaConsumer<String, byte[]> own = consumer(stagingTopic, ByteArrayDeserializer.class, Map.of())) {
             assertArrayEquals(raw, read(own, 1).get(0).value());
         }
     }
 
     @Test
-    void aValueOfManyPartsComesBackAsItWas() throws Exception {
+    void aMultipartValueIsReadBackUnchanged() throws Exception {
         byte[] large = random((64 << 20) + 1);
         send(Map.of(), List.of(large));
         assertArrayEquals(large, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
     }
 
     @Test
-    void smallValuesAndTombstonesGoInline() throws Exception {
+    void smallValuesAndTombstonesAreSentInline() throws Exception {
         List<byte[]> sent = new ArrayList<>(List.of(text("small"), text("{\"json\":1}"), new byte[0], random(9_999)));
         sent.add(null);
         send(Map.of("lfs.min.bytes", 10_000), sent);
         List<byte[]> raw = values(ByteArrayDeserializer.class, Map.of(), 5);
         List<byte[]> back = values(LfsDeserializer.class, Map.of(), 5);
-        for (int at = 0; at < sent.size(); at++) {
-            assertArrayEquals(sent.get(at), raw.get(at));
-            assertArrayEquals(sent.get(at), back.get(at));
+        for (int index = 0; index < sent.size(); index++) {
+            assertArrayEquals(sent.get(index), raw.get(index));
+            assertArrayEquals(sent.get(index), back.get(index));
         }
         assertNull(back.get(4));
         List<InputStream> streams = values(LfsStreamDeserializer.class, Map.of(), 5);
@@ -195,37 +195,37 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void theThresholdIsOfTheSizeOfBytes() throws Exception {
+    void aValueOfExactlyMinBytesIsUploaded() throws Exception {
         send(Map.of("lfs.min.bytes", 10_000), List.of(random(10_000)));
         assertTrue(Pointer.looksLike(raw()));
         Map<String, Object> plain = Map.of();
-        assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).largestInline());
-        assertEquals((100 << 20) - (64 << 10), new LfsConfig(Map.of("max.request.size", " 104857600 ")).largestInline());
+        assertEquals((1 << 20) - (64 << 10), new LfsConfig(plain).inlineLimitBytes());
+        assertEquals((100 << 20) - (64 << 10), new LfsConfig(Map.of("max.request.size", " 104857600 ")).inlineLimitBytes());
     }
 
     @Test
-    void theTopicsPolicyAdvisesWhereTheApplicationSaysNothing() throws Exception {
-        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
-        broker.call("PUT", "/lfs/topics/" + staging, text("{\"min_bytes\":1000}"), null);
+    void thePolicysMinBytesAppliesIfTheApplicationSetsNone() throws Exception {
+        BrokerClient broker = new BrokerClient(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        broker.call("PUT", "/lfs/topics/" + stagingTopic, text("{\"min_bytes\":1000}"), null);
         send(Map.of(), List.of(random(999), random(1_000)));
         List<byte[]> raw = values(ByteArrayDeserializer.class, Map.of(), 2);
         assertArrayEquals(random(999), raw.get(0));
         assertTrue(Pointer.looksLike(raw.get(1)));
-        // A policy that advises more than the producer could send inline gives way.
-        broker.call("PUT", "/lfs/topics/" + staging, text("{\"min_bytes\":100000000}"), null);
+        // A min_bytes above what the producer can send inline is lowered to that limit.
+        broker.call("PUT", "/lfs/topics/" + stagingTopic, text("{\"min_bytes\":100000000}"), null);
         send(Map.of(), List.of(random(1 << 20)));
         assertTrue(Pointer.looksLike(this.<byte[]>values(ByteArrayDeserializer.class, Map.of(), 3).get(2)));
     }
 
     @Test
-    void smallValuesGoOnWhileTheBrokerIsAway() throws Exception {
+    void smallValuesAreSentWhileTheBrokerIsDown() throws Exception {
         send(Map.of("lfs.broker.url", "http://127.0.0.1:9"), List.of(text("small")));
         assertArrayEquals(text("small"), raw());
         send(Map.of("lfs.broker.token.file", "/nowhere"), List.of(text("small")));
     }
 
     @Test
-    void theApplicationsOwnSerializersStay() throws Exception {
+    void theApplicationsOwnSerializersAreUsed() throws Exception {
         String large = "ä".repeat(700_000);
         send(Map.of("lfs.value.serializer", StringSerializer.class.getName()), List.of("small", large));
         List<String> back = values(LfsDeserializer.class, Map.of("lfs.value.deserializer", StringDeserializer.class.getName()), 2);
@@ -233,9 +233,9 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void thePointersOfOtherProducersAreFollowed() throws Exception {
+    void pointersThatTheBrokerPublishesAreResolved() throws Exception {
         byte[] value = text("put with the HTTP API");
-        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        BrokerClient broker = new BrokerClient(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
         String request = "{\"topic\":\"" + topic + "\",\"key\":\"k\",\"size\":" + value.length + ",\"sha256\":\""
                 + Checksum.sha256(value, 0, value.length) + "\"}";
         JsonNode upload = broker.call("POST", "/lfs/uploads", text(request), null);
@@ -244,24 +244,24 @@ class ThroughKafkaTest {
         assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
     }
 
-    /** S3 refuses a wrong signature as it refuses one that is over. */
+    /** S3 rejects a wrong signature with the same status as an expired one. */
     @Test
-    void aRequestThatS3RefusesIsHadAnewByTheSameQuestion() throws Exception {
+    void aRepeatedOpenRequestReturnsANewUrlAfterS3RejectedTheFirst() throws Exception {
         byte[] value = text("hello");
-        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
-        byte[] promise = text("{\"topic\":\"" + topic + "\",\"size\":5}");
+        BrokerClient broker = new BrokerClient(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        byte[] openRequest = text("{\"topic\":\"" + topic + "\",\"size\":5}");
         String key = UUID.randomUUID().toString();
-        JsonNode upload = broker.call("POST", "/lfs/uploads", promise, key);
-        ObjectNode refused = upload.path("upload").deepCopy();
-        refused.put("url", refused.path("url").asText().replaceFirst("X-Amz-Signature=\\w+", "X-Amz-Signature=" + "0".repeat(64)));
-        broker.put(refused, () -> broker.call("POST", "/lfs/uploads", promise, key).path("upload"), value, 0, value.length);
+        JsonNode upload = broker.call("POST", "/lfs/uploads", openRequest, key);
+        ObjectNode rejected = upload.path("upload").deepCopy();
+        rejected.put("url", rejected.path("url").asText().replaceFirst("X-Amz-Signature=\\w+", "X-Amz-Signature=" + "0".repeat(64)));
+        broker.put(rejected, () -> broker.call("POST", "/lfs/uploads", openRequest, key).path("upload"), value, 0, value.length);
         String path = "/lfs/uploads/" + upload.path("id").asText();
         broker.call("POST", path + "/complete", text("{\"sha256\":\"" + Checksum.sha256(value, 0, value.length) + "\"}"), null);
         assertArrayEquals(value, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
     }
 
-    private Throwable failure(Class<?> deserializer, Map<String, Object> more) {
-        try (KafkaConsumer<String, Object> consumer = consumer(topic, deserializer, more)) {
+    private Throwable failure(Class<?> deserializer, Map<String, Object> overrides) {
+        try (KafkaConsumer<String, Object> consumer = consumer(topic, deserializer, overrides)) {
             RecordDeserializationException error =
                     assertThrows(RecordDeserializationException.class, () -> read(consumer, 1));
             assertEquals(0, error.offset());
@@ -270,7 +270,7 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void corruptBytesAreAnErrorOfTheirOwn() throws Exception {
+    void corruptBytesAreAnIntegrityError() throws Exception {
         send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
         Pointer pointer = Pointer.parse(raw());
         try (S3Client s3 = S3Client.builder()
@@ -290,14 +290,14 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void aValueAboveTheCapIsNotRead() throws Exception {
+    void aValueAboveMaxBytesIsNotRead() throws Exception {
         send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
         assertInstanceOf(LfsException.TooLarge.class, failure(LfsDeserializer.class, Map.of("lfs.max.bytes", 4)));
         assertArrayEquals(text("hello"), this.<byte[]>values(LfsDeserializer.class, Map.of("lfs.max.bytes", 5), 1).get(0));
     }
 
     @Test
-    void aForgedPointerLeadsNowhere() throws Exception {
+    void aForgedPointerIsForbidden() throws Exception {
         String forged = "{\"kfs_lfs\":1,\"bucket\":\"secrets\",\"key\":\"k\",\"size\":1}";
         send(Map.of("value.serializer", ByteArraySerializer.class.getName()), List.of(text(forged)));
         for (Map<String, Object> mode : List.of(Map.<String, Object>of(), ownCredentials("lfs-dev"))) {
@@ -307,7 +307,7 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void dataThatLooksLikeAPointerComesBackAsItWas() throws Exception {
+    void dataThatLooksLikeAPointerIsReadBackUnchanged() throws Exception {
         byte[] data = text("{\"kfs_lfs\":1,\"bucket\":\"secrets\",\"key\":\"k\",\"size\":1}");
         send(Map.of(), List.of(data));
         assertArrayEquals(data, this.<byte[]>values(LfsDeserializer.class, Map.of(), 1).get(0));
@@ -317,11 +317,11 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void aPointerWithoutObjectSaysSo() throws Exception {
+    void aPointerWhoseObjectIsMissingIsAnError() throws Exception {
         send(Map.of("lfs.min.bytes", 1), List.of(text("hello")));
         Pointer pointer = Pointer.parse(raw());
         String gone = new String(pointer.json(), StandardCharsets.UTF_8).replace(pointer.key(), pointer.key() + "0");
-        Broker broker = new Broker(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
+        BrokerClient broker = new BrokerClient(new LfsConfig(Map.of("lfs.broker.url", env("LFS_BROKER_URL"))));
         LfsException.Refused refused =
                 assertThrows(LfsException.Refused.class, () -> broker.call("POST", "/lfs/resolve", text(gone), null));
         assertTrue(List.of("object-gone", "pointer-forbidden").contains(refused.code()), refused.code());
@@ -332,7 +332,7 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void aBrokerThatIsNotThereFailsTheSend() {
+    void sendingALargeValueFailsIfTheBrokerIsUnreachable() {
         Map<String, Object> nowhere = Map.of("lfs.broker.url", "http://127.0.0.1:9", "lfs.min.bytes", 1);
         try (KafkaProducer<String, byte[]> producer = producer(nowhere)) {
             assertThrows(
@@ -341,22 +341,22 @@ class ThroughKafkaTest {
     }
 
     @Test
-    void aConsumerThatMayReadWhatWasTakenBackIsWarned() {
-        assertNull(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_committed")));
-        assertTrue(LfsStreamDeserializer.advice(Map.of()).contains("isolation.level"));
-        assertTrue(LfsStreamDeserializer.advice(Map.of("isolation.level", "read_uncommitted")).contains("read_committed"));
+    void aConsumerThatReadsUncommittedRecordsIsWarned() {
+        assertNull(LfsStreamDeserializer.isolationWarning(Map.of("isolation.level", "read_committed")));
+        assertTrue(LfsStreamDeserializer.isolationWarning(Map.of()).contains("isolation.level"));
+        assertTrue(LfsStreamDeserializer.isolationWarning(Map.of("isolation.level", "read_uncommitted")).contains("read_committed"));
     }
 
     @Test
-    void aConsumerWhoseBatchMayNotFitIsWarned() {
-        assertNull(LfsDeserializer.advice(Map.of("max.poll.records", "4"), 256, 1_024));
-        assertTrue(LfsDeserializer.advice(Map.of("max.poll.records", 5), 256, 1_024).contains("max.poll.records"));
-        assertTrue(LfsDeserializer.advice(Map.of(), 256 << 20, 4L << 30).contains("500 records"));
-        assertTrue(LfsDeserializer.advice(Map.of("max.poll.records", Integer.MAX_VALUE), Integer.MAX_VALUE, 1L << 40).contains("heap"));
+    void aConsumerWhosePollMayExceedTheHeapIsWarned() {
+        assertNull(LfsDeserializer.heapWarning(Map.of("max.poll.records", "4"), 256, 1_024));
+        assertTrue(LfsDeserializer.heapWarning(Map.of("max.poll.records", 5), 256, 1_024).contains("max.poll.records"));
+        assertTrue(LfsDeserializer.heapWarning(Map.of(), 256 << 20, 4L << 30).contains("500 records"));
+        assertTrue(LfsDeserializer.heapWarning(Map.of("max.poll.records", Integer.MAX_VALUE), Integer.MAX_VALUE, 1L << 40).contains("heap"));
     }
 
     @Test
-    void keysStayWhatTheyAre() throws IOException {
+    void useAsAKeySerializerOrWithoutAUrlIsRejected() throws IOException {
         Map<String, Object> settings = Map.of("lfs.broker.url", "http://127.0.0.1:9");
         try (LfsSerializer<byte[]> serializer = new LfsSerializer<>(); LfsDeserializer<byte[]> deserializer = new LfsDeserializer<>()) {
             assertThrows(ConfigException.class, () -> serializer.configure(settings, true));

@@ -20,22 +20,22 @@ import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
 import java.util.concurrent.TimeUnit;
 
-/** A broker and an S3 on loopback that answer what a test tells them to, in the ways that the real ones do only now and then. */
-final class Stranger implements AutoCloseable {
-    /** One answer: to the request, whose body is read already. */
-    interface Answer {
-        void to(HttpExchange exchange, byte[] body) throws IOException;
+/** An HTTP server on loopback that plays the broker and S3. It gives responses that the real servers give only rarely. */
+final class MockServer implements AutoCloseable {
+    /** Writes one response. The request body was already read. */
+    interface Response {
+        void send(HttpExchange exchange, byte[] body) throws IOException;
     }
 
-    /** What was asked, as METHOD and path, in order. */
-    final List<String> asked = new CopyOnWriteArrayList<>();
+    /** The requests in order, each as {@code METHOD path}. */
+    final List<String> requests = new CopyOnWriteArrayList<>();
 
-    private final Map<String, Queue<Answer>> answers = new ConcurrentHashMap<>();
-    private final CountDownLatch end = new CountDownLatch(1);
+    private final Map<String, Queue<Response>> responses = new ConcurrentHashMap<>();
+    private final CountDownLatch closed = new CountDownLatch(1);
     private final ExecutorService threads = Executors.newCachedThreadPool();
     private final HttpServer server;
 
-    Stranger() throws IOException {
+    MockServer() throws IOException {
         server = HttpServer.create(new InetSocketAddress(InetAddress.getLoopbackAddress(), 0), 0);
         server.setExecutor(threads);
         server.createContext("/", this::handle);
@@ -46,31 +46,32 @@ final class Stranger implements AutoCloseable {
         return "http://127.0.0.1:" + server.getAddress().getPort();
     }
 
-    /** What these requests are answered with, one after the other; the last answer stays. */
-    Stranger on(String request, Answer... inOrder) {
-        answers.put(request, new ArrayDeque<>(List.of(inOrder)));
+    /** Sets the responses to this request, in order. The last response is repeated. */
+    MockServer on(String request, Response... inOrder) {
+        responses.put(request, new ArrayDeque<>(List.of(inOrder)));
         return this;
     }
 
     long count(String request) {
-        return asked.stream().filter(request::equals).count();
+        return requests.stream().filter(request::equals).count();
     }
 
     private void handle(HttpExchange exchange) throws IOException {
         String request = exchange.getRequestMethod() + " " + exchange.getRequestURI();
         byte[] body = exchange.getRequestBody().readAllBytes();
-        asked.add(request);
-        Queue<Answer> queue = answers.getOrDefault(request, new ArrayDeque<>(List.of(text(404, "nobody answers " + request))));
-        Answer answer;
+        requests.add(request);
+        Queue<Response> queue =
+                responses.getOrDefault(request, new ArrayDeque<>(List.of(text(404, "the test set no response to " + request))));
+        Response response;
         synchronized (queue) {
-            answer = queue.size() > 1 ? queue.remove() : queue.element();
+            response = queue.size() > 1 ? queue.remove() : queue.element();
         }
         try (exchange) {
-            answer.to(exchange, body);
+            response.send(exchange, body);
         }
     }
 
-    static Answer text(int status, String text) {
+    static Response text(int status, String text) {
         return (exchange, body) -> send(exchange, status, text);
     }
 
@@ -80,41 +81,41 @@ final class Stranger implements AutoCloseable {
         exchange.getResponseBody().write(bytes);
     }
 
-    /** Nothing, until the test is over. */
-    Answer silence() {
-        return (exchange, body) -> stand(60_000);
+    /** Sends nothing until the server is closed. */
+    Response noResponse() {
+        return (exchange, body) -> waitMillis(60_000);
     }
 
-    /** One byte at a time. */
-    Answer slowly(String text, int pauseMillis) {
+    /** Sends the headers at once, then one byte after each pause. */
+    Response slowly(String text, int pauseMillis) {
         return (exchange, body) -> {
             byte[] bytes = text.getBytes(StandardCharsets.UTF_8);
             exchange.sendResponseHeaders(200, bytes.length);
             OutputStream out = exchange.getResponseBody();
-            for (byte one : bytes) {
-                stand(pauseMillis);
-                out.write(one);
+            for (byte single : bytes) {
+                waitMillis(pauseMillis);
+                out.write(single);
                 out.flush();
             }
         };
     }
 
-    private void stand(int millis) throws IOException {
+    private void waitMillis(int millis) throws IOException {
         try {
-            if (end.await(millis, TimeUnit.MILLISECONDS)) {
-                throw new IOException("the test is over");
+            if (closed.await(millis, TimeUnit.MILLISECONDS)) {
+                throw new IOException("the mock server is closed");
             }
         } catch (InterruptedException error) {
             throw new IOException(error);
         }
     }
 
-    JsonNode signed(String method, String path) {
-        return Broker.MAPPER.createObjectNode().put("method", method).put("url", url() + path);
+    JsonNode presigned(String method, String path) {
+        return BrokerClient.MAPPER.createObjectNode().put("method", method).put("url", url() + path);
     }
 
-    Broker broker(Duration patience) {
-        return new Broker(new LfsConfig(Map.of("lfs.broker.url", url())), patience);
+    BrokerClient client(Duration responseTimeout) {
+        return new BrokerClient(new LfsConfig(Map.of("lfs.broker.url", url())), responseTimeout);
     }
 
     LfsSerializer<byte[]> serializer() {
@@ -125,7 +126,7 @@ final class Stranger implements AutoCloseable {
 
     @Override
     public void close() {
-        end.countDown();
+        closed.countDown();
         server.stop(0);
         threads.shutdownNow();
     }
