@@ -2,6 +2,7 @@
 
 mod audit;
 mod consume;
+#[cfg(feature = "dev")]
 mod dev;
 mod doctor;
 mod get;
@@ -48,6 +49,7 @@ enum Command {
         config: Config,
     },
     /// Start the broker on this machine, with PostgreSQL, S3 and Kafka included
+    #[cfg(feature = "dev")]
     Dev(dev::Arguments),
     /// Check the database, Kafka and the S3 store, and report what the store enforces
     Doctor {
@@ -145,6 +147,7 @@ pub(crate) enum Error {
     /// The settings are invalid, which is checked before anything starts.
     #[error("{0}")]
     Settings(app::Error),
+    #[cfg(feature = "dev")]
     #[error("{0}")]
     Dev(#[from] crate::dev::Error),
     #[error("{0}")]
@@ -191,11 +194,14 @@ impl Error {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::AuditFailed(_) | Self::Token(_) => 2,
+            #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
             Self::Store(store::Error::InvalidUrl) | Self::Objects(objects::Error::Settings(_)) => 2,
             Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
             Self::Files { first, .. } => first.exit_code(),
-            Self::Kafka(kafka::Error::Unreachable(_)) | Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
+            #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
+            Self::Kafka(kafka::Error::Unreachable(_)) => 5,
             _ => self.client_error().map_or(1, client_exit_code),
         }
     }
@@ -231,7 +237,10 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Store(store::Error::OutdatedSchema { .. }) => MIGRATE_HINT,
-            Self::App(error) | Self::Settings(error) | Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
+            Self::App(error) | Self::Settings(error) => app_hint(error)?,
+            #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
+            #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::NoKafka { .. }) => {
                 "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
@@ -310,6 +319,7 @@ async fn run(command: Command) -> Result<(), Error> {
     match command {
         Command::Serve { config, check_config } => serve::serve(config.load()?, check_config).await,
         Command::Migrate { config } => serve::migrate(config.load_store()?).await,
+        #[cfg(feature = "dev")]
         Command::Dev(arguments) => dev::dev(arguments).await,
         Command::Doctor { config, json } => doctor::doctor(config.load()?, json).await,
         Command::Put(arguments) => put::put(arguments).await,

@@ -14,8 +14,6 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{DefaultProducerContext, FutureProducer, FutureRecord};
 use tokio::sync::oneshot;
 
-use crate::kafka::Record;
-
 /// The header of a record that only fills a missing offset. The record has neither key nor value.
 pub const GAP_HEADER: &str = "lfs-dev-gap";
 
@@ -77,8 +75,12 @@ pub struct SavedRecord {
     pub offset: i64,
     /// Its timestamp in milliseconds since 1970.
     pub timestamp_ms: i64,
-    /// The record. [`Server::restore`] decides its topic and partition.
-    pub record: Record,
+    /// Its key. An empty key is a key, and `None` is a record without a key.
+    pub key: Option<Vec<u8>>,
+    /// Its value.
+    pub value: Vec<u8>,
+    /// Its headers, in this order.
+    pub headers: Vec<(String, Vec<u8>)>,
 }
 
 type Cluster = MockCluster<'static, DefaultProducerContext>;
@@ -145,15 +147,14 @@ impl Server {
                 await_deliveries(&mut deliveries, RESTORE_BATCH_RECORDS).await?;
             }
             let headers = saved
-                .record
                 .headers
                 .iter()
                 .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
             let record = FutureRecord {
                 topic: &topic,
                 partition: Some(partition),
-                payload: Some(&saved.record.value),
-                key: saved.record.key.as_ref(),
+                payload: Some(&saved.value),
+                key: saved.key.as_ref(),
                 timestamp: Some(saved.timestamp_ms),
                 headers: Some(headers),
             };
@@ -247,7 +248,6 @@ async fn await_deliveries(deliveries: &mut Vec<rdkafka::producer::DeliveryFuture
 #[cfg(test)]
 mod tests {
     use rdkafka::message::{Headers, Message, OwnedMessage};
-    use uuid::Uuid;
 
     use super::*;
 
@@ -272,15 +272,13 @@ mod tests {
     }
 
     fn saved(offset: i64) -> SavedRecord {
-        let record = Record {
-            upload_id: Uuid::now_v7(),
-            topic: "videos".into(),
-            partition: None,
+        SavedRecord {
+            offset,
+            timestamp_ms: 1_700_000_000_000 + offset,
             key: Some(b"key".to_vec()),
             value: format!("pointer {offset}").into_bytes(),
             headers: vec![("lfs-upload-id".into(), b"id".to_vec())],
-        };
-        SavedRecord { offset, timestamp_ms: 1_700_000_000_000 + offset, record }
+        }
     }
 
     #[tokio::test]

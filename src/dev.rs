@@ -1,9 +1,7 @@
 //! The complete system on one machine, started and stopped by one command: a real PostgreSQL, an S3 server that checks
 //! signatures and checksums, an embedded Kafka, and the broker.
-
-pub mod kafka;
-pub mod postgres;
-pub mod s3;
+//!
+//! The servers are in the crate `lfs-broker-embedded`. This module starts and stops them together with the broker.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -15,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use lfs_broker_embedded::{kafka, postgres, s3};
 use serde::{Deserialize, Serialize};
 
 use crate::app::{self, Running};
@@ -403,7 +402,9 @@ async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
     let mut topics: BTreeMap<(String, i32), Vec<kafka::SavedRecord>> = BTreeMap::new();
     for (published, row) in store.published_records().await? {
         let timestamp_ms = i64::try_from(published.at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
-        let saved = kafka::SavedRecord { offset: published.offset, timestamp_ms, record: relay::to_kafka_record(&row) };
+        let record = relay::to_kafka_record(&row);
+        let (key, value, headers) = (record.key, record.value, record.headers);
+        let saved = kafka::SavedRecord { offset: published.offset, timestamp_ms, key, value, headers };
         topics.entry((row.topic, published.partition)).or_default().push(saved);
     }
     for ((topic, partition), records) in topics {
