@@ -168,6 +168,8 @@ impl Server {
         match started {
             Some(Ok(())) => Ok(processes.server),
             Some(Err(error)) => {
+                // The first error is the one that matters.
+                drop(processes.stop().await);
                 if is_new {
                     data_dir.remove_if_ephemeral();
                 }
@@ -250,13 +252,17 @@ impl Server {
 
     /// Stops the server and waits until it has ended.
     pub async fn stop(mut self) -> Result<(), Error> {
-        drop(self.supervisor.stdin.take());
-        match tokio::time::timeout(STOP_TIMEOUT, self.supervisor.wait()).await {
-            Ok(ended) => drop(ended.map_err(Error::file(Path::new("sh")))?),
-            Err(_) => return Err(Error::StillRunning),
-        }
+        self.wait_until_stopped().await?;
         self.data_dir.remove_if_ephemeral();
         Ok(())
+    }
+
+    async fn wait_until_stopped(&mut self) -> Result<(), Error> {
+        drop(self.supervisor.stdin.take());
+        match tokio::time::timeout(STOP_TIMEOUT, self.supervisor.wait()).await {
+            Ok(ended) => ended.map(drop).map_err(Error::file(Path::new("sh"))),
+            Err(_) => Err(Error::StillRunning),
+        }
     }
 
     /// Waits until the server accepts connections.
@@ -293,7 +299,7 @@ impl Processes {
             initdb.wait().await.map_err(Error::file(Path::new("initdb")))?;
         }
         match self.server {
-            Some(server) => server.stop().await,
+            Some(mut server) => server.wait_until_stopped().await,
             None => Ok(()),
         }
     }

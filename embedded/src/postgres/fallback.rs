@@ -68,11 +68,13 @@ impl Fallback {
         let lock = File::create(path.join(LOCK)).map_err(Error::file(&path.join(LOCK)))?;
         lock.try_lock().map_err(|_| Error::InUse(path.clone()))?;
         link(&path, requested)?;
-        info!(
-            "PostgreSQL does not run as root, and its user cannot enter {}, so the database is in {}",
-            requested.display(),
-            path.display()
-        );
+        let (requested, found) = (requested.display(), path.display());
+        match is_reachable {
+            true => info!("the database of {requested} is in {found}, where an earlier start created it"),
+            false => {
+                info!("PostgreSQL does not run as root, and its user cannot enter {requested}, so the database is in {found}")
+            }
+        }
         Ok(Some(Self { path, _lock: Arc::new(lock) }))
     }
 
