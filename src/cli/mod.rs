@@ -277,7 +277,7 @@ fn app_hint(error: &app::Error) -> Option<&'static str> {
             Some("listen on 127.0.0.1, or run `serve` with LFS_BROKER_AUTH_MODE=jwt, which may listen on any address")
         }
         app::Error::DatabaseRestored(_) => Some("run `lfs-broker audit --fix` with the same settings, then start `serve` again"),
-        app::Error::Auth(_) => Some("to try the broker without tokens, run `lfs-broker dev`"),
+        app::Error::Auth(_) if cfg!(feature = "dev") => Some("to try the broker without tokens, run `lfs-broker dev`"),
         _ => None,
     }
 }
@@ -358,5 +358,15 @@ fn shutdown_signal() -> impl Future<Output = ()> {
     });
     async {
         tokio::select! { () = interrupt => {}, () = terminate => {} }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_dev_exists_only_with_the_feature_dev() {
+        assert_eq!(Cli::command().find_subcommand("dev").is_some(), cfg!(feature = "dev"));
     }
 }
