@@ -2,7 +2,8 @@
 //!
 //! The modules, from the top layer to the bottom layer. Imports point in the same direction.
 //!
-//! - [`cli`] parses the command line, [`config`] loads the settings, and [`dev`] runs the whole product on one machine.
+//! - [`cli`] parses the command line, [`config`] loads the settings, and `dev` runs the whole product on one machine. `dev`
+//!   exists only with the cargo feature `dev`; its servers are in the crate `lfs-broker-embedded`.
 //! - [`app`] connects the components, runs the workers, and shuts them down in order.
 //! - [`http`] serves the API. It is the only module that knows axum and HTTP status codes.
 //! - [`broker`] handles requests. The verifier, the relay and the [`sweeper`] are background workers: the verifier reads
@@ -24,6 +25,7 @@ pub mod broker;
 pub mod cli;
 pub mod completion;
 pub mod config;
+#[cfg(feature = "dev")]
 pub mod dev;
 mod failpoint;
 pub mod http;

@@ -8,6 +8,10 @@ bash .ci/tools.sh deny
 sbom=$(mktemp)
 trap 'rm -f "$sbom"' EXIT
 .ci/sbom "$sbom"
+jq -e '[.components[].name] | index("s3s")' "$sbom" >/dev/null
+# The production image has no `dev`.
+.ci/sbom "$sbom" --no-default-features
+jq -e '[.components[].name] | index("s3s") == null and index("lfs-broker-embedded") == null' "$sbom" >/dev/null
 # A program that is not there has no failpoints either.
 test -x "${LFS_CI_BROKER:?the release binary}"
 # What a failpoint says when it is reached would be there if failpoints were.

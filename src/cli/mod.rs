@@ -2,6 +2,7 @@
 
 mod audit;
 mod consume;
+#[cfg(feature = "dev")]
 mod dev;
 mod doctor;
 mod get;
@@ -48,6 +49,7 @@ enum Command {
         config: Config,
     },
     /// Start the broker on this machine, with PostgreSQL, S3 and Kafka included
+    #[cfg(feature = "dev")]
     Dev(dev::Arguments),
     /// Check the database, Kafka and the S3 store, and report what the store enforces
     Doctor {
@@ -148,6 +150,7 @@ pub(crate) enum Error {
     /// The settings are invalid, which is checked before anything starts.
     #[error("{0}")]
     Settings(app::Error),
+    #[cfg(feature = "dev")]
     #[error("{0}")]
     Dev(#[from] crate::dev::Error),
     #[error("{0}")]
@@ -194,11 +197,14 @@ impl Error {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::AuditFailed(_) | Self::Token(_) => 2,
+            #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
             Self::Store(store::Error::InvalidUrl) | Self::Objects(objects::Error::Settings(_)) => 2,
             Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
             Self::Files { first, .. } => first.exit_code(),
-            Self::Kafka(kafka::Error::Unreachable(_)) | Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
+            #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::NoKafka { .. }) => 5,
+            Self::Kafka(kafka::Error::Unreachable(_)) => 5,
             _ => self.client_error().map_or(1, client_exit_code),
         }
     }
@@ -234,7 +240,10 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Store(store::Error::OutdatedSchema { .. }) => MIGRATE_HINT,
-            Self::App(error) | Self::Settings(error) | Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
+            Self::App(error) | Self::Settings(error) => app_hint(error)?,
+            #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
+            #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::NoKafka { .. }) => {
                 "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
@@ -271,7 +280,7 @@ fn app_hint(error: &app::Error) -> Option<&'static str> {
             Some("listen on 127.0.0.1, or run `serve` with LFS_BROKER_AUTH_MODE=jwt, which may listen on any address")
         }
         app::Error::DatabaseRestored(_) => Some("run `lfs-broker audit --fix` with the same settings, then start `serve` again"),
-        app::Error::Auth(_) => Some("to try the broker without tokens, run `lfs-broker dev`"),
+        app::Error::Auth(_) if cfg!(feature = "dev") => Some("to try the broker without tokens, run `lfs-broker dev`"),
         _ => None,
     }
 }
@@ -313,6 +322,7 @@ async fn run(command: Command) -> Result<(), Error> {
     match command {
         Command::Serve { config, check_config } => serve::serve(config.load()?, check_config).await,
         Command::Migrate { config } => serve::migrate(config.load_store()?).await,
+        #[cfg(feature = "dev")]
         Command::Dev(arguments) => dev::dev(arguments).await,
         Command::Doctor { config, json } => doctor::doctor(config.load()?, json).await,
         Command::Put(arguments) => put::put(arguments).await,
@@ -371,5 +381,10 @@ mod tests {
             let error = config::load(None, &[(variable.clone(), "1".to_owned())].into()).err();
             assert!(matches!(error, Some(config::Error::Missing(_))), "{variable}: {error:?}");
         }
+    }
+
+    #[test]
+    fn the_command_dev_exists_only_with_the_feature_dev() {
+        assert_eq!(Cli::command().find_subcommand("dev").is_some(), cfg!(feature = "dev"));
     }
 }

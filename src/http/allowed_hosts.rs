@@ -41,7 +41,7 @@ impl AllowedHosts {
 }
 
 /// Whether the host of `name:port` is a loopback address, `localhost`, or a name below it, which resolves to it (RFC 6761).
-pub(crate) fn is_loopback(authority: &str) -> bool {
+fn is_loopback(authority: &str) -> bool {
     let Some(host) = host_name(authority) else { return false };
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     match host.trim_matches(['[', ']']).parse::<IpAddr>() {

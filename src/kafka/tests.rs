@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use lfs_broker_embedded::kafka::Server;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedMessage};
 use uuid::Uuid;
 
 use super::{Delivery, Error, Kafka, PartitionedBatch, PublishError, Record, Settings};
-use crate::dev::kafka::Server;
 
 pub(super) fn settings(bootstrap_servers: String, delivery: Delivery) -> Settings {
     // A short timeout, so that tests that wait for it are fast.

@@ -301,6 +301,7 @@ impl Store {
     }
 
     /// All published records in order of topic, partition and offset: the embedded Kafka is reloaded from them.
+    #[cfg(feature = "dev")]
     pub(crate) async fn published_records(&self) -> Result<Vec<(PublishedAt, OutboxRow)>, Error> {
         let rows = query!(
             r#"select id, topic, record_key, pointer as "pointer!", record_headers as "headers: Json<Vec<(String, String)>>", integrity as "integrity!",

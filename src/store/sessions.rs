@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 pub(crate) use list::SessionPage;
+#[cfg(feature = "dev")]
 pub(super) use row::record_headers;
 use row::{Row, session_rows};
 pub(super) use write::compact_history;

@@ -34,14 +34,15 @@ const LIBRARIES: &[(&str, &[&str])] = &[
     ("query!(", &["store/"]),
     ("query_as!(", &["store/"]),
     ("query_scalar!(", &["store/"]),
-    ("sqlx::", &["store/", "dev/postgres"]),
+    ("sqlx::", &["store/"]),
     ("aws_sdk_s3", &["objects/"]),
     ("aws_config", &["objects/"]),
-    ("rdkafka", &["kafka/", "dev/kafka.rs"]),
+    ("rdkafka", &["kafka/"]),
     ("axum::", &["http/", "app.rs"]),
     ("jsonwebtoken", &["auth.rs", "auth/"]),
-    ("s3s::", &["dev/s3/"]),
-    ("StatusCode", &["http/", "objects/", "dev/s3/"]),
+    ("s3s::", &[]),
+    ("lfs_broker_embedded", &["dev.rs"]),
+    ("StatusCode", &["http/", "objects/"]),
 ];
 
 /// What `session` and `policy` must not contain, so that the same input always gives the same result.
@@ -186,6 +187,25 @@ fn the_client_imports_no_server_code() {
 }
 
 #[test]
+fn the_embedded_servers_import_no_broker_code() {
+    let mut found = Vec::new();
+    files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("embedded/src"), &mut found);
+    assert!(found.len() > 10, "{} files", found.len());
+    for path in found {
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.lines().count() <= MAX_LINES, "{} is too long", path.display());
+        let code = code(&text);
+        for word in ["lfs_broker::", "lfs_broker_client", "query!(", "aws_sdk_s3", "axum", "jsonwebtoken"] {
+            assert!(!code.contains(word), "{word} in {}", path.display());
+        }
+        for (library, module) in [("sqlx::", "postgres"), ("rdkafka", "kafka"), ("s3s::", "s3")] {
+            let is_allowed = path.components().any(|part| part.as_os_str().to_string_lossy().trim_end_matches(".rs") == module);
+            assert!(is_allowed || !code.contains(library), "{library} in {}", path.display());
+        }
+    }
+}
+
+#[test]
 fn violations_of_the_architecture_are_found() {
     let count = |path: &str, text: &str| violations(path, text).len();
     assert_eq!(count("store/mod.rs", "use crate::broker::Broker;"), 1);
@@ -195,6 +215,7 @@ fn violations_of_the_architecture_are_found() {
     assert_eq!(count("attic.rs", ""), 1);
     assert_eq!(count("broker/read.rs", "let rows = sqlx::query!(\"select 1\");"), 2);
     assert_eq!(count("app.rs", "use rdkafka::ClientConfig;"), 1);
+    assert_eq!(count("app.rs", "use lfs_broker_embedded::kafka;"), 1);
     assert_eq!(count("broker/mod.rs", "use axum::http::StatusCode;"), 2);
     assert_eq!(count("http/mod.rs", "use jsonwebtoken::decode;"), 1);
     assert_eq!(count("session/error.rs", "async fn f() { g().await }"), 2);

@@ -199,7 +199,7 @@ async fn a_pointer_without_a_checksum_is_never_reported_as_verified() {
 async fn a_kafka_outage_is_reported_once() {
     let broker = TestBroker::start().await;
     let directory = tempfile::tempdir().unwrap();
-    let kafka = lfs_broker::dev::kafka::Server::start().unwrap();
+    let kafka = lfs_broker_embedded::kafka::Server::start().unwrap();
     kafka.create_topic(&broker.topic, 1).await.unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
     command.args(["consume", "--topic", &broker.topic, "--kafka", &kafka.bootstrap_servers(), "--dir"]).arg(directory.path());

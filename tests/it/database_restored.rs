@@ -181,7 +181,7 @@ async fn nothing_is_deleted_while_kafka_lists_no_marker_topic_although_batches_w
     let failed = broker.open_and_put(b"taken back", json!({})).await;
     let kafka = broker.settings.kafka.bootstrap_servers.clone();
     // A Kafka that has just come back: it answers, but does not know its topics yet.
-    let blank = lfs_broker::dev::kafka::Server::start().unwrap();
+    let blank = lfs_broker_embedded::kafka::Server::start().unwrap();
     broker.restart(|settings| settings.kafka.bootstrap_servers = blank.bootstrap_servers()).await;
     broker.delete(&format!("/lfs/uploads/{}", failed.id())).await.expect(204);
     broker.wait_for_cleanups(&failed.id()).await;

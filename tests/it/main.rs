@@ -26,6 +26,7 @@ mod database_loses_commits;
 mod database_restored;
 mod dependencies;
 mod dev;
+mod dev_restart;
 mod embedded_s3;
 mod expiry;
 mod failpoints;

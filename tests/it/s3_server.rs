@@ -8,7 +8,7 @@ use std::{env, fs, thread};
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
-use lfs_broker::dev::s3::{Server, Settings};
+use lfs_broker_embedded::s3::{Server, Settings};
 use uuid::Uuid;
 
 /// Which store answers. The embedded store answers like AWS.

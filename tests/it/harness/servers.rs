@@ -6,8 +6,8 @@
 use std::env::var;
 use std::sync::OnceLock;
 
-use lfs_broker::dev::{kafka, postgres};
 use lfs_broker::store;
+use lfs_broker_embedded::{kafka, postgres};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 use uuid::Uuid;
 

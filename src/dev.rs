@@ -1,21 +1,22 @@
 //! The complete system on one machine, started and stopped by one command: a real PostgreSQL, an S3 server that checks
 //! signatures and checksums, an embedded Kafka, and the broker.
-
-pub mod kafka;
-pub mod postgres;
-pub mod s3;
+//!
+//! The servers are in the crate `lfs-broker-embedded`. This module starts and stops them together with the broker.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use lfs_broker_embedded::{kafka, postgres, s3};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::app::{self, Running};
 use crate::kafka::Delivery;
@@ -34,7 +35,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The directories that a run creates in its data directory. PostgreSQL removes its own.
 const DATA_DIRS: [&str; 4] = ["s3/buckets", "s3/content", "s3/uploads", "s3/new"];
-const STATE_FILES: [&str; 6] = ["s3/lock", "s3.json", "s3.new", "dev.json", "dev.new", "lock"];
+const STATE_FILES: [&str; 8] = ["s3/lock", "s3.json", "s3.new", "kafka.json", "kafka.new", "dev.json", "dev.new", "lock"];
 
 /// Settings of `dev`.
 #[derive(Debug, Clone)]
@@ -104,15 +105,23 @@ pub struct Endpoints {
     pub kafka_bootstrap: String,
     /// The URL of the database in PostgreSQL.
     pub database_url: String,
+    /// The directory of PostgreSQL's files. It is outside the data directory if this process runs as root and PostgreSQL's
+    /// user cannot enter the data directory.
+    pub postgres_dir: PathBuf,
 }
 
-/// What is kept across restarts besides the data: the port and the credentials of S3, which signed URLs and clients
-/// depend on.
+/// What is kept of S3 across restarts besides its data, because signed URLs and clients depend on it. In `s3.json`.
 #[derive(Serialize, Deserialize)]
-struct SavedState {
+struct SavedS3 {
     s3_port: u16,
     access_key_id: String,
     secret_access_key: String,
+}
+
+/// What is kept of the embedded Kafka across restarts, because clients connect to it again. In `kafka.json`.
+#[derive(Serialize, Deserialize)]
+struct SavedKafka {
+    port: u16,
 }
 
 /// All running servers.
@@ -142,26 +151,10 @@ pub async fn start(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         return Err(app::Error::NoAuthOnPublicAddress(settings.listen).into());
     }
     let mut shutdown = pin!(shutdown);
-    let mut starting = pin!(Infrastructure::start(&settings));
-    let (infrastructure, is_shutting_down) = tokio::select! {
-        // Wait for signals before the first file is created.
-        biased;
-        // The start is not dropped half-way, because its processes would keep running and its files would remain.
-        () = &mut shutdown => (starting.as_mut().await, true),
-        infrastructure = &mut starting => (infrastructure, false),
-    };
-    let infrastructure = match infrastructure {
-        Ok(infrastructure) => infrastructure,
-        // Ctrl-C in a terminal also stops `initdb`, so the start may have failed because of it.
-        Err(_) if is_shutting_down => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let result = match is_shutting_down {
-        true => Ok(None),
-        false => tokio::select! {
-            result = start_on(&settings, &infrastructure) => result.map(Some),
-            () = shutdown => Ok(None),
-        },
+    let Some(infrastructure) = Infrastructure::start(&settings, shutdown.as_mut()).await? else { return Ok(None) };
+    let result = tokio::select! {
+        result = start_on(&settings, &infrastructure) => result.map(Some),
+        () = shutdown => Ok(None),
     };
     match result {
         Ok(Some((endpoints, broker, kafka))) => Ok(Some(Dev { endpoints, broker, kafka, infrastructure })),
@@ -183,7 +176,7 @@ async fn start_on(
     store.migrate().await?;
     let kafka = match &settings.kafka {
         Some(_) => None,
-        None => Some(start_kafka(&store).await?),
+        None => Some(start_kafka(dir, &store).await?),
     };
     let bootstrap = kafka.as_ref().map(kafka::Server::bootstrap_servers).or_else(|| settings.kafka.clone()).unwrap_or_default();
     let app = app_settings(settings, store_settings, s3, bootstrap.clone(), kafka.is_some());
@@ -198,6 +191,7 @@ async fn start_on(
         bucket: BUCKET.to_owned(),
         kafka_bootstrap: bootstrap,
         database_url: postgres.url(),
+        postgres_dir: postgres.data_dir().to_owned(),
     };
     write_private_json(&dir.join("dev.json"), &endpoints)?;
     Ok((endpoints, broker, kafka))
@@ -219,7 +213,8 @@ async fn wait_for_kafka(settings: &crate::kafka::Settings) -> Result<(), Error> 
 }
 
 impl Infrastructure {
-    async fn start(settings: &Settings) -> Result<Self, Error> {
+    /// Starts the servers. If `shutdown` completes first, they are stopped, and the result is `None`.
+    async fn start(settings: &Settings, shutdown: Pin<&mut impl Future<Output = ()>>) -> Result<Option<Self>, Error> {
         let dir = settings.data_dir.clone();
         std::fs::create_dir_all(&dir).map_err(|error| Error::File(dir.clone(), error))?;
         let dir = dir.canonicalize().map_err(|error| Error::File(dir.clone(), error))?;
@@ -230,8 +225,14 @@ impl Infrastructure {
         // Data of an earlier run is not removed if the servers do not start.
         let is_new = !dir.join("s3.json").exists();
         let postgres = postgres::Settings { ephemeral, ..postgres::Settings::new(dir.join("postgres")) };
-        let postgres = match postgres::Server::start(&postgres).await {
-            Ok(postgres) => postgres,
+        let postgres = match postgres::Server::start_unless(&postgres, shutdown).await {
+            Ok(Some(postgres)) => postgres,
+            Ok(None) => {
+                if ephemeral {
+                    remove_data(&dir)?;
+                }
+                return Ok(None);
+            }
             Err(error) => {
                 if ephemeral && is_new {
                     remove_data(&dir)?;
@@ -240,7 +241,7 @@ impl Infrastructure {
             }
         };
         match start_s3(&dir).await {
-            Ok(s3) => Ok(Self { dir, ephemeral, s3, postgres, _lock: lock }),
+            Ok(s3) => Ok(Some(Self { dir, ephemeral, s3, postgres, _lock: lock })),
             Err(error) => {
                 postgres.stop().await?;
                 if ephemeral {
@@ -356,13 +357,12 @@ fn lock(dir: &Path) -> Result<std::fs::File, Error> {
 
 struct S3 {
     server: s3::Server,
-    saved: SavedState,
+    saved: SavedS3,
 }
 
 async fn start_s3(dir: &Path) -> Result<S3, Error> {
     let path = dir.join("s3.json");
-    let previous = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<SavedState>(&bytes).ok());
-    let saved = previous.unwrap_or_else(|| SavedState {
+    let saved = read_json(&path).unwrap_or_else(|| SavedS3 {
         s3_port: 0,
         access_key_id: format!("dev{}", random_text(9)),
         secret_access_key: random_text(30),
@@ -375,11 +375,14 @@ async fn start_s3(dir: &Path) -> Result<S3, Error> {
     };
     // Reusing the port keeps URLs valid that were signed before a restart.
     let server = match s3::Server::start(settings(saved.s3_port)).await {
-        Err(_) if saved.s3_port != 0 => s3::Server::start(settings(0)).await?,
+        Err(error @ s3::Error::Listen { .. }) if saved.s3_port != 0 => {
+            warn!("{error}; S3 listens on another port, and URLs that were signed before no longer work");
+            s3::Server::start(settings(0)).await?
+        }
         result => result?,
     };
     server.create_bucket(BUCKET).await?;
-    let saved = SavedState { s3_port: server.address().port(), ..saved };
+    let saved = SavedS3 { s3_port: server.address().port(), ..saved };
     write_private_json(&path, &saved)?;
     Ok(S3 { server, saved })
 }
@@ -395,15 +398,29 @@ fn random_text(bytes: usize) -> String {
 
 /// Starts an embedded Kafka and restores the published records from the session table, because its memory is lost at
 /// every stop.
-async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
-    let server = kafka::Server::start()?;
+async fn start_kafka(dir: &Path, store: &Store) -> Result<kafka::Server, Error> {
+    let path = dir.join("kafka.json");
+    let last_port = read_json::<SavedKafka>(&path).map_or(0, |saved| saved.port);
+    // Reusing the port lets running consumers connect again after a restart.
+    let server = match kafka::Server::start_on_port(last_port).await {
+        Err(error @ kafka::Error::Listen { .. }) if last_port != 0 => {
+            warn!("{error}; Kafka listens on another port, and clients that were started before must be restarted");
+            kafka::Server::start_on_port(0).await?
+        }
+        result => result?,
+    };
+    if let Some(port) = server.port() {
+        write_private_json(&path, &SavedKafka { port })?;
+    }
     // The broker cannot create topics in the embedded Kafka, and every batch sends a marker, so the marker topic is
     // created here.
     server.create_topic(crate::kafka::MARKER_TOPIC, store.deployment().await?.shards).await?;
     let mut topics: BTreeMap<(String, i32), Vec<kafka::SavedRecord>> = BTreeMap::new();
     for (published, row) in store.published_records().await? {
         let timestamp_ms = i64::try_from(published.at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
-        let saved = kafka::SavedRecord { offset: published.offset, timestamp_ms, record: relay::to_kafka_record(&row) };
+        let record = relay::to_kafka_record(&row);
+        let (key, value, headers) = (record.key, record.value, record.headers);
+        let saved = kafka::SavedRecord { offset: published.offset, timestamp_ms, key, value, headers };
         topics.entry((row.topic, published.partition)).or_default().push(saved);
     }
     for ((topic, partition), records) in topics {
@@ -411,6 +428,11 @@ async fn start_kafka(store: &Store) -> Result<kafka::Server, Error> {
         server.restore(&topic, partition, records).await?;
     }
     Ok(server)
+}
+
+/// The content of a JSON file, or `None` if the file is missing or damaged. Then the caller uses defaults.
+fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
 /// Writes JSON atomically, readable only by its owner, because it contains credentials.

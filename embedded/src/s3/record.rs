@@ -25,10 +25,10 @@ pub(super) struct ObjectHeaders {
 /// Reads the object headers of an s3s input.
 macro_rules! object_headers {
     ($input:expr) => {
-        $crate::dev::s3::record::ObjectHeaders {
+        $crate::s3::record::ObjectHeaders {
             content_type: $input.content_type.clone(),
             content_disposition: $input.content_disposition.clone(),
-            content_encoding: $crate::dev::s3::record::without_chunking($input.content_encoding.as_deref()),
+            content_encoding: $crate::s3::record::without_chunking($input.content_encoding.as_deref()),
             content_language: $input.content_language.clone(),
             cache_control: $input.cache_control.clone(),
             expires: $input.expires.clone(),
@@ -41,7 +41,7 @@ pub(super) use object_headers;
 /// Writes the headers of an object into an s3s output.
 macro_rules! set_object_headers {
     ($output:expr, $headers:expr) => {{
-        let headers: &$crate::dev::s3::record::ObjectHeaders = $headers;
+        let headers: &$crate::s3::record::ObjectHeaders = $headers;
         $output.content_type = headers.content_type.clone().or_else(|| Some("binary/octet-stream".to_owned()));
         $output.content_disposition = headers.content_disposition.clone();
         $output.content_encoding = headers.content_encoding.clone();

@@ -12,9 +12,9 @@ use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 use super::{Bucket, BucketRecord};
-use crate::dev::s3::Error;
-use crate::dev::s3::content::Segment;
-use crate::dev::s3::record::{Object, ObjectRecord, Part, PartRecord, SegmentRecord, Upload, UploadFacts};
+use crate::s3::Error;
+use crate::s3::content::Segment;
+use crate::s3::record::{Object, ObjectRecord, Part, PartRecord, SegmentRecord, Upload, UploadFacts};
 
 /// Creates the directories of a store and locks the store.
 pub(super) fn prepare(root: &Path) -> Result<File, Error> {

@@ -142,12 +142,12 @@ pub(super) fn single_checksum(members: [(Algorithm, &Option<String>); 5]) -> S3R
 /// Reads the five checksum members of an s3s input as one checksum.
 macro_rules! declared {
     ($input:expr) => {
-        $crate::dev::s3::checksum::single_checksum([
-            ($crate::dev::s3::checksum::Algorithm::Crc32, &$input.checksum_crc32),
-            ($crate::dev::s3::checksum::Algorithm::Crc32c, &$input.checksum_crc32c),
-            ($crate::dev::s3::checksum::Algorithm::Crc64nvme, &$input.checksum_crc64nvme),
-            ($crate::dev::s3::checksum::Algorithm::Sha1, &$input.checksum_sha1),
-            ($crate::dev::s3::checksum::Algorithm::Sha256, &$input.checksum_sha256),
+        $crate::s3::checksum::single_checksum([
+            ($crate::s3::checksum::Algorithm::Crc32, &$input.checksum_crc32),
+            ($crate::s3::checksum::Algorithm::Crc32c, &$input.checksum_crc32c),
+            ($crate::s3::checksum::Algorithm::Crc64nvme, &$input.checksum_crc64nvme),
+            ($crate::s3::checksum::Algorithm::Sha1, &$input.checksum_sha1),
+            ($crate::s3::checksum::Algorithm::Sha256, &$input.checksum_sha256),
         ])
     };
 }
@@ -156,12 +156,12 @@ pub(super) use declared;
 /// Writes a checksum to its member of an s3s output.
 macro_rules! set_checksum {
     ($output:expr, $checksum:expr) => {{
-        let checksum: &$crate::dev::s3::checksum::Checksum = $checksum;
-        $output.checksum_crc32 = checksum.of($crate::dev::s3::checksum::Algorithm::Crc32);
-        $output.checksum_crc32c = checksum.of($crate::dev::s3::checksum::Algorithm::Crc32c);
-        $output.checksum_crc64nvme = checksum.of($crate::dev::s3::checksum::Algorithm::Crc64nvme);
-        $output.checksum_sha1 = checksum.of($crate::dev::s3::checksum::Algorithm::Sha1);
-        $output.checksum_sha256 = checksum.of($crate::dev::s3::checksum::Algorithm::Sha256);
+        let checksum: &$crate::s3::checksum::Checksum = $checksum;
+        $output.checksum_crc32 = checksum.of($crate::s3::checksum::Algorithm::Crc32);
+        $output.checksum_crc32c = checksum.of($crate::s3::checksum::Algorithm::Crc32c);
+        $output.checksum_crc64nvme = checksum.of($crate::s3::checksum::Algorithm::Crc64nvme);
+        $output.checksum_sha1 = checksum.of($crate::s3::checksum::Algorithm::Sha1);
+        $output.checksum_sha256 = checksum.of($crate::s3::checksum::Algorithm::Sha256);
     }};
 }
 pub(super) use set_checksum;

@@ -67,7 +67,7 @@ async fn the_server_stops_when_its_process_is_killed() {
     }
     let directory = tempfile::tempdir().unwrap();
     let mut child = tokio::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "dev::postgres::tests::the_server_stops_when_its_process_is_killed", "--nocapture"])
+        .args(["--exact", "postgres::tests::the_server_stops_when_its_process_is_killed", "--nocapture"])
         .env(CHILD_DATA_DIR, directory.path())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

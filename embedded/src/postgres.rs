@@ -10,11 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use sqlx::{Connection, Executor, PgConnection};
+use tokio::io::AsyncReadExt as _;
 use tokio::process::Child;
 use tracing::{debug, info};
 
 mod data_dir;
+mod fallback;
 mod programs;
 
 use data_dir::DataDir;
@@ -36,12 +39,15 @@ const PREVIOUS_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Runs the server ("$@"), and stops it when standard input closes. SIGINT requests a fast shutdown, which does not wait
-/// for clients. After a clean stop, the script removes the directory `$0`, unless it is empty.
+/// for clients. If `$0` is not empty, it is the directory of data that nobody needs after the stop: SIGQUIT requests an
+/// immediate shutdown, which writes no checkpoint, and after a clean stop the script removes the directory.
 const SUPERVISOR_SCRIPT: &str = r#"
 exec 3<&0 </dev/null
+signal=INT
+[ -z "$0" ] || signal=QUIT
 "$@" 3<&- &
 server=$!
-{ read -r _ <&3; kill -INT "$server"; } 2>/dev/null &
+{ read -r _ <&3; kill -"$signal" "$server"; } 2>/dev/null &
 watcher=$!
 exec 3<&-
 wait "$server"
@@ -88,6 +94,9 @@ pub enum Error {
         /// The end of its output.
         reason: String,
     },
+    /// Another server uses the directory of the files.
+    #[error("{0} is in use by another server")]
+    InUse(PathBuf),
     /// The requested port is in use.
     #[error("port {0} of 127.0.0.1 is in use")]
     PortInUse(u16),
@@ -103,9 +112,9 @@ pub enum Error {
 }
 
 impl Error {
-    fn file(path: &Path) -> impl FnOnce(io::Error) -> Self {
+    fn file(path: &Path) -> impl Fn(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::File { path, source }
+        move |source| Self::File { path: path.clone(), source }
     }
 }
 
@@ -141,20 +150,46 @@ pub struct Server {
 impl Server {
     /// Starts the server. A missing data directory or database is created.
     pub async fn start(settings: &Settings) -> Result<Self, Error> {
-        let data_dir = DataDir::find(&settings.data_dir, settings.ephemeral)?;
-        let is_new = data_dir.created_by().is_none();
-        let started = Self::start_at(&data_dir, settings).await;
-        if started.is_err() && is_new {
-            data_dir.remove_if_ephemeral();
-        }
-        started
+        let started = Self::start_unless(settings, std::future::pending()).await?;
+        Ok(started.expect("a future that is always pending cannot stop the start"))
     }
 
-    async fn start_at(data_dir: &DataDir, settings: &Settings) -> Result<Self, Error> {
+    /// Like [`Server::start`], but returns `None` if `shutdown` completes first. Then no process of the start keeps running,
+    /// and incomplete data is removed.
+    pub async fn start_unless(settings: &Settings, shutdown: impl Future<Output = ()>) -> Result<Option<Self>, Error> {
+        let data_dir = DataDir::find(&settings.data_dir, settings.ephemeral)?;
+        let is_new = data_dir.created_by().is_none();
+        let mut processes = Processes::default();
+        let started = tokio::select! {
+            biased;
+            () = shutdown => None,
+            started = Self::start_at(&data_dir, settings, &mut processes) => Some(started),
+        };
+        match started {
+            Some(Ok(())) => Ok(processes.server),
+            Some(Err(error)) => {
+                // The first error is the one that matters.
+                drop(processes.stop().await);
+                if is_new {
+                    data_dir.remove_if_ephemeral();
+                }
+                Err(error)
+            }
+            None => {
+                processes.stop().await?;
+                data_dir.remove_if_incomplete();
+                data_dir.remove_if_ephemeral();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Starts the server and leaves it in `processes`.
+    async fn start_at(data_dir: &DataDir, settings: &Settings, processes: &mut Processes) -> Result<(), Error> {
         let programs = Programs::find(data_dir.created_by().as_deref())?;
         let password = match data_dir.password()? {
             Some(password) => password,
-            None => init(&programs, data_dir, settings.fsync).await?,
+            None => init(&programs, data_dir, settings.fsync, &mut processes.initdb).await?,
         };
         if let Some(created_by) = data_dir.created_by().filter(|created_by| *created_by != programs.version) {
             return Err(Error::Version { data: data_dir.data(), created_by, found: programs.version });
@@ -162,19 +197,21 @@ impl Server {
         let deadline = Instant::now() + PREVIOUS_SERVER_TIMEOUT;
         loop {
             let port = pick_port(settings.port, data_dir.port())?;
-            let started = Self::start_on(&programs, data_dir, settings, port, &password).await;
+            let supervisor = start_supervisor(&programs, data_dir, settings, port)?;
+            let server = Self { supervisor, data_dir: data_dir.clone(), port, password: password.clone() };
+            let server = processes.server.insert(server);
             // Another process took the port, or the server of an earlier process still uses the data.
-            match started {
+            match server.wait_until_ready().await {
                 Err(Error::Program { reason, .. }) if Instant::now() < deadline && is_temporary(&reason) => {
                     debug!("PostgreSQL did not start, retrying in {} ms: {reason}", (POLL_INTERVAL * 5).as_millis());
                     tokio::time::sleep(POLL_INTERVAL * 5).await;
                 }
                 Err(error) => return Err(error),
-                Ok(server) => {
+                Ok(()) => {
                     data_dir.save_port(port)?;
                     server.create_database(DATABASE).await?;
                     info!(port, data = %data_dir.data().display(), "started PostgreSQL {}", programs.version);
-                    return Ok(server);
+                    return Ok(());
                 }
             }
         }
@@ -215,45 +252,63 @@ impl Server {
 
     /// Stops the server and waits until it has ended.
     pub async fn stop(mut self) -> Result<(), Error> {
-        drop(self.supervisor.stdin.take());
-        match tokio::time::timeout(STOP_TIMEOUT, self.supervisor.wait()).await {
-            Ok(ended) => drop(ended.map_err(Error::file(Path::new("sh")))?),
-            Err(_) => return Err(Error::StillRunning),
-        }
+        self.wait_until_stopped().await?;
         self.data_dir.remove_if_ephemeral();
         Ok(())
     }
 
-    /// Starts the server and waits until it accepts connections.
-    async fn start_on(
-        programs: &Programs,
-        data_dir: &DataDir,
-        settings: &Settings,
-        port: u16,
-        password: &str,
-    ) -> Result<Self, Error> {
-        let mut supervisor = start_supervisor(programs, data_dir, settings, port)?;
-        let url = format!("postgres://{USER}:{password}@127.0.0.1:{port}/postgres");
+    async fn wait_until_stopped(&mut self) -> Result<(), Error> {
+        drop(self.supervisor.stdin.take());
+        match tokio::time::timeout(STOP_TIMEOUT, self.supervisor.wait()).await {
+            Ok(ended) => ended.map(drop).map_err(Error::file(Path::new("sh"))),
+            Err(_) => Err(Error::StillRunning),
+        }
+    }
+
+    /// Waits until the server accepts connections.
+    async fn wait_until_ready(&mut self) -> Result<(), Error> {
+        let url = self.admin_url();
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            if supervisor.try_wait().map_err(Error::file(Path::new("sh")))?.is_some() {
-                return Err(Error::Program { program: "postgres".into(), reason: data_dir.log_tail() });
+            if self.supervisor.try_wait().map_err(Error::file(Path::new("sh")))?.is_some() {
+                return Err(Error::Program { program: "postgres".into(), reason: self.data_dir.log_tail() });
             }
             match PgConnection::connect(&url).await {
-                Ok(connection) => {
-                    connection.close().await?;
-                    break;
-                }
+                Ok(connection) => return Ok(connection.close().await?),
                 Err(error) if Instant::now() > deadline => return Err(Error::NoConnection(error.to_string())),
                 Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
             }
         }
-        Ok(Self { supervisor, data_dir: data_dir.clone(), port, password: password.to_owned() })
+    }
+}
+
+/// The processes of a start that has not ended yet.
+#[derive(Default)]
+struct Processes {
+    initdb: Option<Child>,
+    server: Option<Server>,
+}
+
+impl Processes {
+    async fn stop(self) -> Result<(), Error> {
+        if let Some(mut initdb) = self.initdb {
+            // `initdb` runs other programs in its process group. None of them must write to the directory any more.
+            if let Some(pid) = initdb.id().and_then(|id| Pid::from_raw(id.cast_signed())) {
+                let _ = kill_process_group(pid, Signal::KILL);
+            }
+            initdb.wait().await.map_err(Error::file(Path::new("initdb")))?;
+        }
+        match self.server {
+            Some(mut server) => server.wait_until_stopped().await,
+            None => Ok(()),
+        }
     }
 }
 
 /// Creates the data directory. The password is written last: a directory without it is incomplete and is created again.
-async fn init(programs: &Programs, data_dir: &DataDir, fsync: bool) -> Result<String, Error> {
+///
+/// While the program runs, it is in `running`.
+async fn init(programs: &Programs, data_dir: &DataDir, fsync: bool, running: &mut Option<Child>) -> Result<String, Error> {
     let password = uuid::Uuid::new_v4().simple().to_string();
     let password_file = data_dir.begin_init(&password)?;
     let mut command = data_dir.command(&programs.initdb);
@@ -263,13 +318,24 @@ async fn init(programs: &Programs, data_dir: &DataDir, fsync: bool) -> Result<St
         .args(["--username", USER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"])
         .arg("--pwfile")
         .arg(&password_file)
-        .stdin(Stdio::null());
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        // A Ctrl-C in the terminal must reach only this process, which then kills the whole group.
+        .process_group(0);
     if !fsync {
         command.arg("--no-sync");
     }
-    let output = command.output().await.map_err(Error::file(&programs.initdb))?;
-    if !output.status.success() {
-        let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let failed = Error::file(&programs.initdb);
+    let initdb = running.insert(command.spawn().map_err(&failed)?);
+    let mut errors = Vec::new();
+    if let Some(stderr) = &mut initdb.stderr {
+        stderr.read_to_end(&mut errors).await.map_err(&failed)?;
+    }
+    let status = initdb.wait().await.map_err(&failed)?;
+    *running = None;
+    if !status.success() {
+        let reason = String::from_utf8_lossy(&errors).trim().to_owned();
         return Err(Error::Program { program: "initdb".into(), reason });
     }
     data_dir.finish_init(&password, &password_file)?;

@@ -49,7 +49,7 @@ pub(super) struct Read<'a> {
 /// Reads the conditions of an s3s input.
 macro_rules! conditions {
     ($input:expr) => {
-        $crate::dev::s3::conditions::Read {
+        $crate::s3::conditions::Read {
             if_match: &$input.if_match,
             if_none_match: &$input.if_none_match,
             if_modified_since: &$input.if_modified_since,

@@ -2,7 +2,11 @@
 //!
 //! It keeps the newest 5 MB of a partition in memory. It accepts transactions without their guarantees: aborted records
 //! stay visible. So `dev` delivers at least once, and restores published records from the session table when it starts.
+//!
+//! The mock cluster chooses its own port. [`Server::start_on_port`] puts a proxy in front of it, because clients that
+//! survive a restart of `dev` connect to the port that they know.
 
+use std::io;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -14,7 +18,9 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{DefaultProducerContext, FutureProducer, FutureRecord};
 use tokio::sync::oneshot;
 
-use crate::kafka::Record;
+mod proxy;
+
+use proxy::Proxy;
 
 /// The header of a record that only fills a missing offset. The record has neither key nor value.
 pub const GAP_HEADER: &str = "lfs-dev-gap";
@@ -41,6 +47,14 @@ pub enum Error {
     /// librdkafka returned an error.
     #[error("embedded kafka: {0}")]
     Kafka(#[from] KafkaError),
+    /// The server cannot listen on the port.
+    #[error("the embedded kafka cannot listen on 127.0.0.1:{port}: {source}")]
+    Listen {
+        /// The port.
+        port: u16,
+        /// The error of the operating system.
+        source: io::Error,
+    },
     /// A record's offset is below the end of the partition. Records must be restored before any other record is
     /// published, in the order of their offsets.
     #[error("cannot restore offset {offset} of {topic}/{partition}: the next offset is already {next}")]
@@ -77,8 +91,12 @@ pub struct SavedRecord {
     pub offset: i64,
     /// Its timestamp in milliseconds since 1970.
     pub timestamp_ms: i64,
-    /// The record. [`Server::restore`] decides its topic and partition.
-    pub record: Record,
+    /// Its key. An empty key is a key, and `None` is a record without a key.
+    pub key: Option<Vec<u8>>,
+    /// Its value.
+    pub value: Vec<u8>,
+    /// Its headers, in this order.
+    pub headers: Vec<(String, Vec<u8>)>,
 }
 
 type Cluster = MockCluster<'static, DefaultProducerContext>;
@@ -86,7 +104,9 @@ type Command = Box<dyn FnOnce(&Cluster) + Send>;
 
 /// A running embedded Kafka. It stops when it is dropped.
 pub struct Server {
-    bootstrap_servers: String,
+    /// The address of the mock cluster.
+    cluster: String,
+    proxy: Option<Proxy>,
     commands: mpsc::Sender<Command>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -105,13 +125,27 @@ impl Server {
             }
             Err(error) => drop(started.send(Err(error))),
         });
-        let bootstrap_servers = starting.recv().map_err(|_| Error::Stopped)??;
-        Ok(Self { bootstrap_servers, commands, thread: Some(thread) })
+        let cluster = starting.recv().map_err(|_| Error::Stopped)??;
+        Ok(Self { cluster, proxy: None, commands, thread: Some(thread) })
+    }
+
+    /// Starts the server on a port of 127.0.0.1, or on a free port if `port` is 0. All responses name this port.
+    pub async fn start_on_port(port: u16) -> Result<Self, Error> {
+        let failed = |source| Error::Listen { port, source };
+        let mut server = Self::start()?;
+        let cluster = server.cluster.parse().map_err(|error| failed(io::Error::other(error)))?;
+        server.proxy = Some(Proxy::start(port, cluster).await.map_err(failed)?);
+        Ok(server)
     }
 
     /// `127.0.0.1:PORT`
     pub fn bootstrap_servers(&self) -> String {
-        self.bootstrap_servers.clone()
+        self.proxy.as_ref().map_or_else(|| self.cluster.clone(), |proxy| proxy.address().to_string())
+    }
+
+    /// The port of [`Server::bootstrap_servers`], if the server was started on a port.
+    pub fn port(&self) -> Option<u16> {
+        self.proxy.as_ref().map(|proxy| proxy.address().port())
     }
 
     /// Creates a topic. An existing topic is not changed.
@@ -145,15 +179,14 @@ impl Server {
                 await_deliveries(&mut deliveries, RESTORE_BATCH_RECORDS).await?;
             }
             let headers = saved
-                .record
                 .headers
                 .iter()
                 .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
             let record = FutureRecord {
                 topic: &topic,
                 partition: Some(partition),
-                payload: Some(&saved.record.value),
-                key: saved.record.key.as_ref(),
+                payload: Some(&saved.value),
+                key: saved.key.as_ref(),
                 timestamp: Some(saved.timestamp_ms),
                 headers: Some(headers),
             };
@@ -216,7 +249,7 @@ impl Server {
     fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config
-            .set("bootstrap.servers", &self.bootstrap_servers)
+            .set("bootstrap.servers", &self.cluster)
             .set("message.timeout.ms", REQUEST_TIMEOUT.as_millis().to_string())
             // Idempotence keeps the order of records when one is sent again. Restored offsets depend on the order.
             .set("enable.idempotence", "true");
@@ -247,7 +280,7 @@ async fn await_deliveries(deliveries: &mut Vec<rdkafka::producer::DeliveryFuture
 #[cfg(test)]
 mod tests {
     use rdkafka::message::{Headers, Message, OwnedMessage};
-    use uuid::Uuid;
+    use rdkafka::{Offset, TopicPartitionList};
 
     use super::*;
 
@@ -272,15 +305,13 @@ mod tests {
     }
 
     fn saved(offset: i64) -> SavedRecord {
-        let record = Record {
-            upload_id: Uuid::now_v7(),
-            topic: "videos".into(),
-            partition: None,
+        SavedRecord {
+            offset,
+            timestamp_ms: 1_700_000_000_000 + offset,
             key: Some(b"key".to_vec()),
             value: format!("pointer {offset}").into_bytes(),
             headers: vec![("lfs-upload-id".into(), b"id".to_vec())],
-        };
-        SavedRecord { offset, timestamp_ms: 1_700_000_000_000 + offset, record }
+        }
     }
 
     #[tokio::test]
@@ -319,5 +350,40 @@ mod tests {
         let address = server.bootstrap_servers();
         server.stop();
         assert!(std::net::TcpStream::connect(address).is_err());
+    }
+
+    /// Polls until the consumer returns a record.
+    fn next(consumer: &BaseConsumer) -> OwnedMessage {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            assert!(std::time::Instant::now() < deadline, "no record within 30 s");
+            if let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) {
+                return message.detach();
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_consumer_survives_a_restart_on_the_same_port() {
+        let server = Server::start_on_port(0).await.unwrap();
+        let port = server.port().unwrap();
+        server.restore("videos", 0, vec![saved(0)]).await.unwrap();
+        let consumer: BaseConsumer =
+            ClientConfig::new().set("bootstrap.servers", server.bootstrap_servers()).set("group.id", "test").create().unwrap();
+        let mut assignment = TopicPartitionList::new();
+        assignment.add_partition_offset("videos", 0, Offset::Beginning).unwrap();
+        consumer.assign(&assignment).unwrap();
+        assert_eq!(next(&consumer).offset(), 0);
+        let metadata = consumer.fetch_metadata(Some("videos"), REQUEST_TIMEOUT).unwrap();
+        let named: Vec<i32> = metadata.brokers().iter().map(|broker| broker.port()).collect();
+        assert_eq!(named, [i32::from(port)], "the metadata names another port than the server's");
+
+        let taken = Server::start_on_port(port).await.err().unwrap();
+        assert!(matches!(taken, Error::Listen { port: found, .. } if found == port), "{taken}");
+        server.stop();
+        let server = Server::start_on_port(port).await.unwrap();
+        server.restore("videos", 0, vec![saved(0), saved(1)]).await.unwrap();
+        assert_eq!(next(&consumer).payload(), Some(b"pointer 1".as_slice()));
+        assert_eq!(consume(&server, "videos", 2).len(), 2, "the group coordinator cannot be reached through the port");
     }
 }

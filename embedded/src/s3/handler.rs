@@ -1,5 +1,6 @@
 //! Handles requests before the protocol layer: the checks of AWS that s3s does not make, and CORS.
 
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,7 +14,6 @@ use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, HttpError, HttpResponse, S3Error, S3ErrorCode, S3Result, s3_error};
 
 use super::api::Api;
-use crate::http::allowed_hosts::is_loopback;
 
 /// The longest lifetime of a presigned URL on AWS.
 const MAX_LIFETIME_SECONDS: u64 = 7 * 24 * 3600;
@@ -132,6 +132,22 @@ fn check_request(request: &hyper::http::request::Parts) -> S3Result<()> {
     signed.map_or(Ok(()), |signed| check_signed_headers(&request.headers, signed))
 }
 
+/// Whether the host of `name:port` is a loopback address, `localhost`, or a name below it, which resolves to it (RFC 6761).
+fn is_loopback(authority: &str) -> bool {
+    let (host, port) = match authority.rfind(':') {
+        Some(colon) if !authority.ends_with(']') => (&authority[..colon], &authority[colon + 1..]),
+        _ => (authority, ""),
+    };
+    if !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return false;
+    }
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    match host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => host == "localhost" || host.ends_with(".localhost"),
+    }
+}
+
 /// Requires that every `x-amz-*` header is signed, because these headers change what a request does.
 fn check_signed_headers(headers: &HeaderMap, signed: &str) -> S3Result<()> {
     let is_signed = |name: &str| signed.split(';').any(|signed| signed.eq_ignore_ascii_case(name));
@@ -175,4 +191,23 @@ impl Drop for DrainOnDrop {
 async fn drain(mut body: Incoming) {
     use http_body_util::BodyExt as _;
     while let Some(Ok(_)) = body.frame().await {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_loopback;
+
+    #[test]
+    fn only_names_of_this_machine_are_loopback() {
+        for host in
+            ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.9.9.9", "[::1]:80", "[::1]", "a.localhost:1", "localhost."]
+        {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in
+            ["evil.example", "0.0.0.0:80", "127.0.0.1.evil.example", "localhost.evil", "", ":80", "127.0.0.1:80@evil", "[::2]"]
+        {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
 }

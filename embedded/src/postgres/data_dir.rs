@@ -5,21 +5,19 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::process::Command;
-use tracing::info;
 
 use super::Error;
+use super::fallback::{self, FALLBACK_PARENT, Fallback};
 
 /// How many lines of the log an error shows.
 const LOG_TAIL_LINES: usize = 8;
 
-/// The parent of the fallback directories. A fallback is used when the server's user cannot reach root's data directory,
-/// for example below /root.
-const FALLBACK_PARENT: &str = "/var/lib/lfs-broker";
-
-/// The file in the data directory that contains the path of its fallback directory.
-const FALLBACK_FILE: &str = "files-are-in";
+/// How often the removal of the data is tried, and the pause between two attempts.
+const REMOVE_ATTEMPTS: usize = 10;
+const REMOVE_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Clone, Copy)]
 struct User {
@@ -33,6 +31,8 @@ pub(super) struct DataDir {
     /// The directory that the caller requested.
     requested: PathBuf,
     path: PathBuf,
+    /// The fallback directory, if the server's user cannot reach the requested directory. Then `path` is this directory.
+    fallback: Option<Fallback>,
     /// The user that runs the server, if it is not this process's user.
     user: Option<User>,
     ephemeral: bool,
@@ -43,17 +43,17 @@ impl DataDir {
         fs::create_dir_all(data_dir).map_err(Error::file(data_dir))?;
         let requested = fs::canonicalize(data_dir).map_err(Error::file(data_dir))?;
         if !is_root(&requested)? {
-            return Ok(Self { path: requested.clone(), requested, user: None, ephemeral });
+            return Ok(Self { path: requested.clone(), requested, fallback: None, user: None, ephemeral });
         }
         let user = server_user()?;
         // The requested directory may be opened for others to pass through. Its parents are not changed.
         add_mode_bits(&requested, 0o011)?;
-        let path = if requested.ancestors().all(|directory| can_traverse(directory, user)) {
-            requested.clone()
-        } else {
-            fallback_dir(&requested)?
-        };
-        Ok(Self { requested, path, user: Some(user), ephemeral })
+        let fallback_parent = Path::new(FALLBACK_PARENT);
+        fallback::remove_orphans(fallback_parent);
+        let is_reachable = requested.ancestors().all(|directory| can_traverse(directory, user));
+        let fallback = Fallback::find(fallback_parent, &requested, is_reachable)?;
+        let path = fallback.as_ref().map_or(requested.as_path(), Fallback::path).to_owned();
+        Ok(Self { path, requested, fallback, user: Some(user), ephemeral })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -97,10 +97,7 @@ impl DataDir {
     /// Removes the data of an interrupted start. Returns a file from which the server's user can read the password.
     pub(super) fn begin_init(&self, password: &str) -> Result<PathBuf, Error> {
         let data = self.data();
-        match fs::remove_dir_all(&data) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::file(&data)(error)),
-            _ => {}
-        }
+        self.remove_data();
         DirBuilder::new().mode(0o700).create(&data).map_err(Error::file(&data))?;
         self.chown(&data)?;
         let file = self.path.join("password.new");
@@ -137,13 +134,30 @@ impl DataDir {
     /// Removes the files of an ephemeral server. Errors are ignored, because remaining files do no harm.
     pub(super) fn remove_if_ephemeral(&self) {
         if self.ephemeral {
-            drop(fs::remove_dir_all(self.data()));
-            for name in ["password", "password.new", "port", "postgres.log", FALLBACK_FILE] {
+            self.remove_data();
+            for name in ["password", "password.new", "port", "postgres.log"] {
                 drop(fs::remove_file(self.path.join(name)));
-                drop(fs::remove_file(self.requested.join(name)));
             }
-            if self.path != self.requested {
-                drop(fs::remove_dir(&self.path));
+            if let Some(fallback) = &self.fallback {
+                fallback.remove(&self.requested);
+            }
+        }
+    }
+
+    /// Removes the data of an interrupted start, of which the next start could not use anything.
+    pub(super) fn remove_if_incomplete(&self) {
+        if matches!(self.password(), Ok(None)) {
+            self.remove_data();
+            drop(fs::remove_file(self.path.join("password.new")));
+        }
+    }
+
+    fn remove_data(&self) {
+        // A killed program may still finish one call, which can add a file to a directory that is being removed.
+        for _ in 0..REMOVE_ATTEMPTS {
+            match fs::remove_dir_all(self.data()) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => std::thread::sleep(REMOVE_PAUSE),
+                _ => break,
             }
         }
     }
@@ -186,31 +200,12 @@ fn can_traverse(directory: &Path, user: User) -> bool {
     })
 }
 
-fn add_mode_bits(directory: &Path, bits: u32) -> Result<(), Error> {
+pub(super) fn add_mode_bits(directory: &Path, bits: u32) -> Result<(), Error> {
     let mode = fs::metadata(directory).map_err(Error::file(directory))?.mode();
     if mode & bits == bits {
         return Ok(());
     }
     fs::set_permissions(directory, fs::Permissions::from_mode(mode | bits)).map_err(Error::file(directory))
-}
-
-/// The fallback directory of this data directory. Only a file in the data directory contains its path, so a data
-/// directory that is deleted and created again gets a new, empty fallback.
-fn fallback_dir(requested: &Path) -> Result<PathBuf, Error> {
-    let fallback_file = requested.join(FALLBACK_FILE);
-    let path = match fs::read_to_string(&fallback_file) {
-        Ok(path) => PathBuf::from(path.trim()),
-        Err(_) => {
-            let path = Path::new(FALLBACK_PARENT).join(uuid::Uuid::new_v4().simple().to_string());
-            fs::write(&fallback_file, format!("{}\n", path.display())).map_err(Error::file(&fallback_file))?;
-            path
-        }
-    };
-    fs::create_dir_all(&path).map_err(Error::file(&path))?;
-    add_mode_bits(Path::new(FALLBACK_PARENT), 0o011)?;
-    add_mode_bits(&path, 0o011)?;
-    info!("the user of PostgreSQL cannot reach {}, so the files of PostgreSQL are in {}", requested.display(), path.display());
-    Ok(path)
 }
 
 fn write_private(path: &Path, text: &str) -> Result<(), Error> {
