@@ -10,8 +10,9 @@ use serde::Deserialize as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use uuid::Uuid;
 
+use super::connection::Connection;
 use super::output::{ProgressReporter, format_size, print_data};
-use super::{Connection, Error, remove_partial_downloads, shutdown_signal};
+use super::{Error, remove_partial_downloads, shutdown_signal};
 
 /// The longest input. Every pointer is much shorter, so a longer input is not a pointer.
 const MAX_INPUT_BYTES: u64 = 64 << 10;
@@ -28,7 +29,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID")]
     version_id: Option<String>,
     #[command(flatten)]
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 impl Arguments {

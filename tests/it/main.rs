@@ -29,6 +29,7 @@ mod dev;
 mod embedded_s3;
 mod expiry;
 mod failpoints;
+mod first_hour;
 mod get_upload;
 mod hostile;
 mod http_limits;
