@@ -59,6 +59,8 @@
 
 pub mod api;
 pub mod checksum;
+#[doc(hidden)]
+pub mod json_words;
 pub mod pointer;
 
 pub mod access;

@@ -211,12 +211,12 @@ impl Error {
         }
     }
 
-    /// Prints the error and, if there is one, a hint about the next step. `token` is the token of the command.
+    /// Prints the error and hints about the next step. `token` is the token of the command.
     fn print_with_hint(&self, token: Option<&str>) {
         print_note(&format!("error: {self}"));
         let is_unauthorized = || self.client_error()?.problem().filter(|problem| problem.status == 401);
-        let hint = self.hint().or_else(|| is_unauthorized().map(|_| connection::token_hint(token)));
-        if let Some(hint) = hint {
+        let token_hint = is_unauthorized().map(|_| connection::token_hint(token));
+        for hint in token_hint.into_iter().chain(self.hint()) {
             print_note(&format!("hint: {hint}"));
         }
     }
@@ -261,9 +261,7 @@ const MIGRATE_HINT: &str = "run `lfs-broker migrate` with the same DATABASE_URL"
 fn store_hint(error: &store::Error) -> Option<&'static str> {
     match error {
         store::Error::OutdatedSchema { .. } => Some(MIGRATE_HINT),
-        store::Error::Database(sqlx::Error::Io(_)) => {
-            Some("check that PostgreSQL runs at this address; DATABASE_URL sets the address")
-        }
+        error if error.is_unreachable() => Some("check that PostgreSQL runs at this address; DATABASE_URL sets the address"),
         _ => None,
     }
 }

@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use lfs_broker_client::api::{ListTopics, Policy};
 use lfs_broker_client::{self as client, Client};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::output::{print_data, print_note, to_json};
 use super::{Error, connection};
@@ -74,8 +74,11 @@ pub(super) async fn topics(arguments: Arguments) -> Result<(), Error> {
 }
 
 async fn set(client: &Client, topic: &str, text: &str, replace: bool) -> Result<(), Error> {
-    let members: Map<String, Value> = serde_json::from_str(text)
-        .map_err(|error| Error::Usage(format!("the policy is not a JSON object: {error}, counted in the given text")))?;
+    let members = match serde_json::from_str(text) {
+        Ok(Value::Object(members)) => members,
+        Ok(_) => return Err(Error::Usage("the policy must be a JSON object such as {\"max_bytes\": 1000000}".to_owned())),
+        Err(error) => return Err(Error::Usage(format!("the policy is not valid JSON: {error}"))),
+    };
     let refused = |error| with_place(error, text);
     let policy = if replace {
         client.put_topic(topic, &members).await.map_err(refused)?

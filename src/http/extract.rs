@@ -10,6 +10,7 @@ use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, header};
 use http_body_util::BodyExt as _;
 use lfs_broker_client::api::{ErrorCode, FieldError, ListUploads, UploadState};
+use lfs_broker_client::json_words::in_words;
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use time::format_description::well_known::Rfc3339;
@@ -19,7 +20,6 @@ use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use super::App;
-use super::json_words::in_words;
 use super::problem::Problem;
 use crate::auth::{Caller, Scope};
 

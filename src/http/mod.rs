@@ -6,7 +6,6 @@ mod client_ip;
 mod connection_limits;
 mod descriptors;
 mod extract;
-mod json_words;
 mod long_polls;
 mod middleware;
 mod monitored_io;

@@ -101,6 +101,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether no connection could be opened, or the connection broke.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Io(_)))
+    }
+
     /// Whether the database refused the statement for a lasting reason. A retry succeeds only after an operator has changed
     /// something.
     pub(crate) fn is_refusal(&self) -> bool {

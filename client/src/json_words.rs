@@ -1,4 +1,4 @@
-//! Rewrites the errors of the JSON and query parsers for readers who do not know Rust's types.
+//! Rewrites the errors of the JSON and query parsers for readers who do not know Rust's types. The broker uses it too.
 
 /// What the parser expected, in Rust's words and in the words of the API.
 const EXPECTED: [(&str, &str); 8] = [
@@ -23,7 +23,7 @@ const PHRASES: [(&str, &str); 5] = [
 
 /// The parser's error in plain words. It has no line and column, because the error's JSON pointer says where the error is,
 /// and the parsed text may differ from the text that the client sent.
-pub(super) fn in_words(error: &str) -> String {
+pub fn in_words(error: &str) -> String {
     let text = error.split(" at line ").next().unwrap_or_default();
     let text = match text.strip_prefix("missing field ") {
         Some(member) => format!("the member {member} is missing"),
