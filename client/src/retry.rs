@@ -45,9 +45,11 @@ pub struct RetryEvent<'a> {
     pub remaining: Duration,
 }
 
+type RetryCallback = dyn Fn(&RetryEvent<'_>) + Send + Sync;
+
 /// The caller's function for retries, if there is one.
 #[derive(Clone, Default)]
-pub(crate) struct RetryReporter(pub(crate) Option<Arc<dyn Fn(&RetryEvent<'_>) + Send + Sync>>);
+pub(crate) struct RetryReporter(pub(crate) Option<Arc<RetryCallback>>);
 
 impl fmt::Debug for RetryReporter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
