@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
+use crate::transport::Failure;
 
 /// The most characters of a foreign response that an error message quotes.
 const MAX_QUOTED_CHARACTERS: usize = 200;
@@ -38,8 +39,10 @@ pub enum Error {
     Unreachable {
         /// `the broker` or `storage`.
         peer: &'static str,
-        /// Why the connection failed, without the URL.
+        /// Why the connection failed, with the server's host and port but without the rest of the URL.
         reason: String,
+        /// Whether a retry may succeed. It does not help against a wrong scheme or an invalid certificate.
+        is_retryable: bool,
     },
     /// S3 answered a PUT or a GET with an error.
     #[error("storage answered {status} {code}: {message}")]
@@ -133,7 +136,7 @@ impl Error {
     /// Whether a retry of the same request may succeed.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } => true,
+            Self::Unreachable { is_retryable, .. } => *is_retryable,
             // `retryable` alone is not enough: it is also set when another step must come first, such as a missing part.
             Self::Refused(problem) => {
                 problem.retryable
@@ -181,13 +184,15 @@ impl Error {
         }
     }
 
-    /// A failed connection, with all its causes but without the URL.
+    /// A failed connection.
     pub(crate) fn from_transport(peer: &'static str, error: reqwest::Error) -> Self {
-        Self::Unreachable { peer, reason: with_causes(&error.without_url()) }
+        let Failure { reason, is_retryable } = Failure::of(error);
+        Self::Unreachable { peer, reason, is_retryable }
     }
 
     pub(crate) fn stalled(peer: &'static str, seconds: u64) -> Self {
-        Self::Unreachable { peer, reason: format!("no byte was transferred for {seconds} s") }
+        let reason = format!("no byte was transferred for {seconds} s");
+        Self::Unreachable { peer, reason, is_retryable: true }
     }
 
     /// Parses S3's error document. Only the code and the message are kept.
@@ -215,7 +220,7 @@ impl From<Error> for io::Error {
 }
 
 /// An error and its causes as one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut reason = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

@@ -23,7 +23,7 @@ use crate::api::{
     ResolveOptions, SignParts, SignedParts, TopicPage, TopicPolicy, Upload, UploadPage,
 };
 use crate::error::{Error, quote};
-use crate::retry::{Backoff, Retry, retry_after};
+use crate::retry::{Backoff, Retry, RetryEvent, RetryReporter, retry_after};
 use crate::storage::StorageClient;
 
 /// The `peer` of [`Error::Unreachable`].
@@ -61,6 +61,7 @@ pub struct Client {
     base: Arc<Url>,
     token: Option<Arc<dyn Fn() -> String + Send + Sync>>,
     settings: Settings,
+    pub(crate) retry_reporter: RetryReporter,
 }
 
 impl fmt::Debug for Client {
@@ -111,7 +112,8 @@ impl Client {
         }
         base.set_query(None);
         base.set_fragment(None);
-        Ok(Self { http: http_client()?, base: Arc::new(base), token: None, settings: Settings::default() })
+        let (settings, retry_reporter) = (Settings::default(), RetryReporter::default());
+        Ok(Self { http: http_client()?, base: Arc::new(base), token: None, settings, retry_reporter })
     }
 
     /// Returns the client with a bearer token for the broker. S3 never receives the token.
@@ -145,13 +147,21 @@ impl Client {
         self
     }
 
+    /// Returns the client with a function that is called before each retry, for calls to the broker and to storage. It
+    /// must not block.
+    #[must_use]
+    pub fn on_retry(mut self, callback: impl Fn(&RetryEvent<'_>) + Send + Sync + 'static) -> Self {
+        self.retry_reporter = RetryReporter(Some(Arc::new(callback)));
+        self
+    }
+
     /// The timeouts and retries of this client.
     pub fn settings(&self) -> Settings {
         self.settings
     }
 
     pub(crate) fn storage_client(&self) -> StorageClient {
-        StorageClient { http: self.http.clone(), settings: self.settings }
+        StorageClient { http: self.http.clone(), settings: self.settings, retry_reporter: self.retry_reporter.clone() }
     }
 
     /// Opens an upload. Without an idempotency key, it is retried only if no connection was established.
@@ -314,7 +324,7 @@ impl Client {
             };
             let retryable = failure.error.is_transient() && (call.is_retry_safe || !failure.may_have_arrived);
             match if retryable { backoff.next(failure.retry_after) } else { None } {
-                Some(wait) => tokio::time::sleep(wait).await,
+                Some(wait) => self.retry_reporter.report_and_wait(&failure.error, wait, &backoff).await,
                 None => return Err(failure.error),
             }
         }

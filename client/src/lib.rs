@@ -59,6 +59,8 @@
 
 pub mod api;
 pub mod checksum;
+#[doc(hidden)]
+pub mod json_words;
 pub mod pointer;
 
 pub mod access;
@@ -77,6 +79,7 @@ mod save;
 mod source;
 mod storage;
 mod transfer;
+mod transport;
 
 #[cfg(feature = "keys")]
 pub use access::Keys;
@@ -88,6 +91,6 @@ pub use http::{Client, Settings};
 pub use options::UploadOptions;
 pub use progress::Progress;
 pub use resolve::{Resolver, Value};
-pub use retry::Retry;
+pub use retry::{Retry, RetryEvent};
 pub use save::{SavedFile, remove_partial_downloads};
 pub use upload::Uploader;

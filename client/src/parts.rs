@@ -184,7 +184,7 @@ async fn put(
             error.is_transient()
         };
         match if retryable { backoff.next(failure.retry_after) } else { None } {
-            Some(wait) => tokio::time::sleep(wait).await,
+            Some(wait) => client.retry_reporter.report_and_wait(&error, wait, &backoff).await,
             None => return Err(error),
         }
     }

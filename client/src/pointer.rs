@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::checksum::{Algorithm, Digest, Sha256};
+use crate::json_words::in_words;
 
 /// The first bytes of the value, in which a reader expects the marker member.
 const MARKER_WINDOW_BYTES: usize = 50;
@@ -88,7 +89,10 @@ impl Pointer {
         if value.trim_ascii_start().first() != Some(&b'{') {
             return Err(NotAPointer::Malformed("the value is not a JSON object".to_owned()));
         }
-        let lenient: LenientPointer = serde_json::from_slice(value).map_err(|error| NotAPointer::Malformed(error.to_string()))?;
+        let lenient: LenientPointer = serde_json::from_slice(value).map_err(|error| {
+            let text = error.to_string();
+            NotAPointer::Malformed(if error.is_data() { in_words(&text) } else { text })
+        })?;
         lenient.validate()
     }
 

@@ -21,6 +21,9 @@ pub struct Progress {
 /// The caller's progress callback.
 pub(crate) type ProgressCallback = Arc<dyn Fn(Progress) + Send + Sync>;
 
+/// A callback for the number of bytes that were hashed.
+pub(crate) type HashCallback = Arc<dyn Fn(u64) + Send + Sync>;
+
 /// The progress of an upload, summed over all its parts.
 pub(crate) struct ProgressTotals {
     bytes_done: AtomicU64,

@@ -8,6 +8,7 @@ use crate::download::Download;
 use crate::error::Error;
 use crate::http::{Client, Settings, http_client};
 use crate::pointer::{NotAPointer, Pointer, looks_like_pointer};
+use crate::retry::RetryReporter;
 use crate::storage::StorageClient;
 use crate::transfer::{Expected, UrlSigner};
 
@@ -110,7 +111,8 @@ impl Resolver {
     /// # Errors
     /// When no HTTP client can be built.
     pub fn with_access(access: Access) -> Result<Self, Error> {
-        let storage_client = StorageClient { http: http_client()?, settings: Settings::default() };
+        let (settings, retry_reporter) = (Settings::default(), RetryReporter::default());
+        let storage_client = StorageClient { http: http_client()?, settings, retry_reporter };
         Ok(Self { storage_client, signing_method: SigningMethod::Access(access), concurrency: DEFAULT_CONCURRENCY })
     }
 

@@ -1,6 +1,10 @@
 //! How often a failed step is retried, and how long the client waits in between.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::error::Error;
 
 /// Limits of the retries: by number of attempts, and by total waiting time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +29,41 @@ impl Default for Retry {
             longest_wait: Duration::from_secs(10),
             total_wait: Duration::from_secs(60),
         }
+    }
+}
+
+/// An attempt that failed and is repeated.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct RetryEvent<'a> {
+    /// Why the attempt failed.
+    pub error: &'a Error,
+    /// The wait before the next attempt.
+    pub wait: Duration,
+    /// The longest time that all remaining waits of this step take, including this one. The attempts themselves take time
+    /// too.
+    pub remaining: Duration,
+}
+
+type RetryCallback = dyn Fn(&RetryEvent<'_>) + Send + Sync;
+
+/// The caller's function for retries, if there is one.
+#[derive(Clone, Default)]
+pub(crate) struct RetryReporter(pub(crate) Option<Arc<RetryCallback>>);
+
+impl fmt::Debug for RetryReporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RetryReporter").field(&self.0.is_some()).finish()
+    }
+}
+
+impl RetryReporter {
+    /// Reports the failed attempt, then waits for `wait`.
+    pub(crate) async fn report_and_wait(&self, error: &Error, wait: Duration, backoff: &Backoff) {
+        if let Self(Some(callback)) = self {
+            callback(&RetryEvent { error, wait, remaining: wait.saturating_add(backoff.longest_remaining_wait()) });
+        }
+        tokio::time::sleep(wait).await;
     }
 }
 
@@ -54,8 +93,7 @@ impl Backoff {
         if self.failures >= self.retry.attempts {
             return None;
         }
-        let doubled = self.retry.first_wait.saturating_mul(1 << (self.failures - 1).min(30));
-        let spread = doubled.min(self.retry.longest_wait).mul_f64(0.5 + random / 2.0);
+        let spread = self.longest_wait_after(self.failures).mul_f64(0.5 + random / 2.0);
         let left = self.retry.total_wait.saturating_sub(self.waited);
         // The server's `Retry-After` is the minimum. All clients got the same value, so up to a quarter of it is added.
         let wait = retry_after.map_or(spread, |retry_after_wait| {
@@ -67,6 +105,19 @@ impl Backoff {
         }
         self.waited += wait;
         Some(wait)
+    }
+
+    /// The longest wait after this number of failures, if the server asks for no longer one.
+    fn longest_wait_after(&self, failures: u32) -> Duration {
+        let doubled = self.retry.first_wait.saturating_mul(1 << failures.saturating_sub(1).min(30));
+        doubled.min(self.retry.longest_wait)
+    }
+
+    /// The longest total wait of the attempts that are left.
+    fn longest_remaining_wait(&self) -> Duration {
+        let waits = (self.failures + 1..self.retry.attempts).map(|failures| self.longest_wait_after(failures));
+        let total = waits.fold(Duration::ZERO, Duration::saturating_add);
+        total.min(self.retry.total_wait.saturating_sub(self.waited))
     }
 
     /// Resets attempts and waiting time after progress. The caller must limit how often that happens.
@@ -98,6 +149,16 @@ mod tests {
         let mut backoff = Backoff::new(RETRY);
         let waits: Vec<_> = std::iter::from_fn(|| backoff.next_with_random(None, 1.0)).map(|wait| wait.as_millis()).collect();
         assert_eq!(waits, [100, 200, 300, 300]);
+    }
+
+    #[test]
+    fn the_remaining_wait_is_the_sum_of_the_waits_that_are_left() {
+        let mut backoff = Backoff::new(RETRY);
+        assert_eq!(backoff.longest_remaining_wait(), Duration::from_millis(100 + 200 + 300 + 300));
+        backoff.next_with_random(None, 1.0);
+        assert_eq!(backoff.longest_remaining_wait(), Duration::from_millis(200 + 300 + 300));
+        let short = Retry { total_wait: Duration::from_millis(250), ..RETRY };
+        assert_eq!(Backoff::new(short).longest_remaining_wait(), Duration::from_millis(250));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use sha2::Digest as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 
 use crate::checksum::Sha256;
-use crate::progress::AttemptCounter;
+use crate::progress::{AttemptCounter, HashCallback};
 
 /// The bytes of one read. It is large, so that the switch to the blocking pool costs little in comparison.
 const CHUNK_BYTES: usize = 512 << 10;
@@ -110,14 +110,15 @@ impl Source {
         }
     }
 
-    /// Reads all bytes once and computes the SHA-256 of the whole and of each part.
-    pub(crate) async fn hash(&self, part_size: u64) -> io::Result<Hashes> {
+    /// Reads all bytes once and computes the SHA-256 of the whole and of each part. `on_progress` gets the number of bytes
+    /// read so far.
+    pub(crate) async fn hash(&self, part_size: u64, on_progress: Option<HashCallback>) -> io::Result<Hashes> {
         let source = self.clone();
         let stopped = Arc::new(AtomicBool::new(false));
         let _stop = StopOnDrop(Arc::clone(&stopped));
         tokio::task::spawn_blocking(move || match source.path_or_bytes() {
-            Ok(path) => hash_reader(fs::File::open(path)?, part_size, &stopped),
-            Err(bytes) => hash_reader(&bytes[..], part_size, &stopped),
+            Ok(path) => hash_reader(fs::File::open(path)?, part_size, &stopped, on_progress.as_ref()),
+            Err(bytes) => hash_reader(&bytes[..], part_size, &stopped, on_progress.as_ref()),
         })
         .await?
     }
@@ -140,7 +141,12 @@ impl Source {
     }
 }
 
-fn hash_reader(mut reader: impl io::Read, part_size: u64, stopped: &AtomicBool) -> io::Result<Hashes> {
+fn hash_reader(
+    mut reader: impl io::Read,
+    part_size: u64,
+    stopped: &AtomicBool,
+    on_progress: Option<&HashCallback>,
+) -> io::Result<Hashes> {
     let mut chunk = vec![0; CHUNK_BYTES];
     let (mut whole, mut part) = (sha2::Sha256::new(), sha2::Sha256::new());
     let (mut size, mut left, mut parts) = (0, part_size, Vec::new());
@@ -158,6 +164,9 @@ fn hash_reader(mut reader: impl io::Read, part_size: u64, stopped: &AtomicBool) 
         whole.update(&chunk[..read]);
         part.update(&chunk[..read]);
         size += read as u64;
+        if let Some(on_progress) = on_progress {
+            on_progress(size);
+        }
         left -= read as u64;
         if left == 0 {
             parts.push(Sha256(part.finalize_reset().into()));
@@ -268,7 +277,7 @@ mod tests {
         fn one_read_gives_the_hash_of_the_whole_and_of_each_part(
             bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200), size in 1_u64..64,
         ) {
-            let hashes = hash_reader(&bytes[..], size, &AtomicBool::new(false)).unwrap();
+            let hashes = hash_reader(&bytes[..], size, &AtomicBool::new(false), None).unwrap();
             let mut parts: Vec<_> = bytes.chunks(size as usize).map(Sha256::of).collect();
             if parts.is_empty() {
                 parts.push(Sha256::of(b""));
@@ -279,7 +288,7 @@ mod tests {
 
     #[test]
     fn hashing_stops_when_its_caller_is_dropped() {
-        let error = hash_reader(&b"abc"[..], 2, &AtomicBool::new(true)).unwrap_err();
+        let error = hash_reader(&b"abc"[..], 2, &AtomicBool::new(true), None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Interrupted);
     }
 
@@ -326,7 +335,7 @@ mod tests {
     async fn a_spooled_reader_becomes_a_file_with_exactly_its_bytes() {
         let source = Source::spooled(&b"123456789"[..], Some(4)).await.unwrap();
         assert_eq!(source.size().await.unwrap(), 4);
-        assert_eq!(source.hash(16).await.unwrap().whole, Sha256::of(b"1234"));
+        assert_eq!(source.hash(16, None).await.unwrap().whole, Sha256::of(b"1234"));
         let path = source.path_or_bytes().unwrap().to_owned();
         drop(source);
         assert!(!path.exists());

@@ -10,7 +10,7 @@ use crate::api::SignedRequest;
 use crate::error::Error;
 use crate::http::{Settings, read_bounded};
 use crate::progress::AttemptCounter;
-use crate::retry::retry_after;
+use crate::retry::{RetryReporter, retry_after};
 
 /// The `peer` of [`Error::Unreachable`].
 const STORAGE: &str = "storage";
@@ -23,6 +23,7 @@ const MAX_ERROR_BYTES: usize = 64 << 10;
 pub(crate) struct StorageClient {
     pub(crate) http: reqwest::Client,
     pub(crate) settings: Settings,
+    pub(crate) retry_reporter: RetryReporter,
 }
 
 /// A failed attempt, with the `Retry-After` of S3.

@@ -360,7 +360,7 @@ impl RangeReader {
         }
         match if error.is_transient() { self.backoff.next(retry_after) } else { None } {
             Some(wait) => {
-                tokio::time::sleep(wait).await;
+                self.source.storage_client.retry_reporter.report_and_wait(&error, wait, &self.backoff).await;
                 Ok(())
             }
             None => Err(self.source.classify(error)),

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::http::Client;
 use crate::options::UploadOptions;
 use crate::parts::{self, Layout, OpenRequest, PartUploader};
-use crate::progress::{Progress, ProgressCallback, ProgressTotals};
+use crate::progress::{HashCallback, Progress, ProgressCallback, ProgressTotals};
 use crate::source::{self, Hashes, Source};
 
 /// How often the missing bytes are sent again after complete found them missing.
@@ -41,8 +41,15 @@ impl Client {
     /// Prepares an upload. The topic's name is enough if the default options fit.
     pub fn upload(&self, options: impl Into<UploadOptions>) -> Uploader {
         let (open_request, opened) = (OnceLock::new(), OnceLock::new());
-        let upload_run =
-            UploadRun { client: self.clone(), options: options.into(), on_progress: None, on_open: None, open_request, opened };
+        let upload_run = UploadRun {
+            client: self.clone(),
+            options: options.into(),
+            on_progress: None,
+            on_hash_progress: None,
+            on_open: None,
+            open_request,
+            opened,
+        };
         Uploader { upload_run, cancel: None }
     }
 }
@@ -74,6 +81,13 @@ impl Uploader {
     /// Calls `callback` with the progress, at most several times a second. It must not block.
     pub fn on_progress(mut self, callback: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.upload_run.on_progress = Some(Arc::new(callback));
+        self
+    }
+
+    /// Calls `callback` while the bytes are hashed, before the upload is opened, with the number of hashed bytes and of all
+    /// bytes. It must not block.
+    pub fn on_hash_progress(mut self, callback: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        self.upload_run.on_hash_progress = Some(Arc::new(callback));
         self
     }
 
@@ -171,6 +185,7 @@ struct UploadRun {
     client: Client,
     options: UploadOptions,
     on_progress: Option<ProgressCallback>,
+    on_hash_progress: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
     on_open: Option<OnOpen>,
     /// The request that opens the upload.
     open_request: OnceLock<OpenRequest>,
@@ -205,10 +220,16 @@ impl UploadRun {
 
     async fn upload(&self, source: Source) -> Result<Completed, Error> {
         let size = source.size().await?;
-        let hashes = source.hash(source::part_size(size, self.options.part_size)).await?;
+        let hashes = self.hash(&source, size, source::part_size(size, self.options.part_size)).await?;
         let open_request = self.options.open_request(hashes.size, Some(&hashes));
         let opened = self.open(&open_request).await?;
         self.transfer(&source, &hashes, opened, Some(&open_request), None).await
+    }
+
+    async fn hash(&self, source: &Source, size: u64, part_size: u64) -> Result<Hashes, Error> {
+        let on_progress =
+            self.on_hash_progress.clone().map(|callback| -> HashCallback { Arc::new(move |hashed| callback(hashed, size)) });
+        Ok(source.hash(part_size, on_progress).await?)
     }
 
     async fn resume(&self, id: Uuid, source: Source) -> Result<Completed, Error> {
@@ -221,7 +242,7 @@ impl UploadRun {
             return Err(Error::Corrupt { expected: format!("{} bytes", upload.size), found: format!("a file of {size} bytes") });
         }
         let part_size = upload.part_size.unwrap_or_else(|| source::part_size(size, self.options.part_size));
-        let hashes = source.hash(part_size).await?;
+        let hashes = self.hash(&source, size, part_size).await?;
         let single = upload.mode == Mode::Single && self.options.idempotency_key.is_some();
         let open_request = single.then(|| self.options.open_request(size, Some(&hashes)));
         let sha256 = Some(hashes.whole);
@@ -269,7 +290,7 @@ impl UploadRun {
         open_request: &OpenRequest,
     ) -> Result<Completed, Error> {
         let source = Source::spooled(reader, Some(opened.upload.size)).await?;
-        let hashes = source.hash(opened.upload.size).await?;
+        let hashes = self.hash(&source, opened.upload.size, opened.upload.size).await?;
         self.transfer(&source, &hashes, opened, Some(open_request), Some(hashes.whole)).await
     }
 

@@ -10,6 +10,7 @@ mod keys;
 use std::sync::Arc;
 
 use jsonwebtoken::decode_header;
+use jsonwebtoken::errors::ErrorKind;
 
 pub use issue::{Grant, IssueError, issue};
 use jwks::Jwks;
@@ -258,7 +259,11 @@ impl Auth {
     }
 
     async fn claims(&self, token: &str) -> Result<Claims, Error> {
-        let failed = |error: jsonwebtoken::errors::Error| Error::VerificationFailed(error.to_string());
+        let failed = |error: jsonwebtoken::errors::Error| match error.kind() {
+            // The signature is checked first, so only the holder of a real token sees this reason.
+            ErrorKind::ExpiredSignature => Error::Invalid("the token has expired"),
+            _ => Error::VerificationFailed(error.to_string()),
+        };
         let header = decode_header(token).map_err(failed)?;
         if header.crit.is_some() {
             return Err(Error::Invalid("the token's header has crit, but the broker supports no extension"));

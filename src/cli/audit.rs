@@ -1,7 +1,8 @@
 //! `audit`: compares PostgreSQL, S3 and Kafka, and prints the report as text or JSON.
 
+use super::dev_settings::ConfigOrDev;
 use super::output::{print_data, to_json};
-use super::{Config, Error, init_logging};
+use super::{Error, init_logging};
 use crate::app;
 use crate::audit::{self, Audit, Report};
 use crate::kafka::Kafka;
@@ -11,7 +12,7 @@ use crate::store::Store;
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    config: Config,
+    config: ConfigOrDev,
     /// Repair what is safe, without deleting an object; the report shows the repairs
     #[arg(long)]
     fix: bool,

@@ -10,8 +10,9 @@ use lfs_broker_client::consumer::Content;
 use lfs_broker_client::{self as client, Access, Consumer, ObjectLocation, SavedFile};
 use serde_json::{Value as Json, json};
 
+use super::connection::Connection;
 use super::output::{ProgressReporter, print_data, print_note, shell_quote};
-use super::{Config, Connection, Error, init_logging, remove_partial_downloads, shutdown_signal};
+use super::{Config, Error, init_logging, remove_partial_downloads, shutdown_signal};
 use crate::kafka::{self, ConsumerRecord, StartOffset, TopicConsumer};
 use crate::objects::{self, Objects};
 
@@ -44,7 +45,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     config: Config,
     #[command(flatten)]
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]

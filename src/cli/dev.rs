@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::pin;
 
+use tokio::sync::oneshot;
+
+use super::dev_settings::DEFAULT_DATA_DIR;
 use super::output::print_note;
 use super::{Error, init_logging, shutdown_signal};
 use crate::dev::{self, Dev};
@@ -15,7 +18,7 @@ pub(super) struct Arguments {
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
     /// The directory for the data
-    #[arg(long, default_value = ".lfs-broker")]
+    #[arg(long, default_value = DEFAULT_DATA_DIR)]
     data_dir: PathBuf,
     /// Remove the data when the command stops
     #[arg(long)]
@@ -32,13 +35,20 @@ pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     init_logging("lfs_broker=info,warn");
     http::raise_file_limit();
     let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
-    let mut shutdown = pin!(shutdown_signal());
+    let (shutdown_sender, shutdown_receiver) = oneshot::channel();
+    // A separate task, so that the line appears at once, also while the start blocks this thread.
+    let signal = shutdown_signal();
+    tokio::spawn(async move {
+        signal.await;
+        print_note("stopping all components");
+        let _ = shutdown_sender.send(());
+    });
+    let mut shutdown = pin!(async { drop(shutdown_receiver.await) });
     let cors_origins = cors_origins.iter().map(|origin| config::parse_origin(origin)).collect::<Result<Vec<_>, _>>()?;
     let settings = dev::Settings { listen, data_dir, ephemeral, kafka, cors_origins };
     let Some(started) = dev::start(settings, shutdown.as_mut()).await? else { return Ok(()) };
     print_addresses(&started);
     shutdown.await;
-    print_note("shutting down");
     started.stop().await?;
     Ok(())
 }

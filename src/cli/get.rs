@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lfs_broker_client::api::ReadUpload;
+use lfs_broker_client::json_words::in_words;
 use lfs_broker_client::{Client, Download};
 use serde::Deserialize as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use uuid::Uuid;
 
+use super::connection::Connection;
 use super::output::{ProgressReporter, format_size, print_data};
-use super::{Connection, Error, remove_partial_downloads, shutdown_signal};
+use super::{Error, remove_partial_downloads, shutdown_signal};
 
 /// The longest input. Every pointer is much shorter, so a longer input is not a pointer.
 const MAX_INPUT_BYTES: u64 = 64 << 10;
@@ -28,7 +30,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID")]
     version_id: Option<String>,
     #[command(flatten)]
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 impl Arguments {
@@ -121,7 +123,10 @@ async fn pointer_from_stdin() -> Result<Vec<u8>, Error> {
         // Parse the member as a pointer, because a JSON map would change the order of its members.
         Some(pointer) if completed.as_ref().is_some_and(|completed| completed.get("kfs_lfs").is_none()) => {
             let pointer = lfs_broker_client::pointer::Pointer::deserialize(pointer);
-            Ok(pointer.map_err(|error| Error::Failed(format!("the pointer cannot be read: {error}")))?.to_json().into_bytes())
+            Ok(pointer
+                .map_err(|error| Error::Failed(format!("the pointer cannot be read: {}", in_words(&error.to_string()))))?
+                .to_json()
+                .into_bytes())
         }
         _ => Ok(value.to_vec()),
     }

@@ -1,9 +1,11 @@
 //! The command line: data goes to stdout, messages go to stderr.
 
 mod audit;
+mod connection;
 mod consume;
 #[cfg(feature = "dev")]
 mod dev;
+mod dev_settings;
 mod doctor;
 mod get;
 mod output;
@@ -54,7 +56,7 @@ enum Command {
     /// Check the database, Kafka and the S3 store, and report what the store enforces
     Doctor {
         #[command(flatten)]
-        config: Config,
+        config: dev_settings::ConfigOrDev,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -116,35 +118,14 @@ fn environment() -> config::Environment {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }
 
-/// The broker that a command calls, and the token for it.
-#[derive(clap::Args)]
-struct Connection {
-    /// The URL of the broker
-    #[arg(long, env = "LFS_BROKER_URL", default_value = "http://127.0.0.1:8080")]
-    broker: String,
-    /// A bearer token
-    #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true)]
-    token: Option<String>,
-    /// Print JSON for programs, and no progress
-    #[arg(long)]
-    json: bool,
-}
-
-impl Connection {
-    fn client(&self) -> Result<client::Client, Error> {
-        let client = client::Client::new(&self.broker)?;
-        Ok(match &self.token {
-            Some(token) => client.with_token(token.as_str()),
-            None => client,
-        })
-    }
-}
-
 /// Why a command failed. The variant decides the exit code.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("{0}")]
     Config(#[from] config::Error),
+    /// A setting is missing, but a `dev` runs in this directory.
+    #[error("{0}")]
+    MissingBesideDev(config::Error),
     #[error("{0}")]
     App(#[from] app::Error),
     /// The settings are invalid, which is checked before anything starts.
@@ -184,6 +165,9 @@ pub(crate) enum Error {
     Files { failed: usize, total: usize, first: Box<Error> },
     #[error("{source}")]
     Upload { source: client::Error, resume_command: String },
+    /// A member of the JSON text that the user gave is not valid. `place` says where it is.
+    #[error("{source}; {place}")]
+    Member { source: client::Error, place: String },
     #[error("interrupted: {outcome}")]
     Interrupted { outcome: String, resume_command: Option<String> },
 }
@@ -196,7 +180,12 @@ impl Error {
     /// 1: failed, 2: usage or settings, 3: refused by the broker, 4: integrity, 5: unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::AuditFailed(_) | Self::Token(_) => 2,
+            Self::Config(_)
+            | Self::MissingBesideDev(_)
+            | Self::Settings(_)
+            | Self::Usage(_)
+            | Self::AuditFailed(_)
+            | Self::Token(_) => 2,
             #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
             Self::Store(store::Error::InvalidUrl) | Self::Objects(objects::Error::Settings(_)) => 2,
@@ -212,9 +201,11 @@ impl Error {
     /// The error of the client library, if it is the cause.
     fn client_error(&self) -> Option<&client::Error> {
         match self {
-            Self::Client(source) | Self::File { source, .. } | Self::Record { source, .. } | Self::Upload { source, .. } => {
-                Some(source)
-            }
+            Self::Client(source)
+            | Self::File { source, .. }
+            | Self::Record { source, .. }
+            | Self::Member { source, .. }
+            | Self::Upload { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -229,17 +220,20 @@ impl Error {
         }
     }
 
-    /// Prints the error and, if there is one, a hint about the next step.
-    fn print_with_hint(&self) {
+    /// Prints the error and hints about the next step. `token` is the token of the command.
+    fn print_with_hint(&self, token: Option<&str>) {
         print_note(&format!("error: {self}"));
-        if let Some(hint) = self.hint() {
+        let is_unauthorized = || self.client_error()?.problem().filter(|problem| problem.status == 401);
+        let token_hint = is_unauthorized().map(|_| connection::token_hint(token));
+        for hint in token_hint.into_iter().chain(self.hint()) {
             print_note(&format!("hint: {hint}"));
         }
     }
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::Store(store::Error::OutdatedSchema { .. }) => MIGRATE_HINT,
+            Self::Store(error) => store_hint(error)?,
+            Self::MissingBesideDev(_) => "`lfs-broker dev` runs in this directory: use its servers with --dev",
             Self::App(error) | Self::Settings(error) => app_hint(error)?,
             #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
@@ -248,6 +242,9 @@ impl Error {
                 "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
             Self::Config(config::Error::Missing(_) | config::Error::Unknown(_)) => "docs/configuration.md lists all settings",
+            Self::File { source: client::Error::Io(_), name } if std::path::Path::new(name).is_dir() => {
+                "upload the files of a directory with --recursive"
+            }
             Self::File { source: client::Error::NoReferenceBucket(_), .. } => {
                 "name the bucket with --reference-bucket; the command reads it with the AWS settings of the environment"
             }
@@ -273,9 +270,20 @@ impl Error {
 
 const MIGRATE_HINT: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
 
+fn store_hint(error: &store::Error) -> Option<&'static str> {
+    match error {
+        store::Error::OutdatedSchema { .. } => Some(MIGRATE_HINT),
+        error if error.is_unreachable() => Some("check that PostgreSQL runs at this address; DATABASE_URL sets the address"),
+        _ => None,
+    }
+}
+
 fn app_hint(error: &app::Error) -> Option<&'static str> {
     match error {
-        app::Error::Store(store::Error::OutdatedSchema { .. }) => Some(MIGRATE_HINT),
+        app::Error::Store(error) => store_hint(error),
+        app::Error::Objects(objects::Error::Refused { code, .. }) if code == "NoSuchBucket" => {
+            Some("create the bucket, or name another one with LFS_BROKER_S3_BUCKET; AWS_ENDPOINT_URL_S3 sets the endpoint")
+        }
         app::Error::NoAuthOnPublicAddress(_) => {
             Some("listen on 127.0.0.1, or run `serve` with LFS_BROKER_AUTH_MODE=jwt, which may listen on any address")
         }
@@ -307,13 +315,27 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let token = cli.command.token().map(str::to_owned);
     let outcome = runtime.block_on(run(cli.command));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.print_with_hint();
+            error.print_with_hint(token.as_deref());
             ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+impl Command {
+    /// The token for calls to the broker.
+    fn token(&self) -> Option<&str> {
+        match self {
+            Self::Put(arguments) => arguments.connection.token.as_deref(),
+            Self::Get(arguments) => arguments.connection.token.as_deref(),
+            Self::Consume(arguments) => arguments.connection.token.as_deref(),
+            Self::Topics(arguments) => arguments.token.as_deref(),
+            _ => None,
         }
     }
 }

@@ -2,10 +2,10 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{LazyLock, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::Error;
 
@@ -16,14 +16,19 @@ const LINE_INTERVAL: Duration = Duration::from_secs(2);
 const BAR_TEMPLATE: &str =
     "{msg} [{bar:25}] {percent:>3} % of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left{prefix}";
 
+/// All progress bars. They are hidden while a line is printed. Without a terminal there are none.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
 /// Writes a line of data to stdout.
 pub(super) fn print_data(line: &str) -> Result<(), Error> {
-    writeln!(io::stdout().lock(), "{line}").map_err(Error::Output)
+    BARS.suspend(|| writeln!(io::stdout().lock(), "{line}").map_err(Error::Output))
 }
 
 /// Prints a message to stderr. A failure to print is ignored, because it must not stop the command.
 pub(super) fn print_note(line: &str) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    BARS.suspend(|| {
+        let _ = writeln!(io::stderr().lock(), "{line}");
+    });
 }
 
 /// A type of the API as one line of JSON.
@@ -38,8 +43,8 @@ pub(super) struct ProgressReporter {
 }
 
 enum Style {
-    Bar { bar: ProgressBar, first_report: Once },
-    Lines(Mutex<Option<LineState>>),
+    Bar { bar: ProgressBar, first_hash_report: Once, first_report: Once },
+    Lines { hashing: Mutex<Option<LineState>>, transfer: Mutex<Option<LineState>> },
     Silent,
 }
 
@@ -55,8 +60,10 @@ impl ProgressReporter {
     pub(super) fn new(name: &str, silent: bool) -> Self {
         let style = match silent {
             true => Style::Silent,
-            false if io::stderr().is_terminal() => Style::Bar { bar: progress_bar(name), first_report: Once::new() },
-            false => Style::Lines(Mutex::new(None)),
+            false if io::stderr().is_terminal() => {
+                Style::Bar { bar: BARS.add(progress_bar(name)), first_hash_report: Once::new(), first_report: Once::new() }
+            }
+            false => Style::Lines { hashing: Mutex::default(), transfer: Mutex::default() },
         };
         Self { name: name.to_owned(), style }
     }
@@ -66,26 +73,35 @@ impl ProgressReporter {
         self.report_parts(done_bytes, total_bytes, (0, 1));
     }
 
+    /// Reports how many bytes of a file are hashed. That comes before the transfer.
+    pub(super) fn report_hashing(&self, done_bytes: u64, total_bytes: u64) {
+        match &self.style {
+            Style::Bar { bar, first_hash_report, .. } => {
+                first_hash_report.call_once(|| bar.set_message(hashing_name(&self.name)));
+                bar.set_length(total_bytes);
+                bar.set_position(done_bytes);
+            }
+            Style::Lines { hashing, .. } => {
+                print_line_if_due(hashing, &hashing_name(&self.name), done_bytes, total_bytes, (0, 1));
+            }
+            Style::Silent => {}
+        }
+    }
+
     /// As [`Self::report`], with the number of finished parts and of all parts.
     pub(super) fn report_parts(&self, done_bytes: u64, total_bytes: u64, parts: (u32, u32)) {
         match &self.style {
-            Style::Bar { bar, first_report } => {
+            Style::Bar { bar, first_report, .. } => {
                 bar.set_length(total_bytes);
                 bar.set_prefix(parts_text(parts));
                 bar.set_position(done_bytes);
-                // The bytes of an earlier run must not count for the rate of this run.
-                first_report.call_once(|| bar.reset_eta());
+                first_report.call_once(|| {
+                    bar.set_message(self.name.clone());
+                    // Hashed bytes and the bytes of an earlier run must not count for the rate of the transfer.
+                    bar.reset_eta();
+                });
             }
-            Style::Lines(state) => {
-                let (mut state, now) = (state.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
-                let state = state.get_or_insert(LineState { initial_bytes: done_bytes, started_at: now, printed_at: now });
-                if now - state.printed_at < LINE_INTERVAL {
-                    return;
-                }
-                state.printed_at = now;
-                let transferred = (done_bytes.saturating_sub(state.initial_bytes), now - state.started_at);
-                print_note(&progress_line(&self.name, done_bytes, total_bytes, parts, transferred));
-            }
+            Style::Lines { transfer, .. } => print_line_if_due(transfer, &self.name, done_bytes, total_bytes, parts),
             Style::Silent => {}
         }
     }
@@ -105,19 +121,32 @@ impl ProgressReporter {
 
     /// Prints a message about the transfer, also with `--json`.
     pub(super) fn eprintln_always(&self, text: &str) {
-        let line = format!("{}: {text}", self.name);
-        match &self.style {
-            Style::Bar { bar, .. } => bar.suspend(|| print_note(&line)),
-            Style::Lines(_) | Style::Silent => print_note(&line),
-        }
+        print_note(&format!("{}: {text}", self.name));
     }
 
     /// Removes the bar, so that the next message starts on an empty line.
     pub(super) fn clear(&self) {
         if let Style::Bar { bar, .. } = &self.style {
             bar.finish_and_clear();
+            BARS.remove(bar);
         }
     }
+}
+
+fn hashing_name(name: &str) -> String {
+    format!("hashing {name}")
+}
+
+/// Prints a progress line unless the last one was printed less than [`LINE_INTERVAL`] ago.
+fn print_line_if_due(state: &Mutex<Option<LineState>>, name: &str, done_bytes: u64, total_bytes: u64, parts: (u32, u32)) {
+    let (mut state, now) = (state.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+    let state = state.get_or_insert(LineState { initial_bytes: done_bytes, started_at: now, printed_at: now });
+    if now - state.printed_at < LINE_INTERVAL {
+        return;
+    }
+    state.printed_at = now;
+    let transferred = (done_bytes.saturating_sub(state.initial_bytes), now - state.started_at);
+    print_note(&progress_line(name, done_bytes, total_bytes, parts, transferred));
 }
 
 fn progress_bar(name: &str) -> ProgressBar {

@@ -1,18 +1,30 @@
 //! `put`: uploads files or standard input, and prints the broker's answer with the pointer and the record.
 
+mod files;
+mod upload;
+
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::pin::{Pin, pin};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lfs_broker_client::api::{Completed, Headers, Mode, Policy, ReadUpload, UploadState};
+use futures_util::{FutureExt as _, StreamExt as _, stream};
+use lfs_broker_client::api::{Completed, Headers, Policy, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use super::output::{ProgressReporter, print_data, print_note, shell_path, shell_quote, to_json};
-use super::{Connection, Error, shutdown_signal};
+use super::connection::Connection;
+use super::output::{print_data, print_note, shell_path, to_json};
+use super::{Error, shutdown_signal};
+use files::{display_name, is_stdin};
+
+/// How many small files are uploaded at the same time. A small file is mostly waiting for answers.
+const CONCURRENT_FILES: u32 = 8;
+
+/// A file of at least this size is uploaded alone, because its parts are already sent concurrently.
+const LARGE_FILE_BYTES: u64 = 16 << 20;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -28,9 +40,18 @@ pub(super) struct Arguments {
     /// A header of the records; may repeat
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
-    /// The media type of the files
+    /// The partition of the records [default: Kafka's partitioner chooses it by the key]
+    #[arg(long, value_name = "P", value_parser = clap::value_parser!(i32).range(0..))]
+    partition: Option<i32>,
+    /// The media type of the files [default: by the extension of the file name]
     #[arg(long, value_name = "TYPE")]
     content_type: Option<String>,
+    /// The file name that a download gets; only for one file [default: the name of the file]
+    #[arg(long, value_name = "NAME")]
+    filename: Option<String>,
+    /// Upload the files of directories and of their subdirectories
+    #[arg(long, short)]
+    recursive: bool,
     /// Wait until the pointer is in Kafka; otherwise return as soon as the upload is verified
     #[arg(long)]
     wait: bool,
@@ -41,7 +62,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID")]
     resume: Option<Uuid>,
     #[command(flatten)]
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 fn header(text: &str) -> Result<(String, String), String> {
@@ -56,11 +77,35 @@ impl Arguments {
         self.connection.json
     }
 
-    fn options(&self) -> UploadOptions {
+    fn check(&self) -> Result<(), Error> {
+        let is_one_file = self.files.len() == 1 && !self.recursive;
+        if self.resume.is_some() && (!is_one_file || is_stdin(&self.files[0])) {
+            return Err(Error::Usage("--resume needs exactly one file, and cannot use standard input".to_owned()));
+        }
+        if self.filename.is_some() && !is_one_file {
+            return Err(Error::Usage("--filename needs exactly one file".to_owned()));
+        }
+        if self.files.iter().filter(|file| is_stdin(file)).count() > 1 {
+            return Err(Error::Usage("standard input can be read only once".to_owned()));
+        }
+        let mut names = BTreeSet::new();
+        match self.headers.iter().find(|(name, _)| !names.insert(name)) {
+            Some((name, _)) => {
+                Err(Error::Usage(format!("--header {name} is given twice, but an upload has each header at most once")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn options(&self, file: &Path) -> UploadOptions {
+        let name = self.filename.as_deref().map_or(file, Path::new);
+        let guessed = || mime_guess::from_path(name).first_raw().map(str::to_owned);
         UploadOptions {
             key: self.key.clone().map(OsString::into_encoded_bytes),
             headers: Headers(self.headers.clone()),
-            content_type: self.content_type.clone(),
+            content_type: self.content_type.clone().or_else(guessed),
+            filename: self.filename.clone(),
+            partition: self.partition,
             wait_published: self.wait,
             wait_timeout: Duration::from_secs(self.wait_seconds),
             ..UploadOptions::to(&self.topic)
@@ -69,69 +114,127 @@ impl Arguments {
 }
 
 pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
-    if arguments.resume.is_some() && (arguments.files.len() > 1 || is_stdin(&arguments.files[0])) {
-        return Err(Error::Usage("--resume needs exactly one file, and cannot use standard input".to_owned()));
-    }
-    if arguments.files.iter().filter(|file| is_stdin(file)).count() > 1 {
-        return Err(Error::Usage("standard input can be read only once".to_owned()));
-    }
-    let mut names = BTreeSet::new();
-    if let Some((name, _)) = arguments.headers.iter().find(|(name, _)| !names.insert(name)) {
-        return Err(Error::Usage(format!("--header {name} is given twice, but an upload has each header at most once")));
-    }
+    arguments.check()?;
+    let files = files::expand(&arguments.files, arguments.recursive)?;
     let client = arguments.connection.client()?;
-    let min_bytes = min_bytes(&client, &arguments.topic).await?;
-    let mut shutdown = pin!(shutdown_signal());
-    let mut failed = Vec::new();
-    for (number, file) in arguments.files.iter().enumerate() {
-        let upload = put_one(&client, &arguments, file, shutdown.as_mut()).await;
-        let outcome = upload.and_then(|completed| print_outcome(&arguments, file, min_bytes, &completed));
-        match outcome {
-            Ok(()) => {}
-            Err(error) if arguments.files.len() > 1 && error.concerns_one_file() => {
-                error.print_with_hint();
-                failed.push(error);
+    let mut outcomes = Outcomes::new(&arguments, min_bytes(&client, &arguments.topic).await?, files.len());
+    let shutdown = shutdown_signal().shared();
+    let (is_stopped, slots) = (Cell::new(false), Semaphore::new(CONCURRENT_FILES as usize));
+    let upload = async |file: &Path| {
+        let size = if is_stdin(file) { u64::MAX } else { file.metadata().map_or(0, |found| found.len()) };
+        let _slots = slots.acquire_many(if size < LARGE_FILE_BYTES { 1 } else { CONCURRENT_FILES }).await;
+        if is_stopped.get() {
+            return None;
+        }
+        let uploaded = upload::upload(&client, &arguments, file, shutdown.clone()).await;
+        is_stopped.set(is_stopped.get() || uploaded.as_ref().is_err_and(|error| !error.concerns_one_file()));
+        Some(uploaded)
+    };
+    // The first file shows whether uploads work at all. If not, the others are not started.
+    let (first, others) = files.split_first().expect("at least one file");
+    let uploaded = upload(first).await;
+    is_stopped.set(!outcomes.add(first, uploaded));
+    let mut uploads =
+        stream::iter(others).map(|file| upload(file).map(move |uploaded| (file, uploaded))).buffered(CONCURRENT_FILES as usize);
+    while let Some((file, uploaded)) = uploads.next().await {
+        if !outcomes.add(file, uploaded) {
+            is_stopped.set(true);
+        }
+    }
+    outcomes.finish()
+}
+
+/// The outcomes of all files, in the order of the files.
+struct Outcomes<'a> {
+    arguments: &'a Arguments,
+    /// The smallest size for which the policy of the topic advises an upload.
+    min_bytes: u64,
+    files: usize,
+    /// The files that failed while others may succeed: how many, and the first error.
+    failed: usize,
+    first_failure: Option<Error>,
+    /// The first error that every file would meet.
+    fatal: Option<Error>,
+    not_started: Vec<PathBuf>,
+    /// Name and size of the first file that is smaller than advised, and the number of such files.
+    first_small: Option<(String, u64)>,
+    small: usize,
+}
+
+impl<'a> Outcomes<'a> {
+    fn new(arguments: &'a Arguments, min_bytes: u64, files: usize) -> Self {
+        let (failed, first_failure, fatal, not_started) = (0, None, None, Vec::new());
+        Self { arguments, min_bytes, files, failed, first_failure, fatal, not_started, first_small: None, small: 0 }
+    }
+
+    /// Prints the outcome of a file; `None` means that it was not started. Returns false if no other file should start.
+    fn add(&mut self, file: &Path, uploaded: Option<Result<Completed, Error>>) -> bool {
+        let Some(uploaded) = uploaded else {
+            self.not_started.push(file.to_owned());
+            return false;
+        };
+        match uploaded.and_then(|completed| self.print(file, &completed)) {
+            Ok(()) => true,
+            Err(error) if self.files > 1 && error.concerns_one_file() => {
+                error.print_with_hint(None);
+                self.failed += 1;
+                self.first_failure.get_or_insert(error);
+                true
             }
             Err(error) => {
-                print_not_started(&arguments.files[number + 1..]);
-                return Err(error);
+                match &self.fatal {
+                    // The first error is printed at the end.
+                    None => self.fatal = Some(error),
+                    Some(_) => error.print_with_hint(None),
+                }
+                false
             }
         }
     }
-    let failed_count = failed.len();
-    match failed.into_iter().next() {
-        Some(first) => Err(Error::Files { failed: failed_count, total: arguments.files.len(), first: Box::new(first) }),
-        None => Ok(()),
-    }
-}
 
-/// Prints the broker's answer to stdout, and advice to stderr.
-fn print_outcome(arguments: &Arguments, file: &Path, min_bytes: u64, completed: &Completed) -> Result<(), Error> {
-    print_data(&to_json(completed))?;
-    let (topic, name) = (&arguments.topic, display_name(file));
-    let size = completed.pointer.as_ref().map(|pointer| pointer.size);
-    if let Some(size) = size.filter(|size| *size < min_bytes && !arguments.json()) {
-        print_note(&format!(
-            "note: {name} has {size} bytes, and {topic} advises uploads from {min_bytes} on (min_bytes): \
-             smaller data fits into a record"
-        ));
-    }
-    match completed.state {
-        UploadState::Verified if arguments.wait => {
-            let (id, seconds) = (completed.id, arguments.wait_seconds);
-            Err(Error::Failed(format!(
-                "{name}: upload {id} is verified, but not yet in Kafka after {seconds} s; it will be published"
-            )))
+    /// Prints the broker's answer to stdout.
+    fn print(&mut self, file: &Path, completed: &Completed) -> Result<(), Error> {
+        print_data(&to_json(completed))?;
+        let name = display_name(file);
+        let size = completed.pointer.as_ref().map(|pointer| pointer.size);
+        if let Some(size) = size.filter(|size| *size < self.min_bytes) {
+            self.first_small.get_or_insert_with(|| (name.clone(), size));
+            self.small += 1;
         }
-        _ => Ok(()),
+        match completed.state {
+            UploadState::Verified if self.arguments.wait => {
+                let (id, seconds) = (completed.id, self.arguments.wait_seconds);
+                Err(Error::Failed(format!(
+                    "{name}: upload {id} is verified, but not yet in Kafka after {seconds} s; it will be published"
+                )))
+            }
+            _ => Ok(()),
+        }
     }
-}
 
-/// Prints the files whose upload was not started because of an earlier error.
-fn print_not_started(files: &[PathBuf]) {
-    if !files.is_empty() {
-        let names: Vec<String> = files.iter().map(|file| shell_path(file)).collect();
-        print_note(&format!("note: not started: {}", names.join(" ")));
+    /// Prints the advice about small files, and the files that were not started.
+    fn finish(self) -> Result<(), Error> {
+        if let Some((name, size)) = self.first_small.filter(|_| !self.arguments.json()) {
+            let others = match self.small - 1 {
+                0 => String::new(),
+                1 => "; 1 more file is smaller too".to_owned(),
+                others => format!("; {others} more files are smaller too"),
+            };
+            print_note(&format!(
+                "note: {name} has {size} bytes, and {} advises uploads from {} on (min_bytes): smaller data fits into a \
+                 record{others}",
+                self.arguments.topic, self.min_bytes
+            ));
+        }
+        if !self.not_started.is_empty() {
+            let names: Vec<String> = self.not_started.iter().map(|file| shell_path(file)).collect();
+            print_note(&format!("note: not started: {}", names.join(" ")));
+        }
+        match (self.fatal, self.first_failure) {
+            (Some(error), _) => Err(error),
+            (None, Some(first)) => Err(Error::Files { failed: self.failed, total: self.files, first: Box::new(first) }),
+            (None, None) => Ok(()),
+        }
     }
 }
 
@@ -145,127 +248,6 @@ async fn min_bytes(client: &Client, topic: &str) -> Result<u64, Error> {
         // The size is only advice. The broker decides at open whether the upload is allowed.
         Err(_) => Ok(0),
     }
-}
-
-async fn put_one(
-    client: &Client,
-    arguments: &Arguments,
-    file: &Path,
-    shutdown: Pin<&mut impl Future<Output = ()>>,
-) -> Result<Completed, Error> {
-    let name = display_name(file);
-    let reporter = Arc::new(ProgressReporter::new(&name, arguments.json()));
-    let opened = Arc::new(OnceLock::new());
-    let (opened_by_broker, open_reporter, progress_reporter) =
-        (Arc::clone(&opened), Arc::clone(&reporter), Arc::clone(&reporter));
-    let uploader = client
-        .upload(arguments.options())
-        .on_open(move |upload| {
-            // A retried open calls this again with the same upload.
-            let is_first = opened_by_broker.set((upload.id, upload.mode)).is_ok();
-            if is_first && upload.mode == Mode::Multipart {
-                // If the program is killed, the user needs the id to resume the upload.
-                open_reporter.eprintln_always(&format!("upload {}", upload.id));
-            }
-        })
-        .on_progress(move |progress| {
-            let parts = (progress.parts_done, progress.parts_total);
-            progress_reporter.report_parts(progress.bytes_done, progress.bytes_total, parts);
-        });
-    let upload = async {
-        match arguments.resume {
-            Some(id) => uploader.resume(id, file).await,
-            None if is_stdin(file) => uploader.spooled(tokio::io::stdin()).await,
-            None => uploader.file(file).await,
-        }
-    };
-    let outcome = tokio::select! {
-        outcome = upload => Some(outcome),
-        () = shutdown => None,
-    };
-    reporter.clear();
-    // Only a multipart upload of a file can be resumed. A single PUT starts again, and standard input cannot be read twice.
-    let resumable = opened.get().filter(|(_, mode)| *mode == Mode::Multipart && !is_stdin(file)).map(|(id, _)| *id);
-    match (outcome, resumable) {
-        (Some(Ok(completed)), _) => {
-            reporter.finish(&outcome_text(&completed));
-            Ok(completed)
-        }
-        (Some(Err(source)), Some(id)) if source.is_transient() || is_unauthorized(&source) => {
-            Err(Error::Upload { source, resume_command: resume_command(arguments, file, id) })
-        }
-        (Some(Err(source)), _) => Err(Error::file(source, &name)),
-        (None, Some(id)) => {
-            let outcome = match unless_interrupted(client.read(id, &ReadUpload::default())).await {
-                Some(Ok(upload)) => format!("upload {id} is {}", upload.state),
-                _ => format!("upload {id} was not changed"),
-            };
-            Err(Error::Interrupted { outcome, resume_command: Some(resume_command(arguments, file, id)) })
-        }
-        (None, None) => {
-            let outcome = match opened.get() {
-                Some((id, _)) => abort(client, *id).await,
-                None => "nothing was uploaded".to_owned(),
-            };
-            Err(Error::Interrupted { outcome, resume_command: None })
-        }
-    }
-}
-
-/// Aborts an upload and returns the outcome as text.
-async fn abort(client: &Client, id: Uuid) -> String {
-    match unless_interrupted(client.abort(id)).await {
-        Some(Ok(())) => format!("upload {id} was aborted"),
-        Some(Err(error)) if error.is_problem("state-conflict") => {
-            format!("upload {id} is already verified, so its pointer will be published")
-        }
-        Some(Err(error)) if error.is_problem("completion-in-progress") => {
-            format!("upload {id} was not aborted, because the broker is completing it")
-        }
-        _ => format!("upload {id} could not be aborted; it will expire"),
-    }
-}
-
-/// The output of the future; `None` if another signal arrives first.
-async fn unless_interrupted<T>(future: impl Future<Output = T>) -> Option<T> {
-    tokio::select! {
-        output = future => Some(output),
-        () = shutdown_signal() => None,
-    }
-}
-
-/// Whether the token was rejected, for example because it expired. With another token the upload can be resumed.
-fn is_unauthorized(error: &client::Error) -> bool {
-    error.problem().is_some_and(|problem| problem.status == 401)
-}
-
-fn resume_command(arguments: &Arguments, file: &Path, id: Uuid) -> String {
-    let (file, topic) = (shell_path(file), shell_quote(&arguments.topic));
-    let broker = shell_quote(&arguments.connection.broker);
-    let wait = if arguments.wait { " --wait" } else { "" };
-    format!("lfs-broker put {file} --topic {topic} --resume {id}{wait} --broker {broker}")
-}
-
-fn outcome_text(completed: &Completed) -> String {
-    let integrity = completed.integrity.map_or("unknown", |integrity| integrity.name());
-    match &completed.record {
-        Some(record) => {
-            format!(
-                "published to {}, partition {}, offset {}; verified by {integrity}",
-                record.topic, record.partition, record.offset
-            )
-        }
-        None if completed.state == UploadState::Verified => format!("verified by {integrity}; its pointer will be published"),
-        None => completed.state.to_string(),
-    }
-}
-
-fn display_name(file: &Path) -> String {
-    if is_stdin(file) { "standard input".to_owned() } else { file.display().to_string() }
-}
-
-fn is_stdin(file: &Path) -> bool {
-    file.as_os_str() == "-"
 }
 
 #[cfg(test)]

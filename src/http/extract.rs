@@ -10,6 +10,7 @@ use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, header};
 use http_body_util::BodyExt as _;
 use lfs_broker_client::api::{ErrorCode, FieldError, ListUploads, UploadState};
+use lfs_broker_client::json_words::in_words;
 use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use time::format_description::well_known::Rfc3339;
@@ -129,11 +130,14 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
             Ok(AxumQuery(query)) => Ok(Self(query)),
             Err(rejection) => Err(Problem::invalid(vec![FieldError::new(
                 "",
-                std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string),
+                in_words(&std::error::Error::source(&rejection).map_or_else(|| rejection.to_string(), ToString::to_string)),
             )])),
         }
     }
 }
+
+/// Names [`UploadState::ALL`].
+const NOT_A_STATE: &str = "not an upload state: open, completing, verified, published, aborted, expired or rejected";
 
 /// The filters of a list request. The parameter `state` may repeat.
 pub(super) struct Filters(pub(super) ListUploads);
@@ -177,7 +181,7 @@ fn filter(list: &mut ListUploads, name: &str, value: String) -> Result<(), &'sta
         "cursor" => list.cursor = Some(value),
         "state" => {
             let state = UploadState::ALL.into_iter().find(|state| state.name() == value);
-            list.state.push(state.ok_or("not an upload state")?);
+            list.state.push(state.ok_or(NOT_A_STATE)?);
         }
         "limit" => list.limit = Some(value.parse().map_err(|_| "not a number from 1 to 200")?),
         "created_after" => list.created_after = Some(time(&value)?),
@@ -325,7 +329,7 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let pointer: String = error.path().iter().map(segment).collect();
-        Problem::invalid(vec![FieldError::new(&pointer, error.inner().to_string())])
+        Problem::invalid(vec![FieldError::new(&pointer, in_words(&error.inner().to_string()))])
     })
 }
 
@@ -462,6 +466,8 @@ mod tests {
             let name = format!("/{}", bad.0);
             assert_eq!(filters(vec![bad]).unwrap_err()[0].pointer, name);
         }
+        let states = &filters(vec![pair("state", "x")]).unwrap_err()[0].detail;
+        assert!(UploadState::ALL.iter().all(|state| states.contains(state.name())), "{states}");
         assert_eq!(filters(vec![pair("topic", "a"), pair("topic", "b")]).unwrap_err()[0].pointer, "/topic");
     }
 

@@ -10,6 +10,8 @@ use super::Error;
 
 /// The code of [`Error::Refused`] for a refusal that different clocks cause.
 pub(crate) const CLOCK_SKEW: &str = "ClockSkew";
+/// S3's error code for a bucket that does not exist.
+const NO_SUCH_BUCKET: &str = "NoSuchBucket";
 /// A larger difference of the clocks counts as the cause of a refusal. Stores allow 15 minutes, but a URL expires by the
 /// store's clock.
 const MAX_CLOCK_SKEW_SECONDS: i64 = 60;
@@ -20,6 +22,8 @@ pub(super) struct PutResponse {
     /// S3's error code and message, if the body contains them.
     code: Option<String>,
     message: Option<String>,
+    /// Scheme, host and port of the store that answered.
+    endpoint: String,
     /// By how many seconds the broker's clock is ahead of the `Date` header of the response.
     clock_ahead_seconds: Option<i64>,
 }
@@ -31,9 +35,10 @@ impl PutResponse {
         let now = DateTime::from(SystemTime::now());
         let clock_ahead_seconds = store_time.map(|store_time| now.secs() - store_time.secs());
         let status = response.status();
+        let endpoint = response.url().origin().ascii_serialization();
         // If the body cannot be read, the status is still useful.
         let body = if status.is_success() { String::new() } else { response.text().await.unwrap_or_default() };
-        Self { status, code: xml_element(&body, "Code"), message: xml_element(&body, "Message"), clock_ahead_seconds }
+        Self { status, code: xml_element(&body, "Code"), message: xml_element(&body, "Message"), endpoint, clock_ahead_seconds }
     }
 
     /// The reason why the store refused a valid PUT into this bucket.
@@ -52,7 +57,14 @@ impl PutResponse {
                 let cause = format!("the clock differs from the store's by {seconds} s (ours is {direction})");
                 Error::Refused { code: CLOCK_SKEW.to_owned(), message: format!("{cause}: {message}") }
             }
-            _ if code == "NoSuchBucket" => Error::Refused { code, message: format!("bucket {bucket} does not exist: {message}") },
+            _ if code == NO_SUCH_BUCKET => {
+                Error::Refused { code, message: format!("bucket {bucket} does not exist at {}", self.endpoint) }
+            }
+            // Some stores send no error document. A PUT to an existing bucket is never answered with 404.
+            _ if self.code.is_none() && self.status == StatusCode::NOT_FOUND => {
+                let message = format!("bucket {bucket} does not exist at {}, or that is not an S3 store", self.endpoint);
+                Error::Refused { code: NO_SUCH_BUCKET.to_owned(), message }
+            }
             _ => Error::Refused { code, message },
         }
     }
@@ -85,7 +97,8 @@ mod tests {
 
     fn error(status: u16, code: &str, clock_ahead_seconds: Option<i64>) -> Error {
         let status = StatusCode::from_u16(status).unwrap();
-        PutResponse { status, code: Some(code.to_owned()), message: None, clock_ahead_seconds }.to_error("b")
+        let code = Some(code.to_owned()).filter(|code| !code.is_empty());
+        PutResponse { status, code, message: None, endpoint: "http://s3:9000".to_owned(), clock_ahead_seconds }.to_error("b")
     }
 
     #[test]
@@ -94,7 +107,8 @@ mod tests {
         let clock = text(403, "AccessDenied", Some(-1203));
         assert!(clock.contains("the clock differs from the store's by 1,203 s (ours is behind)"), "{clock}");
         assert!(!text(403, "SignatureDoesNotMatch", Some(1)).contains("clock"));
-        assert!(text(404, "NoSuchBucket", None).contains("bucket b does not exist"));
+        assert_eq!(text(404, "NoSuchBucket", None), "s3 refused: NoSuchBucket: bucket b does not exist at http://s3:9000");
+        assert!(text(404, "", None).contains("bucket b does not exist at http://s3:9000"), "{}", text(404, "", None));
         assert!(matches!(error(503, "SlowDown", Some(-1203)), Error::Unavailable(_)));
         assert_eq!([0, 999, 1000, 1_234_567].map(with_thousands_separators), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!(xml_element("<Error><Code>X</Code></Error>", "Code").as_deref(), Some("X"));

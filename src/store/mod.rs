@@ -77,7 +77,7 @@ pub enum Error {
     #[error("the broker is shutting down")]
     ShuttingDown,
     /// The database was not reachable, did not answer in time, or returned an error.
-    #[error("database: {0}")]
+    #[error("database: {}", in_words(.0))]
     Database(#[source] sqlx::Error),
     /// The schema could not be migrated.
     #[error("applying the migrations failed: {0}")]
@@ -99,6 +99,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether no connection could be opened, or the connection broke.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Io(_)))
+    }
+
     /// Whether the database refused the statement for a lasting reason. A retry succeeds only after an operator has changed
     /// something.
     pub(crate) fn is_refusal(&self) -> bool {
@@ -110,6 +115,21 @@ impl Error {
             Self::OutdatedSchema { .. } | Self::Migration(_) | Self::InvalidUrl => true,
             _ => false,
         }
+    }
+}
+
+/// An error of the database in plain words.
+fn in_words(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Io(error) => error.to_string(),
+        sqlx::Error::PoolTimedOut => "all connections to PostgreSQL are in use".to_owned(),
+        sqlx::Error::Database(error) => match error.code().as_deref() {
+            // 28P01: invalid_password (PostgreSQL, appendix A).
+            Some("28P01") => format!("PostgreSQL refused the password in DATABASE_URL: {}", error.message()),
+            Some(code) => format!("{} (SQLSTATE {code})", error.message()),
+            None => error.message().to_owned(),
+        },
+        error => error.to_string(),
     }
 }
 
@@ -165,7 +185,9 @@ impl Store {
     pub async fn migrate(&self) -> Result<(), Error> {
         // A separate connection without a statement timeout: building the index of a large table can take minutes.
         let options = self.options.clone().options([("statement_timeout", "0")]);
-        let connected = self.pool.with_timeout(async { Ok(PgConnection::connect_with(&options).await?) });
+        let connected = self.pool.with_timeout(async {
+            Ok(PgConnection::connect_with(&options).await.map_err(|error| pool::with_address(&options, error))?)
+        });
         let mut connection = connected.await?;
         migrate::run(&mut connection).await?;
         // The migrations are committed, so a failure of the closing handshake changes nothing.

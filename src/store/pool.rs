@@ -5,6 +5,7 @@
 //! takes the other's connections. The `statement_timeout` of a connection equals the timeout of its callers.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -161,11 +162,18 @@ impl ConnectionPool {
     }
 
     async fn acquire(self: &Arc<Self>) -> Result<Connection, sqlx::Error> {
-        timeout(self.acquire_timeout, self.acquire_without_timeout()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+        let has_permit = AtomicBool::new(false);
+        match timeout(self.acquire_timeout, self.acquire_without_timeout(&has_permit)).await {
+            Ok(acquired) => acquired,
+            Err(_) if has_permit.load(Ordering::Relaxed) => Err(with_address(&self.options, timed_out(self.acquire_timeout))),
+            Err(_) => Err(sqlx::Error::PoolTimedOut),
+        }
     }
 
-    async fn acquire_without_timeout(self: &Arc<Self>) -> Result<Connection, sqlx::Error> {
+    /// Sets `has_permit` once it waits for the server and no longer for other callers.
+    async fn acquire_without_timeout(self: &Arc<Self>, has_permit: &AtomicBool) -> Result<Connection, sqlx::Error> {
         let mut permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+        has_permit.store(true, Ordering::Relaxed);
         loop {
             // Takes the connection that became idle last, so that surplus connections reach the idle timeout.
             let Some(idle) = self.idle().pop() else { break };
@@ -186,13 +194,14 @@ impl ConnectionPool {
         let deadline = Instant::now() + self.acquire_timeout;
         let mut pause = Duration::from_millis(10);
         loop {
-            match timeout(CONNECT_TIMEOUT, OpenConnection::open(&self.options)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            let opened = timeout(CONNECT_TIMEOUT, OpenConnection::open(&self.options)).await;
+            match opened.unwrap_or_else(|_| Err(timed_out(CONNECT_TIMEOUT))) {
                 Ok(open) => return Ok(Connection::new(self, open, permit)),
                 Err(error) if is_starting(&error) && Instant::now() + pause < deadline => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(self.acquire_timeout / 5);
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(with_address(&self.options, error)),
             }
         }
     }
@@ -259,6 +268,20 @@ impl ConnectionPool {
         for idle in idle {
             let _ = idle.open.connection.close().await;
         }
+    }
+}
+
+/// Adds the server's host and port to an error of the connection. It keeps the kind of the error.
+pub(super) fn with_address(options: &PgConnectOptions, error: sqlx::Error) -> sqlx::Error {
+    let address = match options.get_socket() {
+        Some(directory) => directory.display().to_string(),
+        None => format!("{}:{}", options.get_host(), options.get_port()),
+    };
+    match error {
+        sqlx::Error::Io(error) => {
+            sqlx::Error::Io(std::io::Error::new(error.kind(), format!("no connection to PostgreSQL at {address}: {error}")))
+        }
+        error => error,
     }
 }
 

@@ -30,6 +30,7 @@ mod dev_restart;
 mod embedded_s3;
 mod expiry;
 mod failpoints;
+mod first_hour;
 mod generated_clients;
 mod get_upload;
 mod hostile;

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod calls;
+mod connection_errors;
 mod consumers;
 mod downloads;
 mod mock_server;
