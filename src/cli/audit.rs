@@ -1,8 +1,7 @@
 //! `audit`: compares PostgreSQL, S3 and Kafka, and prints the report as text or JSON.
 
-use super::dev_settings::ConfigOrDev;
 use super::output::{print_data, to_json};
-use super::{Error, init_logging};
+use super::{ConfigOrDev, Error, init_logging};
 use crate::app;
 use crate::audit::{self, Audit, Report};
 use crate::kafka::Kafka;

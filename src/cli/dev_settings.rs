@@ -50,16 +50,16 @@ fn load(directory: &Path) -> Result<app::Settings, Error> {
     })?;
     let endpoints: Endpoints = serde_json::from_slice(&json)
         .map_err(|error| Error::Usage(format!("{} is not a file of `lfs-broker dev`: {error}", path.display())))?;
-    let variable = |name: &str| match name {
-        "DATABASE_URL" => Some(endpoints.database_url.clone()),
-        "KAFKA_BOOTSTRAP_SERVERS" => Some(endpoints.kafka_bootstrap.clone()),
-        "LFS_BROKER_S3_BUCKET" => Some(endpoints.bucket.clone()),
-        "LFS_BROKER_AUTH_MODE" => Some("none".to_owned()),
+    let environment = [
+        ("DATABASE_URL", endpoints.database_url.as_str()),
+        ("KAFKA_BOOTSTRAP_SERVERS", &endpoints.kafka_bootstrap),
+        ("LFS_BROKER_S3_BUCKET", &endpoints.bucket),
+        ("LFS_BROKER_AUTH_MODE", "none"),
         // The embedded Kafka has no transactions, and a real one can be checked without them too.
-        "LFS_BROKER_DELIVERY" => Some("at_least_once".to_owned()),
-        _ => None,
-    };
-    let mut settings = config::load(None, variable)?;
+        ("LFS_BROKER_DELIVERY", "at_least_once"),
+    ];
+    let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let mut settings = config::load(None, &environment)?;
     settings.objects.endpoint = Some(endpoints.s3_endpoint.clone());
     settings.objects.region = Some(endpoints.s3_region.clone());
     settings.objects.access_key_id = Some(endpoints.s3_access_key_id.clone());
@@ -85,6 +85,7 @@ mod tests {
             bucket: "lfs-dev".to_owned(),
             kafka_bootstrap: "127.0.0.1:7".to_owned(),
             database_url: "postgres://u:p@127.0.0.1:5/d".to_owned(),
+            postgres_dir: directory.path().to_owned(),
         };
         std::fs::write(dev_json(directory.path()), serde_json::to_vec(&endpoints).unwrap()).unwrap();
         let settings = load(directory.path()).unwrap();

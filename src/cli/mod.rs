@@ -5,6 +5,7 @@ mod connection;
 mod consume;
 #[cfg(feature = "dev")]
 mod dev;
+#[cfg(feature = "dev")]
 mod dev_settings;
 mod doctor;
 mod get;
@@ -56,7 +57,7 @@ enum Command {
     /// Check the database, Kafka and the S3 store, and report what the store enforces
     Doctor {
         #[command(flatten)]
-        config: dev_settings::ConfigOrDev,
+        config: ConfigOrDev,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -81,6 +82,11 @@ enum Command {
         shell: clap_complete::Shell,
     },
 }
+
+#[cfg(not(feature = "dev"))]
+use Config as ConfigOrDev;
+#[cfg(feature = "dev")]
+use dev_settings::ConfigOrDev;
 
 #[derive(clap::Args)]
 struct Config {
@@ -124,6 +130,7 @@ pub(crate) enum Error {
     #[error("{0}")]
     Config(#[from] config::Error),
     /// A setting is missing, but a `dev` runs in this directory.
+    #[cfg(feature = "dev")]
     #[error("{0}")]
     MissingBesideDev(config::Error),
     #[error("{0}")]
@@ -180,14 +187,9 @@ impl Error {
     /// 1: failed, 2: usage or settings, 3: refused by the broker, 4: integrity, 5: unreachable.
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_)
-            | Self::MissingBesideDev(_)
-            | Self::Settings(_)
-            | Self::Usage(_)
-            | Self::AuditFailed(_)
-            | Self::Token(_) => 2,
+            Self::Config(_) | Self::Settings(_) | Self::Usage(_) | Self::AuditFailed(_) | Self::Token(_) => 2,
             #[cfg(feature = "dev")]
-            Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
+            Self::MissingBesideDev(_) | Self::Dev(crate::dev::Error::App(app::Error::NoAuthOnPublicAddress(_))) => 2,
             Self::Store(store::Error::InvalidUrl) | Self::Objects(objects::Error::Settings(_)) => 2,
             Self::Kafka(kafka::Error::Settings(_) | kafka::Error::Reserved(_) | kafka::Error::Limit { .. }) => 2,
             Self::Files { first, .. } => first.exit_code(),
@@ -233,6 +235,7 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Store(error) => store_hint(error)?,
+            #[cfg(feature = "dev")]
             Self::MissingBesideDev(_) => "`lfs-broker dev` runs in this directory: use its servers with --dev",
             Self::App(error) | Self::Settings(error) => app_hint(error)?,
             #[cfg(feature = "dev")]
