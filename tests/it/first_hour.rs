@@ -279,6 +279,7 @@ fn write_dev_json(directory: &Path, broker: &TestBroker) {
         bucket: broker.bucket.clone(),
         kafka_bootstrap: broker.settings.kafka.bootstrap_servers.clone(),
         database_url: broker.settings.store.url.clone(),
+        postgres_dir: directory.join("postgres"),
     };
     std::fs::create_dir_all(directory).unwrap();
     std::fs::write(directory.join("dev.json"), serde_json::to_vec(&endpoints).unwrap()).unwrap();
