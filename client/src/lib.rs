@@ -77,6 +77,7 @@ mod save;
 mod source;
 mod storage;
 mod transfer;
+mod transport;
 
 #[cfg(feature = "keys")]
 pub use access::Keys;
@@ -84,10 +85,11 @@ pub use access::{Access, ObjectLocation};
 pub use consumer::Consumer;
 pub use download::Download;
 pub use error::Error;
-pub use http::{Client, Settings};
+pub use http::Client;
 pub use options::UploadOptions;
 pub use progress::Progress;
 pub use resolve::{Resolver, Value};
 pub use retry::Retry;
 pub use save::{SavedFile, remove_partial_downloads};
+pub use transport::Settings;
 pub use upload::Uploader;

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use lfs_broker_client::api::{CompleteUpload, Completed, UploadState};
 use lfs_broker_client::checksum::Digest;
-use lfs_broker_client::pointer::Pointer;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::read::record;
+use super::view::{pointer, record};
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
 use crate::session::{Failure, Session, SessionError, State, Verification};
@@ -190,10 +189,4 @@ fn verified(session: &Session, verification: &Verification) -> Result<Completed,
         integrity: Some(verification.integrity),
         record: None,
     })
-}
-
-/// The pointer as it was stored.
-pub(super) fn pointer(session: &Session, verification: &Verification) -> Result<Pointer, Error> {
-    Pointer::parse(verification.pointer.as_bytes())
-        .map_err(|error| Error::Store(store::Error::Corrupt { id: session.id, reason: error.to_string() }))
 }

@@ -8,6 +8,7 @@ mod operate;
 mod read;
 mod resolve;
 mod topics;
+mod view;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

@@ -13,6 +13,7 @@ use time::OffsetDateTime;
 use tracing::warn;
 use uuid::{ContextV7, Timestamp, Uuid};
 
+use super::view::view;
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
 use crate::completion::object_location;
@@ -164,7 +165,7 @@ impl Broker {
                 let hashes: Vec<Sha256> = self.store.part_hashes(id).await?.into_iter().map(|(_, sha256)| sha256).collect();
                 self.with_signed_urls(session, &hashes, now).await?
             }
-            _ => super::read::view(&session, now)?,
+            _ => view(&session, now)?,
         };
         Ok(Some(Opened { upload, is_new: false }))
     }
@@ -181,7 +182,7 @@ impl Broker {
 
     /// The answer for an open session, with its first URLs.
     async fn with_signed_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
-        let mut upload = super::read::view(&session, now)?;
+        let mut upload = view(&session, now)?;
         match session.spec.layout {
             Layout::Single => {
                 let token = session.id.to_string();
@@ -191,7 +192,7 @@ impl Broker {
             }
             Layout::Multipart { part_count, part_hashes, .. } => {
                 let upload_id = self.ensure_s3_upload(&mut session, now).await?;
-                upload = super::read::view(&session, now)?;
+                upload = view(&session, now)?;
                 let first_parts = match part_hashes {
                     PartHashMode::Deferred => 0,
                     PartHashMode::None | PartHashMode::Given => part_count.min(u32::try_from(PARTS_PER_CALL).expect("100")),

@@ -5,7 +5,7 @@
 //! connections is also the limit of concurrent requests.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::client_ip::PeerIp;
 use super::connection_limits::{ConnectionLimits, ConnectionPermit, LimitReached, RESERVE_CONNECTIONS};
 use super::middleware::{RefusedRequest, final_response};
 use super::monitored_io::{ConnectionActivity, ConnectionPhase, ConnectionTimeouts, MonitoredBody, MonitoredIo};
@@ -41,10 +42,6 @@ const MAX_HEADERS: usize = 100;
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a request head may take on a connection in the reserve, and during the shutdown.
 const RESERVE_HEAD_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The IP address of the TCP peer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PeerIp(pub(super) IpAddr);
 
 /// Serves connections. It holds what all of them share.
 #[derive(Clone)]

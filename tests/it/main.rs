@@ -33,6 +33,7 @@ mod get_upload;
 mod hostile;
 mod http_limits;
 mod idempotency;
+mod import_circles;
 mod integrity;
 mod kafscale_reader;
 mod kafscale_regressions;
