@@ -145,7 +145,7 @@ impl Broker {
             let Some(aborted) = session.abort().map_err(|error| session_error(error, &before))? else { return Ok(()) };
             let by = format!("client:{}", caller.subject);
             let transition = Transition { from, to: &aborted, reason: "the client requested the abort", by: &by, now };
-            match self.store.save(&transition, self.deployment.shards).await {
+            match self.store.save(&transition).await {
                 Ok(_) => {
                     self.notifier.notify(id);
                     self.notifier.sweeper.notify_one();
@@ -172,9 +172,10 @@ fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error
 }
 
 fn stored_failure(session: &Session, failure: Option<Failure>) -> Error {
-    let Some(failure) = failure else { return Error::OutcomeUnknown };
-    let items = failure.items.clone();
-    Error::Session { error: SessionError::Rejected(Box::new(failure)), state: session.state.name(), items }
+    match failure {
+        Some(failure) => Error::Session { failure, state: session.state.name() },
+        None => Error::OutcomeUnknown,
+    }
 }
 
 fn still_completing(id: Uuid) -> Completed {

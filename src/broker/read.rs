@@ -14,7 +14,8 @@ use uuid::Uuid;
 use super::view::view;
 use super::{Broker, Error};
 use crate::auth::Caller;
-use crate::completion::{missing_part_numbers, object_location, uploaded_parts};
+use crate::completion::{missing_part_numbers, uploaded_parts};
+use crate::objects::ObjectLocation;
 use crate::policy;
 use crate::session::{Layout, Session, State};
 use crate::store::{Filter, SessionPage};
@@ -53,7 +54,7 @@ impl Broker {
             return Ok(upload);
         }
         let next = match session.spec.layout {
-            Layout::Single => match self.objects.head(&object_location(session), None).await? {
+            Layout::Single => match self.objects.head(&ObjectLocation::of(session), None).await? {
                 Some(_) => Next::Complete,
                 None => Next::Put,
             },
@@ -72,7 +73,7 @@ impl Broker {
 
     async fn list_uploaded_parts(&self, session: &Session) -> Result<Vec<UploadedPart>, Error> {
         let Some(upload_id) = session.s3_upload_id.as_deref() else { return Ok(Vec::new()) };
-        let location = object_location(session);
+        let location = ObjectLocation::of(session);
         let Some(listed) = self.objects.list_parts(&location, upload_id).await? else {
             return match self.objects.head(&location, None).await? {
                 // An earlier completion has joined the parts but could not save the result: no part is missing.

@@ -59,7 +59,7 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Err
         pointer: verification.map(|verification| pointer(session, verification)).transpose()?,
         integrity: verification.map(|verification| verification.integrity),
         record,
-        error: failure.map(|failure| UploadError { code: failure.code.clone(), detail: failure.detail.clone() }),
+        error: failure.map(|failure| UploadError { code: failure.code.to_string(), detail: failure.detail.clone() }),
         created_at: session.created_at,
         updated_at: session.updated_at,
         expires_at: session.expires_at,
@@ -69,7 +69,8 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Err
 
 /// The position of the published record.
 pub(super) fn record(session: &Session, metadata: &RecordMetadata) -> Record {
-    Record { topic: session.spec.topic.clone(), partition: metadata.partition, offset: metadata.offset, timestamp: metadata.at }
+    let RecordMetadata { partition, offset, .. } = *metadata;
+    Record { topic: session.spec.topic.clone(), partition, offset, timestamp: metadata.timestamp() }
 }
 
 /// The pointer as it was stored.

@@ -7,7 +7,7 @@ use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lfs_broker_client::api::{Completed, Headers, Mode, Policy, ReadUpload, UploadState};
+use lfs_broker_client::api::{Completed, ErrorCode, Headers, Mode, Policy, ReadUpload, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
 use uuid::Uuid;
 
@@ -139,7 +139,7 @@ fn print_not_started(files: &[PathBuf]) {
 async fn min_bytes(client: &Client, topic: &str) -> Result<u64, Error> {
     match client.topic(topic).await {
         Ok(policy) => Ok(policy.min_bytes),
-        Err(error) if error.is_problem("topic-not-found") => Ok(Policy::default().min_bytes),
+        Err(error) if error.is_problem(ErrorCode::TopicNotFound) => Ok(Policy::default().min_bytes),
         // The broker is unreachable. Without this error the upload would fail only after all retries were repeated.
         Err(error @ client::Error::Unreachable { .. }) => Err(error.into()),
         // The size is only advice. The broker decides at open whether the upload is allowed.
@@ -216,10 +216,10 @@ async fn put_one(
 async fn abort(client: &Client, id: Uuid) -> String {
     match unless_interrupted(client.abort(id)).await {
         Some(Ok(())) => format!("upload {id} was aborted"),
-        Some(Err(error)) if error.is_problem("state-conflict") => {
+        Some(Err(error)) if error.is_problem(ErrorCode::StateConflict) => {
             format!("upload {id} is already verified, so its pointer will be published")
         }
-        Some(Err(error)) if error.is_problem("completion-in-progress") => {
+        Some(Err(error)) if error.is_problem(ErrorCode::CompletionInProgress) => {
             format!("upload {id} was not aborted, because the broker is completing it")
         }
         _ => format!("upload {id} could not be aborted; it will expire"),

@@ -69,7 +69,7 @@ pub(crate) async fn serve(
     let capacity = Arc::new(Semaphore::new(settings.connections + RESERVE_CONNECTIONS));
     let limits =
         Arc::new(ConnectionLimits::new(settings.connections, settings.connections_per_address, settings.trusted_proxies));
-    let mut stopped = shutdown.stopped.clone();
+    let stopped = shutdown.stopped.clone();
     let handler = ConnectionHandler { router, base_path: base_path.into(), tls, timeouts, limits, shutdown };
     let mut connections = JoinSet::new();
     loop {
@@ -82,7 +82,7 @@ pub(crate) async fn serve(
         };
         let next = tokio::select! {
             next = next => next,
-            _ = stopped.wait_for(|stopped| *stopped) => break,
+            () = stopped.cancelled() => break,
         };
         match next {
             Ok((stream, peer, capacity)) => {
@@ -154,7 +154,7 @@ impl ConnectionHandler {
             Box::pin(async move {
                 let mut response = handler.answer(request, &permit).await;
                 // Close the keep-alive connection while others wait, or when this replica shuts down.
-                if permit.in_reserve || handler.shutdown.is_announced() || handler.limits.is_saturated() {
+                if permit.in_reserve || handler.shutdown.announced.is_cancelled() || handler.limits.is_saturated() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 Ok::<_, Infallible>(response.map(|body| MonitoredBody { body, _guard: guard }))
@@ -182,7 +182,7 @@ impl ConnectionHandler {
                         return debug!(%peer, "closed an idle connection to make room for others");
                     }
                 }
-                _ = self.shutdown.stopped.wait_for(|stopped| *stopped), if !draining => {
+                () = self.shutdown.stopped.cancelled(), if !draining => {
                     draining = true;
                     self.timeouts.head = self.timeouts.head.min(RESERVE_HEAD_TIMEOUT);
                     // A request that has begun to arrive is still answered; hyper's graceful shutdown would drop it.
