@@ -181,7 +181,7 @@ async fn bytes_replaced_under_the_write_token_are_not_reported_as_verified() {
         let key = broker.upload(&id).await.json["object_key"].as_str().unwrap().to_owned();
         broker.put_object(&key, b"olleh", Some(&id)).await;
         let refused = reverify(&broker, &id).await.expect_problem(422, "checksum-mismatch");
-        assert!(refused.json["detail"].as_str().unwrap().starts_with("promised "), "{}", refused.text);
+        assert!(refused.json["detail"].as_str().unwrap().starts_with("declared "), "{}", refused.text);
     }
 
     let content = bytes(PART_BYTES + 7, 3);

@@ -195,7 +195,7 @@ async fn put_uploads_each_of_many_files_and_continues_after_one_that_fails() {
     let output = run_blocking(&["put", &files[0], &files[2], "--topic", "not-there"], &environment).await;
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{stderr}");
-    assert!(stderr.contains(&format!("note: not begun: '{}", directory.path().display())), "{stderr}");
+    assert!(stderr.contains(&format!("note: not started: '{}", directory.path().display())), "{stderr}");
     let output = run_blocking(&["put", &files[0], &files[2], "--topic", "x", "--broker", "http://127.0.0.1:1"], &[]).await;
     assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
 }
@@ -237,7 +237,7 @@ async fn an_interrupted_put_prints_the_command_that_resumes_it() {
 
     let (id, output) = interrupt_put(&broker, &large).await;
     let stderr = text(&output.stderr);
-    let hint = stderr.lines().find_map(|line| line.strip_prefix("hint: go on with: lfs-broker ")).expect(&stderr);
+    let hint = stderr.lines().find_map(|line| line.strip_prefix("hint: resume with: lfs-broker ")).expect(&stderr);
     assert!(hint.contains(&format!("--resume {id} --wait")), "{hint}");
     proxy.restore().await;
     // The hint is run by a shell, because it quotes the file name.

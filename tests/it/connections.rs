@@ -160,7 +160,10 @@ async fn request_bodies_share_a_memory_budget_and_small_ones_need_none() {
     });
     let (first, second) = (first.responses().await, second.responses().await);
     first[0].expect_problem(503, "dependency-unavailable");
-    assert!(first[0].head.contains("retry-after") && first[0].body.contains("request bodies hold"), "{first:?}");
+    assert!(
+        first[0].head.contains("retry-after") && first[0].body.contains("the memory for request bodies is in use"),
+        "{first:?}"
+    );
     assert!([201, 503].contains(&second[0].status), "{second:?}");
     broker.send_json("POST", "/lfs/uploads", whole).await.expect(201);
 }
@@ -212,7 +215,7 @@ async fn a_broker_that_shuts_down_reports_it_first_and_resets_no_connection() {
     waiting.send(format!("GET /lfs/uploads/{id}?wait=30 HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes()).await;
     let begun = Instant::now();
     process.signal("TERM");
-    process.wait_for_log("ending").await;
+    process.wait_for_log("shutting down").await;
     let ready = broker.send(broker.http.get(format!("{}/readyz", process.url()))).await;
     assert_eq!((ready.status, ready.json["status"].as_str()), (503, Some("shutting-down")), "{}", ready.text);
     let new = broker.send(broker.http.get(format!("{}/lfs/uploads", process.url()))).await.expect(200);
@@ -236,10 +239,10 @@ async fn a_second_signal_stops_the_broker_at_once() {
     let broker = TestBroker::start().await;
     let mut process = broker.spawn_process(&[("LFS_BROKER_SHUTDOWN_DELAY_SECONDS", "100")]).await;
     process.signal("TERM");
-    process.wait_for_log("ending").await;
+    process.wait_for_log("shutting down").await;
     assert!(!process.has_exited().await);
     process.signal("TERM");
-    process.wait_for_log("asked to end twice").await;
+    process.wait_for_log("a second signal arrived").await;
     let mut has_exited = false;
     for _ in 0..10 {
         has_exited = has_exited || process.has_exited().await;

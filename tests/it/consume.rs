@@ -225,7 +225,7 @@ async fn a_kafka_outage_is_reported_once() {
     signal(child.id(), "INT");
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let away = away.unwrap();
-    assert!(away.starts_with("note: Kafka is away") && away.ends_with("waiting for it"), "{away}");
-    assert_eq!(back.unwrap(), "note: Kafka is back");
+    assert!(away.starts_with("note: Kafka is unavailable") && away.ends_with("waiting for it"), "{away}");
+    assert_eq!(back.unwrap(), "note: Kafka is available again");
     assert_eq!(lines.iter().collect::<Vec<_>>(), Vec::<String>::new(), "each state is reported once");
 }

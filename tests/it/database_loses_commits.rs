@@ -11,7 +11,7 @@ use crate::harness::process::BrokerProcess;
 use crate::harness::{ApiResponse, TestBroker};
 
 /// What the relay logs when it notices the loss.
-const NOTICED: &str = "is compared with Kafka before it goes on";
+const NOTICED: &str = "is paused until it is compared with Kafka";
 
 /// Moves uploads back to `open`.
 const REOPENED: &str = "update upload_sessions set state = 'open', verified_at = null, integrity = null, pointer = null,
@@ -144,7 +144,7 @@ async fn a_relay_drops_its_shards_when_the_database_does_not_know_the_pointer_it
     );
     assert_eq!(sqlx::query(sqlx::AssertSqlSafe(back)).execute(&broker.db).await.unwrap().rows_affected(), 1);
     let line = process.wait_for_log("PostgreSQL lost commits").await;
-    assert!(line.contains("kafka holds 1 pointers") && line.contains("the database took note of 0"), "{line}");
+    assert!(line.contains("kafka holds 1 pointers") && line.contains("but the database recorded 0 of them"), "{line}");
     assert!(line.contains(NOTICED), "{line}");
     if !broker.is_exactly_once() {
         return;

@@ -217,7 +217,7 @@ async fn no_key_is_used_as_a_path() {
 async fn a_directory_has_one_server_and_its_secret_is_not_printed() {
     let embedded = EmbeddedS3::new().await;
     let second = Server::start(settings(embedded.directory.path())).await;
-    assert!(matches!(second, Err(Error::Busy(_))));
+    assert!(matches!(second, Err(Error::InUse(_))));
     assert!(!format!("{:?}", settings(embedded.directory.path())).contains("own-secret"));
     let server = embedded.server.as_ref().unwrap();
     server.create_bucket(BUCKET).await.unwrap();

@@ -163,7 +163,7 @@ async fn the_number_of_concurrent_completions_is_limited() {
     proxy.stall();
     let responses = join_all(waiting.iter().map(|id| broker.complete(id))).await;
     let refused = responses.into_iter().map(|response| response.expect_problem(503, "dependency-unavailable"));
-    let refused = refused.filter(|response| response.json["detail"].as_str().unwrap().contains("as many uploads as it may"));
+    let refused = refused.filter(|response| response.json["detail"].as_str().unwrap().contains("has reached its limit of"));
     let refused: Vec<ApiResponse> = refused.collect();
     assert!((3..=5).contains(&refused.len()), "{} of 6", refused.len());
     assert!(refused.iter().all(|response| response.headers.contains_key("retry-after")));

@@ -195,7 +195,7 @@ async fn an_object_of_another_size_is_rejected() {
     let (id, key) = (opened.id(), opened.json["object_key"].as_str().unwrap());
     broker.put_object(key, b"hello!", Some(&id)).await;
     let refused = broker.complete(&id).await.expect_problem(422, "size-mismatch");
-    assert_eq!(refused.json["detail"], "promised 5 bytes, found 6");
+    assert_eq!(refused.json["detail"], "declared 5 bytes, found 6");
     assert_eq!(broker.upload(&id).await.json["error"]["code"], "size-mismatch");
     broker.wait_until_s3_is_empty(key).await;
 }

@@ -404,7 +404,7 @@ async fn a_storage_error_is_503_without_internal_details() {
     let response = response.expect_problem(503, "dependency-unavailable");
     assert!(response.headers.contains_key("retry-after"));
     assert!(!response.text.contains("no-such-bucket"), "{}", response.text);
-    assert_eq!(response.json["detail"], "object storage refused it");
+    assert_eq!(response.json["detail"], "object storage refused the request");
 }
 
 #[tokio::test]
@@ -413,7 +413,7 @@ async fn a_database_error_is_not_reported_as_a_timeout() {
     sqlx::query("alter table idempotency_keys rename to elsewhere").execute(&broker.db).await.unwrap();
     sqlx::query("alter table upload_sessions rename to elsewhere_too").execute(&broker.db).await.unwrap();
     let response = broker.get("/lfs/uploads").await.expect_problem(503, "dependency-unavailable");
-    assert_eq!(response.json["detail"], "the database refused it");
+    assert_eq!(response.json["detail"], "the database refused the request");
 }
 
 #[tokio::test]

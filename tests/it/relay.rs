@@ -161,7 +161,7 @@ async fn ten_thousand_pointers_of_a_missing_topic_delay_no_other_key_and_are_log
     }
     eprintln!("20 uploads beside 10,000 refused pointers: {:?}, the longest {longest:?}", begun.elapsed());
     let log = process.log();
-    assert_eq!(log.lines().filter(|line| line.contains("Kafka refused")).count(), 1, "{log}");
+    assert_eq!(log.lines().filter(|line| line.contains("Kafka rejected")).count(), 1, "{log}");
     let reported: (i64,) =
         sqlx::query_as("select count(*) from upload_sessions where error_detail like 'kafka has no topic%-gone'")
             .fetch_one(&broker.db)
@@ -442,7 +442,7 @@ async fn an_upload_that_its_topic_can_never_take_is_refused_at_open() {
     assert_eq!(refused.json["errors"][0]["pointer"], "/key");
     let large = json!({"topic": compacted, "key": "k", "headers": {"large": "x".repeat(1900)}});
     let refused = broker.open(b"hello", large).await.expect_problem(422, "record-too-large");
-    assert!(refused.json["detail"].as_str().unwrap().contains("takes 2000"), "{}", refused.text);
+    assert!(refused.json["detail"].as_str().unwrap().contains("allows 2000"), "{}", refused.text);
     // An accepted upload is always published: the limit at open is neither too low nor too high.
     let fits = |bytes: usize| json!({"topic": compacted, "key": "k", "headers": {"large": "x".repeat(bytes)}});
     let (mut fit, mut too_large) = (1000, 1900);

@@ -147,7 +147,7 @@ async fn older_pointers_stay_readable_after_the_maximum_size_is_lowered() {
     let resolved = broker.resolve(&value, "").await.expect(200);
     assert_eq!(broker.download(&resolved.json).await, b"hello");
     let refused = broker.resolve(&value, "?validate=true").await.expect_problem(422, "pointer-invalid");
-    assert_eq!(refused.json["detail"], "the pointer says 5 bytes, the topic allows 4");
+    assert_eq!(refused.json["detail"], "the pointer declares 5 bytes, the topic allows 4");
 }
 
 #[tokio::test]

@@ -175,7 +175,7 @@ async fn unusable_tls_files_are_named_before_the_broker_starts() {
     for (certificate, key, named) in [
         (directory.path().join("no.pem"), key.clone(), "no.pem"),
         (key.clone(), key.clone(), "key.pem has no certificate"),
-        (certificate.clone(), certificate.clone(), "certificate.pem is not PEM of a private key"),
+        (certificate.clone(), certificate.clone(), "certificate.pem does not hold a private key in PEM format"),
     ] {
         let error = check_files(&certificate, &key).expect("the files are refused");
         assert!(error.contains(named), "{error}");

@@ -141,7 +141,7 @@ impl Issuer {
         let issuer = Self { address, behaviour: Arc::new(Mutex::new(behaviour)), requests: Arc::default() };
         let state = (Arc::clone(&issuer.behaviour), Arc::clone(&issuer.requests));
         let routes = axum::Router::new().fallback(serve_keys).with_state(state);
-        tokio::spawn(async move { axum::serves(listener, routes).await });
+        tokio::spawn(async move { axum::serve(listener, routes).await });
         issuer
     }
 

@@ -47,7 +47,7 @@ async fn the_audit_does_not_adopt_a_forged_record_of_an_open_upload() {
         let report = audit(&broker, fix).await.unwrap();
         assert_kinds(&report, &[FindingKind::RecordUnpromised]);
         assert_eq!(figures(&report, FindingKind::RecordUnpromised), (3, 15, 0));
-        assert!(report.findings[0].examples.iter().all(|example| example.contains("not proved")), "{report:#?}");
+        assert!(report.findings[0].examples.iter().all(|example| example.contains("not verified")), "{report:#?}");
     }
     assert_eq!(broker.upload(&opened.id()).await.state(), "open");
     // The client can still complete the upload.

@@ -70,7 +70,7 @@ async fn put_lists_the_files_that_it_has_not_begun_when_stdout_is_closed() {
     let arguments = ["put", &names[0], &names[1], &names[2], "--topic", &broker.topic];
     let output = run_with_closed_stdout(&arguments, &[("LFS_BROKER_URL", &broker.url())]).await;
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains(&format!("not begun: {} {}", names[1], names[2])), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains(&format!("not started: {} {}", names[1], names[2])), "{}", text(&output.stderr));
 }
 
 #[tokio::test]
@@ -155,7 +155,7 @@ async fn a_put_that_is_killed_has_already_printed_which_upload_to_resume() {
 
     let (id, child) = spawn_put_until_open(&broker, &["--key", "k", "--", "-big"], directory.path()).await;
     let output = interrupt(child).await;
-    let expected = format!("hint: go on with: lfs-broker put ./-big --topic {} --resume {id}", broker.topic);
+    let expected = format!("hint: resume with: lfs-broker put ./-big --topic {} --resume {id}", broker.topic);
     assert!(text(&output.stderr).contains(&expected), "{}", text(&output.stderr));
 }
 
@@ -171,7 +171,7 @@ async fn a_put_that_waits_in_vain_for_kafka_exits_with_code_1() {
     table_lock.rollback().await.unwrap();
     let done: Value = serde_json::from_slice(&output.stdout).expect("the response of complete is on stdout");
     assert_eq!((output.status.code(), &done["state"]), (Some(1), &json!("verified")), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).contains("promised, and not yet in Kafka after 1 s"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("is verified, but not yet in Kafka after 1 s"), "{}", text(&output.stderr));
     broker.wait_for_state(done["id"].as_str().unwrap(), "published").await;
 }
 

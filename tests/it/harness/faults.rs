@@ -7,7 +7,7 @@ use lfs_broker::app;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::proxy::FaultProxy;
+use super::fault_proxy::FaultProxy;
 use super::servers::servers;
 use super::{ApiResponse, Record, TestBroker};
 

@@ -160,7 +160,7 @@ impl TestBroker {
             broker: broker::Settings { complete_wait: Duration::from_secs(20), ..broker::Settings::default() },
             completion: completion::Settings::default(),
             // A test that needs a sweep advances the clock and wakes the sweeper by an abort, or lowers this interval.
-            sweeper: sweeper::Settings { every: Duration::from_millis(200), ..sweeper::Settings::default() },
+            sweeper: sweeper::Settings { interval: Duration::from_millis(200), ..sweeper::Settings::default() },
         };
         change(&mut settings);
         let s3 = s3_client(&settings.objects);
