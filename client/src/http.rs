@@ -23,9 +23,9 @@ use crate::api::{
     ResolveOptions, SignParts, SignedParts, TopicPage, TopicPolicy, Upload, UploadPage,
 };
 use crate::error::{Error, quote};
+use crate::http_client::{Settings, http_client, read_bounded};
 use crate::retry::{Backoff, retry_after};
 use crate::storage::StorageClient;
-use crate::transport::{Settings, http_client, read_bounded};
 
 /// The `peer` of [`Error::Unreachable`].
 const BROKER: &str = "the broker";

@@ -69,6 +69,7 @@ pub mod upload;
 
 mod download;
 mod error;
+mod http_client;
 mod options;
 mod parts;
 mod progress;
@@ -77,7 +78,6 @@ mod save;
 mod source;
 mod storage;
 mod transfer;
-mod transport;
 
 #[cfg(feature = "keys")]
 pub use access::Keys;
@@ -86,10 +86,10 @@ pub use consumer::Consumer;
 pub use download::Download;
 pub use error::Error;
 pub use http::Client;
+pub use http_client::Settings;
 pub use options::UploadOptions;
 pub use progress::Progress;
 pub use resolve::{Resolver, Value};
 pub use retry::Retry;
 pub use save::{SavedFile, remove_partial_downloads};
-pub use transport::Settings;
 pub use upload::Uploader;

@@ -7,10 +7,10 @@ use crate::api::ResolveOptions;
 use crate::download::Download;
 use crate::error::Error;
 use crate::http::Client;
+use crate::http_client::{Settings, http_client};
 use crate::pointer::{NotAPointer, Pointer, looks_like_pointer};
 use crate::storage::StorageClient;
 use crate::transfer::{Expected, UrlSigner};
-use crate::transport::{Settings, http_client};
 
 /// The Java client's serializer uploads to a staging topic of this suffix.
 const STAGING_SUFFIX: &str = ".lfs-staging";

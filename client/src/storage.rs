@@ -8,9 +8,9 @@ use reqwest::{Body, Method, Response, StatusCode};
 
 use crate::api::SignedRequest;
 use crate::error::Error;
+use crate::http_client::{Settings, read_bounded};
 use crate::progress::AttemptCounter;
 use crate::retry::retry_after;
-use crate::transport::{Settings, read_bounded};
 
 /// The `peer` of [`Error::Unreachable`].
 const STORAGE: &str = "storage";
