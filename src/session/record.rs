@@ -48,3 +48,19 @@ pub(crate) fn ordering_key(topic: &str, key: Option<&[u8]>) -> Option<i64> {
 fn first_eight_bytes(digest: Sha256) -> i64 {
     i64::from_be_bytes(digest.0[..8].try_into().expect("a SHA-256 has more than eight bytes"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_of_a_position_is_that_of_the_markers_that_kafka_already_holds() {
+        let at = OffsetDateTime::from_unix_timestamp(1_763_706_959).unwrap();
+        let metadata = RecordMetadata::new(Uuid::nil(), 3, 42, at);
+        let json =
+            r#"{"upload_id":"00000000-0000-0000-0000-000000000000","partition":3,"offset":42,"timestamp_ms":1763706959000}"#;
+        assert_eq!(serde_json::to_string(&metadata).unwrap(), json);
+        assert_eq!(serde_json::from_str::<RecordMetadata>(json).unwrap(), metadata);
+        assert_eq!(metadata.timestamp(), at);
+    }
+}

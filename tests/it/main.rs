@@ -53,6 +53,7 @@ mod restart;
 mod s3_faults;
 mod s3_refusals;
 mod secrets;
+mod shared_limits;
 mod single_put;
 mod tls;
 mod tokens;
