@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, Notify, oneshot, watch};
+use tokio::sync::{Mutex, Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -117,7 +118,8 @@ pub enum Error {
 pub struct Running {
     address: SocketAddr,
     store: Store,
-    stop: watch::Sender<bool>,
+    /// Cancels the token of all workers, also when it is dropped.
+    stop: DropGuard,
     shutdown: http::Shutdown,
     grace: Duration,
     workers: Vec<JoinHandle<()>>,
@@ -180,7 +182,6 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         objects: objects.clone(),
         notifier: Arc::clone(&notifier),
         settings: settings.completion.clone(),
-        shards: deployment.shards,
         owner,
         tasks: Tasks::default(),
     };
@@ -193,7 +194,6 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         settings: settings.sweeper.clone(),
         restore_check: restore_check.clone(),
         lease: settings.completion.lease,
-        shards: deployment.shards,
     };
     let checks = ReadinessChecker::new(store.clone(), objects.clone(), kafka.clone(), deployment, Arc::clone(&readiness));
     let broker = Broker::new(BrokerDeps {
@@ -203,7 +203,6 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         notifier: Arc::clone(&notifier),
         completion_worker: completion_worker.clone(),
         restore_check: restore_check.clone(),
-        deployment,
         policy: settings.policy.clone(),
         settings: settings.broker.clone(),
         capabilities,
@@ -211,8 +210,9 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
-    let (stop, stopped) = watch::channel(false);
-    let (shutdown, grace) = (http::Shutdown::new(stopped.clone()), settings.http.shutdown_grace);
+    let stopped = CancellationToken::new();
+    let shutdown = http::Shutdown { announced: CancellationToken::new(), stopped: stopped.clone() };
+    let (stop, grace) = (stopped.clone().drop_guard(), settings.http.shutdown_grace);
     let (address, server) = listen(&settings, broker, tls.clone(), shutdown.clone()).await?;
     let mut workers = vec![
         tokio::spawn(serve(server, grace, stopped.clone())),
@@ -222,10 +222,11 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         tokio::spawn(run_restore_check(restore_check, stopped.clone())),
         tokio::spawn(run_change_poller(store.clone(), notifier, stopped.clone())),
     ];
-    workers.extend([tokio::spawn(run_until_shutdown(stopped.clone(), probing)), tokio::spawn(checks.run(stopped.clone()))]);
+    workers.push(tokio::spawn(run_until_shutdown(stopped.clone(), async move { drop(probing.join_all().await) })));
+    workers.push(tokio::spawn(run_until_shutdown(stopped.clone(), checks.run())));
     let scheme = if tls.is_some() { "https" } else { "http" };
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
-        workers.push(tokio::spawn(tls.reload_on_change(files, stopped)));
+        workers.push(tokio::spawn(run_until_shutdown(stopped, tls.reload_on_change(files))));
     }
     info!(%address, "serving on {scheme}://{address}");
     Ok(Running { address, store, stop, shutdown, grace, workers, completions })
@@ -263,15 +264,15 @@ impl Running {
 
     /// Announces the shutdown: `/readyz` answers 503, and every response closes its connection. Requests are still served.
     pub fn announce_shutdown(&self) {
-        self.shutdown.announce();
+        self.shutdown.announced.cancel();
     }
 
     /// Shuts down in order: accepts no new requests, finishes the running ones, and lets the relay finish its batch and release
     /// its shards.
     pub async fn stop(self) {
-        self.shutdown.announce();
+        self.shutdown.announced.cancel();
         let deadline = Instant::now() + self.grace;
-        let _ = self.stop.send(true);
+        drop(self.stop);
         let drained = async {
             for worker in self.workers {
                 if let Err(error) = worker.await {
@@ -383,9 +384,9 @@ async fn check_not_restored(restore_check: &RestoreCheck) -> Result<(), Error> {
     }
 }
 
-async fn serve(server: impl Future<Output = ()>, grace: Duration, mut stopped: watch::Receiver<bool>) {
+async fn serve(server: impl Future<Output = ()>, grace: Duration, stopped: CancellationToken) {
     let grace_ended = async {
-        let _ = stopped.wait_for(|stopped| *stopped).await;
+        stopped.cancelled().await;
         tokio::time::sleep(grace).await;
     };
     tokio::select! {
@@ -394,26 +395,23 @@ async fn serve(server: impl Future<Output = ()>, grace: Duration, mut stopped: w
     }
 }
 
-/// Runs the tasks until the shutdown. Dropping this future drops the tasks.
-async fn run_until_shutdown(mut stopped: watch::Receiver<bool>, mut tasks: JoinSet<()>) {
-    tokio::select! {
-        _ = tasks.join_next() => {}
-        _ = stopped.wait_for(|stopped| *stopped) => {}
-    }
+/// Runs a task until it ends, or drops it at the shutdown.
+async fn run_until_shutdown(stopped: CancellationToken, task: impl Future<Output = ()>) {
+    stopped.run_until_cancelled(task).await;
 }
 
-async fn run_relay(relay: Relay, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
+async fn run_relay(relay: Relay, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
     let relay = Arc::new(Mutex::new(relay));
     let tick = || async { relay.lock().await.tick().await };
     run_worker("relay", tick, POLL_INTERVAL, &notifier.relay, stopped).await;
     relay.lock().await.stop().await;
 }
 
-async fn run_verifier(verifier: Verifier, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
+async fn run_verifier(verifier: Verifier, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
     run_worker("verifier", || verifier.tick(), POLL_INTERVAL, &notifier.verifier, stopped).await;
 }
 
-async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
+async fn run_sweeper(sweeper: Sweeper, stopped: CancellationToken) {
     let notifier = Arc::clone(&sweeper.notifier);
     let every = sweeper.settings.interval;
     // Each runs on its own, so that a slow S3 does not delay the release of quotas. Only the timer wakes those with `never`.
@@ -428,7 +426,7 @@ async fn run_sweeper(sweeper: Sweeper, stopped: watch::Receiver<bool>) {
 
 /// Compares the database with Kafka until the comparison passes, so that readiness reports when the two are reconciled. The
 /// relay and the sweeper compare again before they publish or delete.
-async fn run_restore_check(restore_check: RestoreCheck, mut stopped: watch::Receiver<bool>) {
+async fn run_restore_check(restore_check: RestoreCheck, stopped: CancellationToken) {
     let tick = || async {
         if !restore_check.is_passed() {
             // The relay and the sweeper log why a comparison failed, when they have something to publish or delete.
@@ -437,15 +435,12 @@ async fn run_restore_check(restore_check: RestoreCheck, mut stopped: watch::Rece
         Ok::<usize, store::Error>(0)
     };
     let never = Notify::new();
-    tokio::select! {
-        () = run_worker("comparison with Kafka", tick, COMPARE_INTERVAL, &never, stopped.clone()) => {}
-        // An unresponsive Kafka must not delay the shutdown.
-        _ = stopped.wait_for(|stopped| *stopped) => {}
-    }
+    // An unresponsive Kafka must not delay the shutdown.
+    run_until_shutdown(stopped.clone(), run_worker("comparison with Kafka", tick, COMPARE_INTERVAL, &never, stopped)).await;
 }
 
 /// Polls the versions of the subscribed sessions, which other replicas may change: one query for all of them.
-async fn run_change_poller(store: Store, notifier: Arc<ChangeNotifier>, stopped: watch::Receiver<bool>) {
+async fn run_change_poller(store: Store, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
     let tick = || async {
         let ids = notifier.subscribed_ids();
         if !ids.is_empty() {
@@ -457,13 +452,13 @@ async fn run_change_poller(store: Store, notifier: Arc<ChangeNotifier>, stopped:
 }
 
 /// Runs a worker until the shutdown. The next tick follows at once while there is work, else after a notification or `every`.
-async fn run_worker<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, mut stopped: watch::Receiver<bool>)
+async fn run_worker<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, stopped: CancellationToken)
 where
     T: FnMut() -> F,
     F: Future<Output = Result<usize, E>>,
     E: std::fmt::Display,
 {
-    while !*stopped.borrow() {
+    while !stopped.is_cancelled() {
         // If a panic ended the worker, queued uploads would pile up unnoticed: log the panic and continue.
         let pause = match AssertUnwindSafe(tick()).catch_unwind().await {
             Ok(Ok(0)) => every,
@@ -482,7 +477,7 @@ where
         tokio::select! {
             () = tokio::time::sleep(jittered) => {}
             () = wake.notified() => {}
-            _ = stopped.wait_for(|stopped| *stopped) => {}
+            () = stopped.cancelled() => {}
         }
     }
 }
@@ -493,18 +488,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_continues_after_a_panic() {
-        let (stop, stopped) = watch::channel(false);
+        let stopped = CancellationToken::new();
         let (mut ticks, wake) = (0, Notify::new());
         let tick = || {
             ticks += 1;
-            let (ticks, stop) = (ticks, stop.clone());
+            let (ticks, stop) = (ticks, stopped.clone());
             async move {
                 assert!(ticks > 1, "the test needs a panic");
-                stop.send_replace(true);
+                stop.cancel();
                 Ok::<usize, store::Error>(0)
             }
         };
-        let worker = run_worker("worker", tick, POLL_INTERVAL, &wake, stopped);
+        let worker = run_worker("worker", tick, POLL_INTERVAL, &wake, stopped.clone());
         tokio::time::timeout(Duration::from_secs(20), worker).await.expect("the worker continues, and stops when asked");
         assert_eq!(ticks, 2);
     }

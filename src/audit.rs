@@ -31,7 +31,7 @@ use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
 use crate::policy;
 use crate::restore_check::{self, KafkaAhead, RestoreCheck};
-use crate::store::{self, Deployment, Store};
+use crate::store::{self, Store};
 
 /// Concurrent calls to S3.
 const S3_CONCURRENCY: usize = 16;
@@ -87,7 +87,6 @@ async fn shards_ahead(restore_check: &RestoreCheck) -> Result<Vec<KafkaAhead>, E
 /// The state of one audit run.
 struct Run<'a> {
     audit: &'a Audit,
-    deployment: Deployment,
     started_at: OffsetDateTime,
     /// The key prefixes that may contain objects of uploads, by bucket. An empty prefix means the whole bucket.
     prefixes_by_bucket: BTreeMap<String, BTreeSet<String>>,
@@ -124,7 +123,6 @@ impl Audit {
         let ahead = shards_ahead(&restore_check).await?;
         let mut run = Run {
             audit: self,
-            deployment,
             started_at,
             prefixes_by_bucket: self.prefixes_by_bucket().await?,
             database_is_older: !ahead.is_empty(),
@@ -219,7 +217,7 @@ impl Run<'_> {
                 let fixed = self.fix
                     && !stuck.is_in_outbox
                     && !report.has_doubts()
-                    && self.store.requeue_pointer(stuck.id, self.deployment.shards, self.started_at).await?;
+                    && self.store.requeue_pointer(stuck.id, self.started_at).await?;
                 let example = format!("upload {} to topic {}, verified {age_seconds} s ago{reason}", stuck.id, stuck.topic);
                 report.add(NewFinding { kind, bytes: stuck.size_bytes.unsigned_abs(), fixed, example });
             }

@@ -417,10 +417,10 @@ async fn start_kafka(dir: &Path, store: &Store) -> Result<kafka::Server, Error> 
     server.create_topic(crate::kafka::MARKER_TOPIC, store.deployment().await?.shards).await?;
     let mut topics: BTreeMap<(String, i32), Vec<kafka::SavedRecord>> = BTreeMap::new();
     for (published, row) in store.published_records().await? {
-        let timestamp_ms = i64::try_from(published.at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
         let record = relay::to_kafka_record(&row);
         let (key, value, headers) = (record.key, record.value, record.headers);
-        let saved = kafka::SavedRecord { offset: published.offset, timestamp_ms, key, value, headers };
+        let (offset, timestamp_ms) = (published.offset, published.timestamp_ms);
+        let saved = kafka::SavedRecord { offset, timestamp_ms, key, value, headers };
         topics.entry((row.topic, published.partition)).or_default().push(saved);
     }
     for ((topic, partition), records) in topics {

@@ -5,10 +5,13 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use lfs_broker_client::api::{FieldError, OpenUpload, PartHashes, Policy};
+use lfs_broker_client::api::{
+    DEFAULT_PART_BYTES, FieldError, MAX_OBJECT_BYTES, MAX_PART_BYTES, MAX_PARTS, MAX_PUT_BYTES, MIN_PART_BYTES, OpenUpload,
+    PartHashes, Policy, is_valid_filename, part_bytes,
+};
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
 
-use crate::session::{Layout, MAX_PART_BYTES, MAX_PARTS, MAX_PUT_BYTES, MIN_PART_BYTES, PartHashMode, UploadSpec, max_integrity};
+use crate::session::{Layout, PartHashMode, UploadSpec, max_integrity};
 
 /// The longest record key, in bytes: every row and record stores it.
 const MAX_RECORD_KEY_BYTES: usize = 4096;
@@ -16,8 +19,6 @@ const MAX_RECORD_KEY_BYTES: usize = 4096;
 pub(crate) const MAX_OBJECT_KEY_BYTES: usize = 1024;
 /// The names and values of all record headers together, in bytes: a pointer record stays small.
 const MAX_HEADERS_BYTES: usize = 8192;
-/// The largest object, in bytes (Amazon S3: 5 TiB).
-const MAX_OBJECT_BYTES: u64 = 5 << 40;
 /// The longest lifetime of a session and of a URL, in seconds (SigV4: 7 days).
 pub(crate) const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 
@@ -43,7 +44,7 @@ impl Default for Settings {
         Self {
             default_enabled: false,
             single_put_max_bytes: 64 << 20,
-            part_size_bytes: 16 << 20,
+            part_size_bytes: DEFAULT_PART_BYTES,
             session_seconds: 3600,
             session_max_seconds: 86_400,
             url_seconds: 900,
@@ -135,7 +136,7 @@ pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyVi
     if !is_media_type(&content_type) {
         errors.push(FieldError::new("/content_type", "a media type is type/subtype, at most 255 visible ASCII characters"));
     }
-    if request.filename.as_deref().is_some_and(|name| !is_filename(name)) {
+    if request.filename.as_deref().is_some_and(|name| !is_valid_filename(name)) {
         errors.push(FieldError::new("/filename", "a file name has 1 to 255 bytes, no slash, no backslash, no control character"));
     }
     let headers_bytes = validate_headers(&request, &mut errors);
@@ -206,13 +207,6 @@ fn is_media_type(text: &str) -> bool {
         Some((kind, subtype)) => text.len() <= 255 && token(kind) && token(subtype) && visible && !text.ends_with(' '),
         None => false,
     }
-}
-
-fn is_filename(name: &str) -> bool {
-    (1..=255).contains(&name.len())
-        && !name.chars().any(|c| c.is_control() || c == '/' || c == '\\')
-        && name != "."
-        && name != ".."
 }
 
 fn validate_headers(request: &OpenUpload, errors: &mut Vec<FieldError>) -> usize {
@@ -331,15 +325,10 @@ fn layout(request: &OpenUpload, settings: &Settings) -> Layout {
     if request.size == 0 || (request.size <= single_put_max_bytes && !asked_for_parts) {
         return Layout::Single;
     }
-    let part_bytes = request.part_size.unwrap_or_else(|| default_part_bytes(request.size, settings));
+    let configured = settings.part_size_bytes.clamp(MIN_PART_BYTES, MAX_PART_BYTES);
+    let part_bytes = request.part_size.unwrap_or_else(|| part_bytes(request.size, configured));
     let part_count = u32::try_from(request.size.div_ceil(part_bytes)).expect("a valid request has at most 10,000 parts");
     Layout::Multipart { part_bytes, part_count, part_hashes }
-}
-
-/// The configured part size, or as many whole MiB as are needed to stay within 10,000 parts.
-fn default_part_bytes(size: u64, settings: &Settings) -> u64 {
-    const MIB: u64 = 1 << 20;
-    settings.part_size_bytes.clamp(MIN_PART_BYTES, MAX_PART_BYTES).max(size.div_ceil(MAX_PARTS).div_ceil(MIB) * MIB)
 }
 
 /// Whether `allowed` (`a/b`, `a/*`, `*/*`) covers a media type. Parameters are ignored.

@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use lfs_broker_client::api::Dependency;
-use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::kafka::{CheckError, Kafka};
@@ -162,20 +161,14 @@ pub(crate) struct ReadinessChecker {
 }
 
 impl ReadinessChecker {
-    /// Runs the checks until shutdown, more often while one fails.
-    pub(crate) async fn run(self, mut stopped: watch::Receiver<bool>) {
+    /// Runs the checks again and again, more often while one fails.
+    pub(crate) async fn run(self) {
         let (mut pause, mut is_first) = (FIRST_CHECK_DELAY, true);
         loop {
             // Jitter: replicas that started together must not check at the same time.
             let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
-            tokio::select! {
-                () = tokio::time::sleep(jittered) => {}
-                _ = stopped.wait_for(|stopped| *stopped) => return,
-            }
-            pause = tokio::select! {
-                passed = self.tick(is_first) => if passed { CHECK_INTERVAL } else { RETRY_INTERVAL },
-                _ = stopped.wait_for(|stopped| *stopped) => return,
-            };
+            tokio::time::sleep(jittered).await;
+            pause = if self.tick(is_first).await { CHECK_INTERVAL } else { RETRY_INTERVAL };
             is_first = false;
         }
     }

@@ -4,80 +4,23 @@
 //! takes `self` and returns the next session or a [`SessionError`]. Every transition answers every state.
 
 mod error;
+mod record;
+mod spec;
 mod verification;
 
-use lfs_broker_client::api::{FieldError, Integrity, UploadState};
+use lfs_broker_client::api::{Integrity, UploadState};
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
 use lfs_broker_client::pointer::Pointer;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-pub use error::SessionError;
+pub use error::{Failure, SessionError};
+pub use lfs_broker_client::api::{MAX_PART_BYTES, MAX_PUT_BYTES, MIN_PART_BYTES};
+pub use record::RecordMetadata;
+pub(crate) use record::{ordering_key, shard};
+pub(crate) use spec::{Layout, PartHashMode, UploadSpec};
 pub(crate) use verification::max_integrity;
 use verification::{integrity_from_s3, is_harmless};
-
-/// The most parts of a multipart upload (Amazon S3, "Multipart upload limits").
-pub const MAX_PARTS: u64 = 10_000;
-/// The smallest part except the last one, in bytes (same source).
-pub const MIN_PART_BYTES: u64 = 5 << 20;
-/// The largest single PUT, in bytes (same source).
-pub const MAX_PUT_BYTES: u64 = 5 << 30;
-/// The largest part, in bytes: each part is one PUT.
-pub const MAX_PART_BYTES: u64 = MAX_PUT_BYTES;
-
-/// What the client declared at open. It never changes, except that complete may add a sha256.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct UploadSpec {
-    pub(crate) topic: String,
-    pub(crate) key: Option<Vec<u8>>,
-    pub(crate) partition: Option<i32>,
-    pub(crate) headers: Vec<(String, String)>,
-    pub(crate) traceparent: Option<String>,
-    pub(crate) content_type: String,
-    pub(crate) filename: Option<String>,
-    pub(crate) size_bytes: u64,
-    pub(crate) algorithm: Algorithm,
-    /// `None` for [`Algorithm::None`], and for a sha256 that complete will bring.
-    pub(crate) digest: Option<Digest>,
-    pub(crate) min_integrity: Integrity,
-    pub(crate) layout: Layout,
-    pub(crate) kms_key_id: Option<String>,
-    pub(crate) url_seconds: u32,
-    pub(crate) session_seconds: u32,
-    pub(crate) session_max_seconds: u32,
-}
-
-/// One PUT, or a multipart upload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
-    Single,
-    Multipart { part_bytes: u64, part_count: u32, part_hashes: PartHashMode },
-}
-
-/// Whether the client declares part hashes, and when: at open (`Given`), or when it asks for part URLs (`Deferred`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PartHashMode {
-    None,
-    Given,
-    Deferred,
-}
-
-impl Layout {
-    /// The offset and size of part `number`, in bytes.
-    pub(crate) fn part_range(&self, number: u32, size_bytes: u64) -> Option<(u64, u64)> {
-        match *self {
-            Self::Multipart { part_bytes, part_count, .. } if (1..=part_count).contains(&number) => {
-                let offset = u64::from(number - 1) * part_bytes;
-                Some((offset, part_bytes.min(size_bytes - offset)))
-            }
-            _ => None,
-        }
-    }
-
-    pub(crate) fn has_part_hashes(&self) -> bool {
-        matches!(self, Self::Multipart { part_hashes: PartHashMode::Given | PartHashMode::Deferred, .. })
-    }
-}
 
 /// Which replica completes a session, until when, and the number of this attempt.
 #[derive(Debug, Clone, PartialEq)]
@@ -118,25 +61,6 @@ pub(crate) struct Verification {
     pub(crate) version_id: Option<String>,
     /// The record's value, byte for byte.
     pub(crate) pointer: String,
-}
-
-/// The record's position in Kafka.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct RecordMetadata {
-    pub(crate) partition: i32,
-    pub(crate) offset: i64,
-    pub(crate) at: OffsetDateTime,
-}
-
-/// Why an upload failed, in the form that is stored and shown.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Failure {
-    /// The error code of the first answer.
-    pub code: String,
-    /// Its detail.
-    pub detail: String,
-    /// The request members or parts that it concerns.
-    pub items: Vec<FieldError>,
 }
 
 /// A session's state.
@@ -502,24 +426,6 @@ impl Session {
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
         if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
     }
-}
-
-/// The outbox shard of a record. Records of one topic and key share a shard; records without a key are spread by
-/// session id.
-pub(crate) fn shard(topic: &str, key: Option<&[u8]>, id: Uuid, shards: i32) -> i32 {
-    let hash = ordering_key(topic, key).unwrap_or_else(|| first_eight_bytes(Sha256::of(id.as_bytes())));
-    i32::try_from(hash.rem_euclid(i64::from(shards))).expect("a remainder is smaller than the shard count")
-}
-
-/// A hash of topic and key: records with the same hash keep their order. `None` for records without a key, which have
-/// no order.
-pub(crate) fn ordering_key(topic: &str, key: Option<&[u8]>) -> Option<i64> {
-    // A topic cannot contain a NUL, so two different pairs never concatenate to the same bytes.
-    key.map(|key| first_eight_bytes(Sha256::of(&[topic.as_bytes(), b"\0", key].concat())))
-}
-
-fn first_eight_bytes(digest: Sha256) -> i64 {
-    i64::from_be_bytes(digest.0[..8].try_into().expect("a SHA-256 has more than eight bytes"))
 }
 
 #[cfg(test)]

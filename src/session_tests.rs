@@ -1,6 +1,7 @@
 //! Tests of the session: every transition in every state, and what each transition checks.
 
 use super::*;
+use lfs_broker_client::api::ErrorCode;
 use lfs_broker_client::checksum::composite;
 use time::macros::datetime;
 
@@ -52,7 +53,7 @@ fn every_state() -> Vec<Session> {
     let base = open(spec(Algorithm::Sha256));
     let verified = completing(spec(Algorithm::Sha256)).verify(&object(), &[], NOW).unwrap();
     let State::Verified(verification) = verified.state.clone() else { panic!("not verified") };
-    let published = State::Published(verification, RecordMetadata { partition: 0, offset: 0, at: NOW });
+    let published = State::Published(verification, RecordMetadata::new(Uuid::from_u128(7), 0, 0, NOW));
     let with = |state| Session { state, ..base.clone() };
     vec![
         base.clone(),
@@ -69,7 +70,7 @@ fn every_state() -> Vec<Session> {
 fn outcome_name(outcome: Result<Session, SessionError>) -> String {
     match outcome {
         Ok(session) => session.state.name().to_string(),
-        Err(error) => error.code().to_owned(),
+        Err(error) => error.code().to_string(),
     }
 }
 
@@ -117,7 +118,7 @@ fn only_a_verified_upload_can_be_discarded_and_it_keeps_the_cause() {
                 assert_eq!(name, UploadState::Verified);
                 let claimed_again = discarded.claim(Uuid::from_u128(2), NOW, NOW + Duration::seconds(1)).unwrap_err();
                 assert_eq!(
-                    (claimed_again.code(), claimed_again.to_string().as_str()),
+                    (claimed_again.code().as_str(), claimed_again.to_string().as_str()),
                     ("unpublishable", "Kafka refuses the pointer: topic gone")
                 );
             }
@@ -194,7 +195,7 @@ fn a_rewritten_object_has_at_most_the_integrity_that_s3_checksums_prove() {
     let recheck = |session: &Session, found: &Object| match session.recheck(session.state.verification().unwrap(), found, &hashes)
     {
         Ok(integrity) => integrity.name().to_owned(),
-        Err(error) => error.code().to_owned(),
+        Err(error) => error.code().to_string(),
     };
 
     let whole = completing(spec(Algorithm::Sha256)).verify(&object(), &[], NOW).unwrap();
@@ -334,10 +335,10 @@ fn an_object_with_an_undeclared_header_is_foreign() {
     let session = || completing(spec(Algorithm::Sha256));
     for (name, value) in [("content-encoding", "gzip"), ("x-amz-tagging-count", "1"), ("cache-control", "no-cache, public")] {
         let error = session().verify(&with(name, value), &[], NOW).unwrap_err();
-        assert_eq!(error.code(), "object-foreign");
+        assert_eq!(error.code(), ErrorCode::ObjectForeign);
         assert!(error.to_string().contains(&format!("{name}: {value}")), "{error}");
         let read = session().verify_read_back(&with(name, value), &Sha256::of(b"hello").into(), 5, NOW);
-        assert_eq!(read.unwrap_err().code(), "object-foreign");
+        assert_eq!(read.unwrap_err().code(), ErrorCode::ObjectForeign);
     }
     for (name, value) in [("content-encoding", "identity"), ("cache-control", "No-Cache, max-age=0")] {
         assert!(session().verify(&with(name, value), &[], NOW).is_ok(), "{name}: {value}");

@@ -16,10 +16,9 @@ use time::OffsetDateTime;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::completion::{expire_session, object_location};
 use crate::failpoint;
 use crate::notify::ChangeNotifier;
-use crate::objects::{self, Objects};
+use crate::objects::{self, ObjectLocation, Objects};
 use crate::restore_check::{self, RestoreCheck};
 use crate::session::Session;
 use crate::store::{self, Store};
@@ -63,7 +62,6 @@ pub(crate) struct Sweeper {
     pub(crate) restore_check: RestoreCheck,
     /// How long a completion may still run after its session has ended: the length of a lease.
     pub(crate) lease: Duration,
-    pub(crate) shards: i32,
 }
 
 impl Sweeper {
@@ -85,7 +83,7 @@ impl Sweeper {
             );
             return Ok(0);
         }
-        let expiring = stream::iter(overdue).map(|session| expire_session(&self.store, session, now, self.shards));
+        let expiring = stream::iter(overdue).map(|session| self.store.expire(session, now));
         let expired: Vec<_> = expiring.buffer_unordered(CONCURRENT_SESSIONS).collect().await;
         if expired.iter().any(|expired| matches!(expired, Ok(true))) {
             self.notifier.sweeper.notify_one();
@@ -188,7 +186,7 @@ impl Sweeper {
     }
 
     async fn delete_objects(&self, session: &Session) -> Result<(), objects::Error> {
-        let location = object_location(session);
+        let location = ObjectLocation::of(session);
         let uploads = self.objects.abort_multipart_uploads(&location, session.s3_upload_id.as_deref()).await?;
         let versions = self.objects.delete_versions(&location).await?;
         failpoint::reach("sweep.removed").await?;

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::access::{Access, ObjectLocation};
-use crate::api::Integrity;
+use crate::api::{Integrity, MAX_OBJECT_BYTES};
 use crate::download::Download;
 use crate::error::Error;
 use crate::pointer::{NotAPointer, Pointer};
@@ -21,9 +21,6 @@ use crate::save::{PartialFile, SavedFile};
 
 /// The header of a reference, as other claim-check products write it.
 pub const REFERENCE_HEADER: &str = "S3-REF-FILE-PATH";
-
-/// The largest S3 object. A reference has no size, so this limits its download.
-const MAX_OBJECT_BYTES: u64 = 5 << 40;
 
 /// Opens records of any Kafka client.
 ///
@@ -165,6 +162,7 @@ impl Consumer {
                     return Err(Error::NoReferenceBucket(key));
                 };
                 let location = ObjectLocation { bucket: bucket.clone(), key, version_id: None };
+                // A reference has no size, so the largest S3 object limits its download.
                 Content::Reference(resolver.fetch_object(location, MAX_OBJECT_BYTES).await?)
             }
         };

@@ -129,8 +129,8 @@ impl Error {
     }
 
     /// Whether this is a problem of the broker with this code.
-    pub fn is_problem(&self, code: &str) -> bool {
-        self.problem().is_some_and(|problem| problem.code == code)
+    pub fn is_problem(&self, code: ErrorCode) -> bool {
+        self.problem().is_some_and(|problem| problem.known_code() == Some(code))
     }
 
     /// Whether a retry of the same request may succeed.
@@ -163,8 +163,8 @@ impl Error {
     /// Whether the bytes do not match their declaration. The client, the broker or S3 may have found it.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, Self::Corrupt { .. })
-            || self.is_problem(ErrorCode::SizeMismatch.as_str())
-            || self.is_problem(ErrorCode::ChecksumMismatch.as_str())
+            || self.is_problem(ErrorCode::SizeMismatch)
+            || self.is_problem(ErrorCode::ChecksumMismatch)
             || self.is_bad_digest()
     }
 

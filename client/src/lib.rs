@@ -71,6 +71,7 @@ pub mod upload;
 
 mod download;
 mod error;
+mod http_client;
 mod options;
 mod parts;
 mod progress;
@@ -87,7 +88,8 @@ pub use access::{Access, ObjectLocation};
 pub use consumer::Consumer;
 pub use download::Download;
 pub use error::Error;
-pub use http::{Client, Settings};
+pub use http::Client;
+pub use http_client::Settings;
 pub use options::UploadOptions;
 pub use progress::Progress;
 pub use resolve::{Resolver, Value};

@@ -14,7 +14,10 @@ use tokio::io::AsyncRead;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::api::{Mode, OpenUpload, PARTS_PER_CALL, PartRequest, SignParts, SignedPart, SignedRequest, Upload, UploadState};
+use crate::api::{
+    ErrorCode, MAX_PARTS, Mode, OpenUpload, PARTS_PER_CALL, PartRequest, SignParts, SignedPart, SignedRequest, Upload,
+    UploadState,
+};
 use crate::checksum::Sha256;
 use crate::error::Error;
 use crate::http::Client;
@@ -76,7 +79,7 @@ impl Layout {
             ),
         };
         let part_size = upload.part_size.filter(|size| *size > 0).ok_or_else(invalid)?;
-        let count = upload.part_count.filter(|count| *count <= 10_000).ok_or_else(invalid)?;
+        let count = upload.part_count.filter(|count| u64::from(*count) <= MAX_PARTS).ok_or_else(invalid)?;
         match source::part_count(upload.size, part_size) == u64::from(count) {
             true => Ok(Self { size: upload.size, part_size, count }),
             false => Err(invalid()),
@@ -306,7 +309,7 @@ impl<'a> PartUploader<'a> {
         let response = match self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, deferred)).await {
             // The state of an upload does not say whether its hashes are deferred. A resumed upload learns it from this
             // error.
-            Err(error) if !deferred && !self.hashes.is_empty() && error.is_problem("validation-failed") => {
+            Err(error) if !deferred && !self.hashes.is_empty() && error.is_problem(ErrorCode::ValidationFailed) => {
                 let response = self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, true)).await?;
                 self.deferred.store(true, Ordering::Relaxed);
                 response

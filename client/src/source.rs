@@ -13,28 +13,16 @@ use futures_util::stream::{self, Stream};
 use sha2::Digest as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 
+use crate::api::{DEFAULT_PART_BYTES, part_bytes};
 use crate::checksum::Sha256;
 use crate::progress::{AttemptCounter, HashCallback};
 
 /// The bytes of one read. It is large, so that the switch to the blocking pool costs little in comparison.
 const CHUNK_BYTES: usize = 512 << 10;
 
-/// The default part size. It is also the broker's.
-const PART_BYTES: u64 = 16 << 20;
-
-/// The most parts of an S3 multipart upload.
-const MAX_PARTS: u64 = 10_000;
-
-/// Part sizes grow in whole MiB.
-const MIB: u64 = 1 << 20;
-
-/// The part size for `size` bytes: the requested size or 16 MiB, increased until 10,000 parts are enough.
+/// The part size for `size` bytes: the requested size or the broker's default, increased until 10,000 parts are enough.
 pub(crate) fn part_size(size: u64, requested: Option<u64>) -> u64 {
-    let needed = size.div_ceil(MAX_PARTS);
-    match requested.unwrap_or(PART_BYTES).max(1) {
-        enough if enough >= needed => enough,
-        _ => needed.div_ceil(MIB) * MIB,
-    }
+    part_bytes(size, requested.unwrap_or(DEFAULT_PART_BYTES).max(1))
 }
 
 /// The number of parts of `part_size` for `size` bytes. Zero bytes still need one part.

@@ -8,7 +8,7 @@ use reqwest::{Body, Method, Response, StatusCode};
 
 use crate::api::SignedRequest;
 use crate::error::Error;
-use crate::http::{Settings, read_bounded};
+use crate::http_client::{Settings, read_bounded};
 use crate::progress::AttemptCounter;
 use crate::retry::{RetryReporter, retry_after};
 

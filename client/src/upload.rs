@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::io::AsyncRead;
 use uuid::Uuid;
 
-use crate::api::{CompleteUpload, Completed, Mode, ReadUpload, Upload, UploadState};
+use crate::api::{CompleteUpload, Completed, ErrorCode, Mode, ReadUpload, Upload, UploadState, is_valid_filename};
 use crate::checksum::Sha256;
 use crate::error::Error;
 use crate::http::Client;
@@ -154,6 +154,7 @@ impl Uploader {
         self.run(async move { Ok(Input::Resume(id, source)) }).await
     }
 
+    /// Uses the file's own name if the broker accepts it. An invalid name is omitted: the bytes matter more than the name.
     fn set_default_filename(&mut self, path: &Path) {
         let name = || path.file_name().and_then(|name| name.to_str()).filter(|name| is_valid_filename(name)).map(str::to_owned);
         self.upload_run.options.filename = self.upload_run.options.filename.take().or_else(name);
@@ -339,7 +340,7 @@ impl UploadRun {
                 return Err(error);
             }
             let missing_error = match self.complete_and_wait(id, sha256).await {
-                Err(error) if error.is_problem("object-missing") || error.is_problem("parts-incomplete") => error,
+                Err(error) if error.is_problem(ErrorCode::ObjectMissing) || error.is_problem(ErrorCode::PartsIncomplete) => error,
                 other => return check_pointer(other?, hashes.whole),
             };
             let signable = opened.upload.mode == Mode::Multipart || open_request.is_some();
@@ -407,7 +408,7 @@ impl UploadRun {
         let completed = self.client.complete(id, &CompleteUpload { sha256, parts: None }).await;
         match (sha256, completed) {
             // The broker accepts the declared hash again. A different hash means a different file.
-            (Some(sha256), Err(error)) if error.is_problem("validation-failed") => {
+            (Some(sha256), Err(error)) if error.is_problem(ErrorCode::ValidationFailed) => {
                 let (expected, found) = ("the declared bytes".to_owned(), format!("bytes with sha256 {sha256}: {error}"));
                 Err(Error::Corrupt { expected, found })
             }
@@ -436,13 +437,6 @@ impl UploadRun {
             version = Some(upload.version);
         }
     }
-}
-
-/// Whether the broker accepts the file's name. An invalid name is omitted, because the bytes matter more than the name.
-fn is_valid_filename(name: &str) -> bool {
-    (1..=255).contains(&name.len())
-        && !matches!(name, "." | "..")
-        && !name.contains(|c: char| c.is_control() || matches!(c, '/' | '\\'))
 }
 
 /// Compares the pointer with the sent bytes. A resumed or replayed upload may be of other bytes.

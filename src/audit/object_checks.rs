@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::report::{FindingKind, NewFinding, ReportBuilder};
 use super::{Error, Run, S3_CONCURRENCY, parse_object_key};
-use crate::completion::{object_location, still_verified};
+use crate::completion::still_verified;
 use crate::objects::{ListedObject, ObjectLocation, OpenMultipartUpload, UploadMarker};
 use crate::session::{Layout, Session, State};
 use crate::store::{self, ObjectOwner};
@@ -48,7 +48,7 @@ impl Run<'_> {
     async fn check_session(&self, session: Session, cleanup_due: bool) -> Result<Vec<NewFinding>, Error> {
         let mut findings = Vec::new();
         if let Some(verification) = session.state.verification() {
-            let problem = match self.objects.head(&object_location(&session), verification.version_id.as_deref()).await? {
+            let problem = match self.objects.head(&ObjectLocation::of(&session), verification.version_id.as_deref()).await? {
                 None => Some((FindingKind::ObjectMissing, "S3 does not hold it".to_owned())),
                 Some(found) => match still_verified(&self.store, &session, verification, &found).await? {
                     Ok(integrity) if integrity == verification.integrity => None,
@@ -61,7 +61,7 @@ impl Run<'_> {
                 },
             };
             findings.extend(problem.map(|(kind, reason)| {
-                let example = format!("upload {}, object {}: {reason}", session.id, object_location(&session));
+                let example = format!("upload {}, object {}: {reason}", session.id, ObjectLocation::of(&session));
                 NewFinding { kind, bytes: session.spec.size_bytes, fixed: false, example }
             }));
         }
@@ -69,8 +69,8 @@ impl Run<'_> {
         if is_active || cleanup_due || session.spec.layout == Layout::Single {
             return Ok(findings);
         }
-        for upload in self.objects.multipart_uploads_of_key(&object_location(&session)).await? {
-            let location = object_location(&session);
+        for upload in self.objects.multipart_uploads_of_key(&ObjectLocation::of(&session)).await? {
+            let location = ObjectLocation::of(&session);
             findings.push(self.open_multipart_finding(&location, &upload, FindingKind::UploadOrphan, true).await?);
         }
         Ok(findings)

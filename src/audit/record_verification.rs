@@ -17,9 +17,9 @@ use uuid::Uuid;
 use super::object_checks::is_failed;
 use super::record_checks::PartitionLog;
 use super::{Error, Run};
-use crate::completion::{object_location, still_verified};
+use crate::completion::still_verified;
 use crate::kafka::ScannedRecord;
-use crate::objects;
+use crate::objects::{self, ObjectLocation};
 use crate::session::{Object, Session, Verification, max_integrity};
 use crate::store::{ObservedRecord, SessionStatus};
 
@@ -75,7 +75,7 @@ impl Run<'_> {
         if (&pointer.bucket, &pointer.key, pointer.size) != (&session.bucket, &session.object_key, session.spec.size_bytes) {
             return Ok(Err("its pointer names another object or size".to_owned()));
         }
-        let object = self.objects.head(&object_location(&session), record.version_id.as_deref()).await?;
+        let object = self.objects.head(&ObjectLocation::of(&session), record.version_id.as_deref()).await?;
         let is_ours =
             |object: &Object| object.size_bytes == session.spec.size_bytes && object.token == Some(session.id.to_string());
         let object = object.filter(is_ours);
@@ -160,7 +160,7 @@ impl Run<'_> {
             hashers.push(session.spec.algorithm.hasher());
         }
         let mut reader =
-            self.objects.read(&object_location(session), object.etag.as_deref(), object.version_id.as_deref()).await?;
+            self.objects.read(&ObjectLocation::of(session), object.etag.as_deref(), object.version_id.as_deref()).await?;
         let mut read_bytes = 0u64;
         while let Some(chunk) = reader.next().await? {
             read_bytes += chunk.len() as u64;

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use lfs_broker_client::api::{CompleteUpload, Completed, UploadState};
 use lfs_broker_client::checksum::Digest;
-use lfs_broker_client::pointer::Pointer;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::read::record;
+use super::view::{pointer, record};
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
 use crate::session::{Failure, Session, SessionError, State, Verification};
@@ -146,7 +145,7 @@ impl Broker {
             let Some(aborted) = session.abort().map_err(|error| session_error(error, &before))? else { return Ok(()) };
             let by = format!("client:{}", caller.subject);
             let transition = Transition { from, to: &aborted, reason: "the client requested the abort", by: &by, now };
-            match self.store.save(&transition, self.deployment.shards).await {
+            match self.store.save(&transition).await {
                 Ok(_) => {
                     self.notifier.notify(id);
                     self.notifier.sweeper.notify_one();
@@ -173,9 +172,10 @@ fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error
 }
 
 fn stored_failure(session: &Session, failure: Option<Failure>) -> Error {
-    let Some(failure) = failure else { return Error::OutcomeUnknown };
-    let items = failure.items.clone();
-    Error::Session { error: SessionError::Rejected(Box::new(failure)), state: session.state.name(), items }
+    match failure {
+        Some(failure) => Error::Session { failure, state: session.state.name() },
+        None => Error::OutcomeUnknown,
+    }
 }
 
 fn still_completing(id: Uuid) -> Completed {
@@ -190,10 +190,4 @@ fn verified(session: &Session, verification: &Verification) -> Result<Completed,
         integrity: Some(verification.integrity),
         record: None,
     })
-}
-
-/// The pointer as it was stored.
-pub(super) fn pointer(session: &Session, verification: &Verification) -> Result<Pointer, Error> {
-    Pointer::parse(verification.pointer.as_bytes())
-        .map_err(|error| Error::Store(store::Error::Corrupt { id: session.id, reason: error.to_string() }))
 }

@@ -8,28 +8,29 @@ mod operate;
 mod read;
 mod resolve;
 mod topics;
+mod view;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lfs_broker_client::api::{FieldError, UploadState};
+use lfs_broker_client::api::UploadState;
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-pub(crate) use open::OpenContext;
+pub(crate) use open::{IdempotencyKey, OpenContext};
 pub(crate) use read::MAX_WAIT_SECONDS;
 
 use crate::auth::Caller;
-use crate::completion::{self, CompletionWorker};
+use crate::completion::CompletionWorker;
 use crate::kafka::{self, Kafka};
 use crate::notify::ChangeNotifier;
 use crate::objects::{self, Capabilities, Objects};
 use crate::policy;
 use crate::readiness::ReadinessState;
 use crate::restore_check::RestoreCheck;
-use crate::session::{self, Session};
-use crate::store::{self, Deployment, Quota, Store, TenantLimiter};
+use crate::session::{Failure, Session, SessionError};
+use crate::store::{self, Quota, Store, TenantLimiter};
 
 /// How long the broker waits, and which quotas it applies.
 #[derive(Debug, Clone)]
@@ -51,8 +52,8 @@ impl Default for Settings {
 /// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("{error}")]
-    Session { error: session::SessionError, state: UploadState, items: Vec<FieldError> },
+    #[error("{}", failure.detail)]
+    Session { failure: Failure, state: UploadState },
     #[error("{0}")]
     Policy(#[from] policy::PolicyViolation),
     #[error("no such upload")]
@@ -119,7 +120,6 @@ pub(crate) struct BrokerDeps {
     pub(crate) notifier: Arc<ChangeNotifier>,
     pub(crate) completion_worker: CompletionWorker,
     pub(crate) restore_check: RestoreCheck,
-    pub(crate) deployment: Deployment,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,
     /// What the S3 store enforces, once a probe has found out.
@@ -165,7 +165,7 @@ impl Broker {
             return Ok(session);
         }
         let id = session.id;
-        if completion::expire_session(&self.store, session, now, self.deployment.shards).await? {
+        if self.store.expire(session, now).await? {
             self.notifier.sweeper.notify_one();
             self.notifier.notify(id);
         }
@@ -174,7 +174,6 @@ impl Broker {
 }
 
 /// A session error together with the session's state.
-fn session_error(error: session::SessionError, session: &Session) -> Error {
-    let items = error.failure().items;
-    Error::Session { error, state: session.state.name(), items }
+fn session_error(error: SessionError, session: &Session) -> Error {
+    Error::Session { failure: error.failure(), state: session.state.name() }
 }

@@ -13,9 +13,9 @@ use time::OffsetDateTime;
 use tracing::warn;
 use uuid::{ContextV7, Timestamp, Uuid};
 
+use super::view::view;
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
-use crate::completion::object_location;
 use crate::failpoint;
 use crate::kafka;
 use crate::objects::{NewObject, ObjectLocation, PresignedUrl};
@@ -30,9 +30,17 @@ const REPLAY_WINDOW: time::Duration = time::Duration::seconds(120);
 /// The inputs of an open request besides its body.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct OpenContext {
-    /// `Some(None)`: the request has a key, but the key is not valid.
-    pub(crate) idempotency_key: Option<Option<String>>,
+    pub(crate) idempotency_key: IdempotencyKey,
     pub(crate) traceparent: Option<String>,
+}
+
+/// The Idempotency-Key of an open request. A malformed key is refused only after the checks that come before it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum IdempotencyKey {
+    #[default]
+    Absent,
+    Malformed,
+    Valid(String),
 }
 
 /// An opened upload, and whether this request opened it.
@@ -53,7 +61,11 @@ impl Broker {
         if kafka::is_internal(&topic) {
             return Err(Error::TopicInternal(topic));
         }
-        let key = context.idempotency_key.map(|key| key.ok_or(Error::IdempotencyKeyInvalid)).transpose()?;
+        let key = match context.idempotency_key {
+            IdempotencyKey::Absent => None,
+            IdempotencyKey::Malformed => return Err(Error::IdempotencyKeyInvalid),
+            IdempotencyKey::Valid(key) => Some(key),
+        };
         if let Some(replayed) = self.replay(caller, key.as_deref(), &fingerprint).await? {
             return Ok(replayed);
         }
@@ -132,7 +144,7 @@ impl Broker {
                 let aborted = Session { expires_at: now, ..aborted };
                 let reason = "no URL could be signed, so the upload was not opened";
                 let transition = Transition { from: UploadState::Open, to: &aborted, reason, by: "broker", now };
-                self.store.save(&transition, self.deployment.shards).await.map(|_| self.notifier.sweeper.notify_one())
+                self.store.save(&transition).await.map(|_| self.notifier.sweeper.notify_one())
             }
             (false, _) => Ok(()),
         };
@@ -164,7 +176,7 @@ impl Broker {
                 let hashes: Vec<Sha256> = self.store.part_hashes(id).await?.into_iter().map(|(_, sha256)| sha256).collect();
                 self.with_signed_urls(session, &hashes, now).await?
             }
-            _ => super::read::view(&session, now)?,
+            _ => view(&session, now)?,
         };
         Ok(Some(Opened { upload, is_new: false }))
     }
@@ -181,17 +193,17 @@ impl Broker {
 
     /// The answer for an open session, with its first URLs.
     async fn with_signed_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
-        let mut upload = super::read::view(&session, now)?;
+        let mut upload = view(&session, now)?;
         match session.spec.layout {
             Layout::Single => {
                 let token = session.id.to_string();
-                let location = object_location(&session);
+                let location = ObjectLocation::of(&session);
                 let signed = self.objects.presign_put(&put(&session, &token, &location), session.url_lifetime(now)).await?;
                 upload.upload = Some(signed_request(signed, now));
             }
             Layout::Multipart { part_count, part_hashes, .. } => {
                 let upload_id = self.ensure_s3_upload(&mut session, now).await?;
-                upload = super::read::view(&session, now)?;
+                upload = view(&session, now)?;
                 let first_parts = match part_hashes {
                     PartHashMode::Deferred => 0,
                     PartHashMode::None | PartHashMode::Given => part_count.min(u32::try_from(PARTS_PER_CALL).expect("100")),
@@ -210,7 +222,7 @@ impl Broker {
             return Ok(upload_id.clone());
         }
         let token = session.id.to_string();
-        let location = object_location(session);
+        let location = ObjectLocation::of(session);
         let with_hashes = session.spec.layout.has_part_hashes();
         let new_upload_id = self.objects.create_multipart_upload(&put(session, &token, &location), with_hashes).await?;
         if let Some(expires_at) = self.store.set_s3_upload(session.id, &new_upload_id, session.extended_expiry(now)).await? {
@@ -279,7 +291,7 @@ impl Broker {
         requested: &[RequestedPart],
         now: OffsetDateTime,
     ) -> Result<Vec<SignedPart>, Error> {
-        let location = object_location(session);
+        let location = ObjectLocation::of(session);
         let lifetime = session.url_lifetime(now);
         let mut parts = Vec::with_capacity(requested.len());
         for (number, sha256) in requested {

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
-use crate::completion::{object_location, still_verified};
+use crate::completion::still_verified;
+use crate::objects::ObjectLocation;
 use crate::restore_check::ADVICE;
 use crate::session::{SessionError, State};
 use crate::store;
@@ -65,8 +66,11 @@ impl Broker {
         let Some(verification) = session.state.verification() else {
             return Err(session_error(SessionError::WrongState(session.state.name()), &session));
         };
-        let found =
-            self.objects.head(&object_location(&session), verification.version_id.as_deref()).await?.ok_or(Error::ObjectGone)?;
+        let found = self
+            .objects
+            .head(&ObjectLocation::of(&session), verification.version_id.as_deref())
+            .await?
+            .ok_or(Error::ObjectGone)?;
         match still_verified(&self.store, &session, verification, &found).await? {
             Ok(integrity) => Ok(Validated { valid: true, size: found.size_bytes, integrity: Some(integrity) }),
             Err(error) => Err(session_error(error, &session)),

@@ -3,21 +3,21 @@
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
-use base64::engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD};
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use lfs_broker_client::api::{
-    FieldError, History, ListUploads, Mode, Next, ReadHistory, ReadUpload, Record, Transition, Upload, UploadError, UploadPage,
-    UploadState, UploadedPart,
+    FieldError, History, ListUploads, Next, ReadHistory, ReadUpload, Transition, Upload, UploadPage, UploadState, UploadedPart,
 };
 use lfs_broker_client::checksum::Sha256;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::complete::pointer;
+use super::view::view;
 use super::{Broker, Error};
 use crate::auth::Caller;
-use crate::completion::{missing_part_numbers, object_location, uploaded_parts};
+use crate::completion::{missing_part_numbers, uploaded_parts};
+use crate::objects::ObjectLocation;
 use crate::policy;
-use crate::session::{Layout, RecordMetadata, Session, State};
+use crate::session::{Layout, Session, State};
 use crate::store::{Filter, SessionPage};
 
 /// The longest wait of a read, in seconds: common proxies end a request after 60 seconds.
@@ -54,7 +54,7 @@ impl Broker {
             return Ok(upload);
         }
         let next = match session.spec.layout {
-            Layout::Single => match self.objects.head(&object_location(session), None).await? {
+            Layout::Single => match self.objects.head(&ObjectLocation::of(session), None).await? {
                 Some(_) => Next::Complete,
                 None => Next::Put,
             },
@@ -73,7 +73,7 @@ impl Broker {
 
     async fn list_uploaded_parts(&self, session: &Session) -> Result<Vec<UploadedPart>, Error> {
         let Some(upload_id) = session.s3_upload_id.as_deref() else { return Ok(Vec::new()) };
-        let location = object_location(session);
+        let location = ObjectLocation::of(session);
         let Some(listed) = self.objects.list_parts(&location, upload_id).await? else {
             return match self.objects.head(&location, None).await? {
                 // An earlier completion has joined the parts but could not save the result: no part is missing.
@@ -152,67 +152,6 @@ impl Broker {
         let items = sessions.iter().map(|session| view(session, now)).collect::<Result<_, _>>()?;
         Ok(UploadPage { items, next_cursor })
     }
-}
-
-/// An upload as every read shows it, without a request to S3.
-pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Error> {
-    let spec = &session.spec;
-    let text = spec.key.as_ref().map(|key| String::from_utf8(key.clone()).map_err(|error| BASE64.encode(error.into_bytes())));
-    let (key, key_base64) = match text {
-        Some(Ok(text)) => (Some(text), None),
-        Some(Err(base64)) => (None, Some(base64)),
-        None => (None, None),
-    };
-    let (mode, part_size, part_count) = match spec.layout {
-        Layout::Single => (Mode::Single, None, None),
-        Layout::Multipart { part_bytes, part_count, .. } => (Mode::Multipart, Some(part_bytes), Some(part_count)),
-    };
-    let failure = match &session.state {
-        State::Rejected(failure) => Some(failure),
-        _ => session.last_failure.as_ref(),
-    };
-    let verification = session.state.verification();
-    let record = match &session.state {
-        State::Published(_, metadata) => Some(record(session, metadata)),
-        _ => None,
-    };
-    let next = match &session.state {
-        // Only S3 knows whether the object or parts are there.
-        State::Open => None,
-        State::Completing { .. } | State::Verified(_) => Some(Next::Wait),
-        State::Published(..) | State::Aborted | State::Expired | State::Rejected(_) => Some(Next::None),
-    };
-    Ok(Upload {
-        id: session.id,
-        state: session.state.name(),
-        version: session.version,
-        mode,
-        topic: spec.topic.clone(),
-        key,
-        key_base64,
-        bucket: session.bucket.clone(),
-        object_key: session.object_key.clone(),
-        size: spec.size_bytes,
-        upload: None,
-        part_size,
-        part_count,
-        parts: None,
-        uploaded_parts: None,
-        missing_parts: None,
-        next,
-        pointer: verification.map(|verification| pointer(session, verification)).transpose()?,
-        integrity: verification.map(|verification| verification.integrity),
-        record,
-        error: failure.map(|failure| UploadError { code: failure.code.clone(), detail: failure.detail.clone() }),
-        created_at: session.created_at,
-        updated_at: session.updated_at,
-        expires_at: session.expires_at,
-        expires_in: u64::try_from((session.expires_at - now).whole_seconds()).unwrap_or(0),
-    })
-}
-
-pub(super) fn record(session: &Session, metadata: &RecordMetadata) -> Record {
-    Record { topic: session.spec.topic.clone(), partition: metadata.partition, offset: metadata.offset, timestamp: metadata.at }
 }
 
 fn declared_parts(session: &Session) -> Vec<UploadedPart> {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use lfs_broker_client::api::{Policy, ResolveAnswer, ResolveOptions, Resolved, Validated};
 use lfs_broker_client::pointer::Pointer;
 
-use super::complete::pointer as stored_pointer;
 use super::open::signed_request;
+use super::view::pointer as stored_pointer;
 use super::{Broker, Error};
 use crate::auth::Caller;
 use crate::completion::still_verified;

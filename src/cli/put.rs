@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, StreamExt as _, stream};
-use lfs_broker_client::api::{Completed, Headers, Policy, UploadState};
+use lfs_broker_client::api::{Completed, ErrorCode, Headers, Policy, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
@@ -242,7 +242,7 @@ impl<'a> Outcomes<'a> {
 async fn min_bytes(client: &Client, topic: &str) -> Result<u64, Error> {
     match client.topic(topic).await {
         Ok(policy) => Ok(policy.min_bytes),
-        Err(error) if error.is_problem("topic-not-found") => Ok(Policy::default().min_bytes),
+        Err(error) if error.is_problem(ErrorCode::TopicNotFound) => Ok(Policy::default().min_bytes),
         // The broker is unreachable. Without this error the upload would fail only after all retries were repeated.
         Err(error @ client::Error::Unreachable { .. }) => Err(error.into()),
         // The size is only advice. The broker decides at open whether the upload is allowed.

@@ -8,6 +8,10 @@ use ipnet::IpNet;
 /// The only header that is read. `Forwarded` (RFC 7239) is not supported.
 const X_FORWARDED_FOR: &str = "x-forwarded-for";
 
+/// The IP address of the TCP peer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PeerIp(pub(super) IpAddr);
+
 /// The IP address that a request came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ClientIp(pub(super) IpAddr);

@@ -17,9 +17,8 @@ use lfs_broker_client::api::{self, ErrorCode};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::client_ip::client_ip;
+use super::client_ip::{PeerIp, client_ip};
 use super::problem::Problem;
-use super::serve::PeerIp;
 use super::{App, public_routes};
 use crate::telemetry::sanitize;
 

@@ -23,14 +23,14 @@ mod uploads;
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderName, Method, header, request};
 use ipnet::IpNet;
 use lfs_broker_client::api::{self, ErrorCode, ReadUpload, Upload};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use tracing::info;
@@ -132,27 +132,13 @@ impl Settings {
     }
 }
 
-/// The state of the shutdown.
+/// The two steps of the shutdown.
 #[derive(Clone)]
 pub(crate) struct Shutdown {
-    announced: Arc<AtomicBool>,
-    /// True once new requests are no longer accepted.
-    pub(crate) stopped: watch::Receiver<bool>,
-}
-
-impl Shutdown {
-    pub(crate) fn new(stopped: watch::Receiver<bool>) -> Self {
-        Self { announced: Arc::default(), stopped }
-    }
-
-    /// Announces the shutdown: `/readyz` answers 503 from now on, and every response closes its connection.
-    pub(crate) fn announce(&self) {
-        self.announced.store(true, Ordering::Relaxed);
-    }
-
-    fn is_announced(&self) -> bool {
-        self.announced.load(Ordering::Relaxed)
-    }
+    /// Cancelled first: `/readyz` answers 503 from then on, and every response closes its connection.
+    pub(crate) announced: CancellationToken,
+    /// Cancelled when new requests are no longer accepted.
+    pub(crate) stopped: CancellationToken,
 }
 
 /// The state that all handlers share.
@@ -206,8 +192,6 @@ impl App {
 
     /// Reads an upload. A read that waits for a change counts as a long poll. On shutdown it returns the upload as it is.
     async fn read(&self, caller: &Caller, id: Uuid, options: &ReadUpload) -> Result<Upload, Problem> {
-        let mut stopped = self.shutdown.stopped.clone();
-        let shutdown = async { drop(stopped.wait_for(|stopped| *stopped).await) };
         let waits = options.wait.unwrap_or(0) > 0;
         let permit = waits.then(|| self.long_polls.try_acquire(&caller.tenant));
         if let Some(None) = permit {
@@ -216,7 +200,7 @@ impl App {
         }
         tokio::select! {
             read = self.broker.read(caller, id, options) => Ok(read?),
-            () = shutdown => Ok(self.broker.read(caller, id, &ReadUpload::default()).await?),
+            () = self.shutdown.stopped.cancelled() => Ok(self.broker.read(caller, id, &ReadUpload::default()).await?),
         }
     }
 

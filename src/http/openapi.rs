@@ -1,109 +1,43 @@
 //! The OpenAPI document, adjusted so that code generators produce clean clients.
 
-use lfs_broker_client::api::{Integrity, Record};
-use lfs_broker_client::pointer::Pointer;
+use lfs_broker_client::api::UploadState;
 use utoipa::openapi::extensions::Extensions;
 use utoipa::openapi::path::PathItem;
-use utoipa::openapi::schema::{AdditionalProperties, ArrayItems, SchemaType, Type};
+use utoipa::openapi::schema::{
+    AdditionalProperties, ArrayItems, Components, Discriminator, ObjectBuilder, OneOfBuilder, SchemaType, Type,
+};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{Content, OneOf, OpenApi, RefOr, Schema};
+use utoipa::openapi::{Content, OneOf, OpenApi, Ref, RefOr, Schema};
 use utoipa::{Modify, ToSchema};
-use uuid::Uuid;
 
 use super::error_responses;
 
-/// The answer of complete: `published` with status 200, the other states with 202. It is one type with the discriminator `state`,
-/// because many generated clients have only one response type for each method.
-#[derive(ToSchema)]
-#[schema(discriminator(property_name = "state", mapping(
-    ("published" = "#/components/schemas/Published"),
-    ("verified" = "#/components/schemas/Verified"),
-    ("completing" = "#/components/schemas/Completing")
-)))]
-#[serde(untagged)]
-#[expect(dead_code, reason = "documentation only: the client's type is serialized; this one says which members each state has")]
-pub(super) enum Completed {
-    /// With 200.
-    Published(Published),
-    /// With 202.
-    Verified(Verified),
-    /// With 202.
-    Completing(Completing),
-}
-
-/// The pointer is published in Kafka. This state is final.
-#[derive(ToSchema)]
-#[schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "published",
-    "pointer": {"kfs_lfs": 1, "bucket": "lfs", "key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
-        "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4", "created_at": "2026-11-21T06:35:59Z"},
-    "integrity": "sha256", "record": {"topic": "videos", "partition": 3, "offset": 42, "timestamp": "2026-11-21T06:35:59.2Z"}}))]
-#[expect(dead_code, reason = "as above")]
-pub(super) struct Published {
-    /// The upload's id.
-    id: Uuid,
-    #[schema(inline)]
-    state: PublishedState,
-    /// The record's value.
-    pointer: Pointer,
-    /// How the broker verified the bytes.
-    integrity: Integrity,
-    /// The position of the pointer record in Kafka.
-    record: Record,
-}
-
-/// The bytes are verified and the pointer is queued: it will be published to Kafka.
-#[derive(ToSchema)]
-#[schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "verified",
-    "pointer": {"kfs_lfs": 1, "bucket": "lfs", "key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
-        "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4", "created_at": "2026-11-21T06:35:59Z"},
-    "integrity": "sha256"}))]
-#[expect(dead_code, reason = "as above")]
-pub(super) struct Verified {
-    /// The upload's id.
-    id: Uuid,
-    #[schema(inline)]
-    state: VerifiedState,
-    /// The record's value.
-    pointer: Pointer,
-    /// How the broker verified the bytes.
-    integrity: Integrity,
-}
-
-/// The object's bytes are being read to verify them. The upload is not accepted yet.
-#[derive(ToSchema)]
-#[schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "completing"}))]
-#[expect(dead_code, reason = "as above")]
-pub(super) struct Completing {
-    /// The upload's id.
-    id: Uuid,
-    #[schema(inline)]
-    state: CompletingState,
-}
-
-macro_rules! single_value_enum {
-    ($($(#[$doc:meta])+ $name:ident { $value:ident })+) => {$(
-        $(#[$doc])+
-        #[derive(ToSchema)]
-        #[schema(rename_all = "lowercase")]
-        #[expect(dead_code, reason = "as above")]
-        enum $name {
-            $value,
-        }
-    )+};
-}
-single_value_enum! {
-    /// The pointer is published in Kafka. This state is final.
-    PublishedState { Published }
-    /// The bytes are verified. The pointer will be published to Kafka.
-    VerifiedState { Verified }
-    /// The bytes are being read. Retry the request.
-    CompletingState { Completing }
-}
+/// The answer of complete, by state: the name of the schema, its members besides `state`, and its description.
+const COMPLETED: [(UploadState, &str, &[&str], &str); 3] = [
+    (
+        UploadState::Published,
+        "Published",
+        &["id", "pointer", "integrity", "record"],
+        "The pointer is published in Kafka. This state is final.",
+    ),
+    (
+        UploadState::Verified,
+        "Verified",
+        &["id", "pointer", "integrity"],
+        "The bytes are verified and the pointer is queued: it will be published to Kafka.",
+    ),
+    (
+        UploadState::Completing,
+        "Completing",
+        &["id"],
+        "The object's bytes are being read to verify them. The upload is not accepted yet: retry the request.",
+    ),
+];
 
 /// An OpenAPI document, with the members that clients may use.
 #[derive(ToSchema)]
 #[schema(example = json!({"openapi": "3.1.0", "info": {"title": "lfs-broker", "version": "0.1.0"}}))]
-#[expect(dead_code, reason = "as above")]
+#[expect(dead_code, reason = "documentation only: the document itself is served")]
 pub(super) struct Contract {
     /// The OpenAPI version.
     #[schema(example = "3.1.0")]
@@ -131,7 +65,8 @@ const VALUE_NAMES: [(&str, &[&str]); 2] = [
     ("Next", &["PUT", "PARTS", "COMPLETE", "WAIT", "NOTHING"]),
 ];
 
-/// Adds what the macros cannot express: the bearer token, error responses, and absent members instead of null.
+/// Adds what the macros cannot express: the bearer token, error responses, absent members instead of null, and members that
+/// depend on a state.
 pub(super) struct PostProcess;
 
 impl Modify for PostProcess {
@@ -148,10 +83,38 @@ impl Modify for PostProcess {
         for schema in components.schemas.values_mut() {
             omit_nulls(schema);
         }
+        split_completed(components);
         for path in document.paths.paths.values_mut() {
             make_body_optional(path);
         }
     }
+}
+
+/// Splits the schema of complete's answer by state, with the discriminator `state`. It stays one type, because many generated
+/// clients have only one response type for each method.
+fn split_completed(components: &mut Components) {
+    let Some(RefOr::T(Schema::Object(all))) = components.schemas.remove("Completed") else { return };
+    let mapping = COMPLETED.map(|(state, name, _, _)| (state.name(), Ref::from_schema_name(name).ref_location));
+    let mut answer = OneOfBuilder::new()
+        .description(all.description.clone())
+        .discriminator(Some(Discriminator::with_mapping("state", mapping)));
+    for (state, name, members, description) in COMPLETED {
+        let is_member = |member: &String| member == "state" || members.contains(&member.as_str());
+        let mut schema = all.clone();
+        schema.description = Some(description.to_owned());
+        schema.properties.retain(|member, _| is_member(member));
+        schema.required = schema.properties.keys().cloned().collect();
+        let only =
+            ObjectBuilder::new().schema_type(Type::String).enum_values(Some([state.name()])).description(Some(description));
+        schema.properties.insert("state".to_owned(), only.build().into());
+        if let Some(example) = schema.example.as_mut().and_then(|example| example.as_object_mut()) {
+            example.retain(|member, _| is_member(member));
+            example.insert("state".to_owned(), state.name().into());
+        }
+        components.schemas.insert(name.to_owned(), RefOr::T(Schema::Object(schema)));
+        answer = answer.item(Ref::from_schema_name(name));
+    }
+    components.schemas.insert("Completed".to_owned(), RefOr::T(Schema::OneOf(answer.build())));
 }
 
 /// Removes null from the optional members of responses: the broker omits such a member instead of sending null. Clients then

@@ -9,6 +9,7 @@ use lfs_broker_client::api::{ErrorCode, FieldError, UploadState};
 
 use crate::broker::Error;
 use crate::policy::PolicyViolation;
+use crate::session::Failure;
 use crate::store;
 
 /// The description of an error code.
@@ -206,9 +207,9 @@ impl Problem {
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         let code = match &error {
-            Error::Session { error, state, items } => {
-                let code = ErrorCode::named(error.code()).unwrap_or(ErrorCode::StateConflict);
-                return Self { state: Some(*state), errors: items.clone(), ..Self::new(code, error.to_string()) };
+            Error::Session { failure, state } => {
+                let Failure { code, detail, items } = failure.clone();
+                return Self { state: Some(*state), errors: items, ..Self::new(code, detail) };
             }
             Error::Policy(PolicyViolation::Invalid(errors)) => return Self::invalid(errors.clone()),
             Error::Policy(PolicyViolation::RecordTooLarge(_)) => ErrorCode::RecordTooLarge,

@@ -91,7 +91,7 @@ async fn healthz(_: SizeChecked) -> Json<Health> {
 async fn readyz(_: SizeChecked, State(app): State<App>) -> Response {
     let Dependencies { database, storage, kafka } = app.broker.dependencies().await;
     let (code, status) = match (database.ok && storage.ok, kafka.ok) {
-        _ if app.shutdown.is_announced() => (StatusCode::SERVICE_UNAVAILABLE, "shutting-down"),
+        _ if app.shutdown.announced.is_cancelled() => (StatusCode::SERVICE_UNAVAILABLE, "shutting-down"),
         (true, true) => (StatusCode::OK, "ok"),
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),

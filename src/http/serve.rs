@@ -5,7 +5,7 @@
 //! connections is also the limit of concurrent requests.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::client_ip::PeerIp;
 use super::connection_limits::{ConnectionLimits, ConnectionPermit, LimitReached, RESERVE_CONNECTIONS};
 use super::middleware::{RefusedRequest, final_response};
 use super::monitored_io::{ConnectionActivity, ConnectionPhase, ConnectionTimeouts, MonitoredBody, MonitoredIo};
@@ -41,10 +42,6 @@ const MAX_HEADERS: usize = 100;
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a request head may take on a connection in the reserve, and during the shutdown.
 const RESERVE_HEAD_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The IP address of the TCP peer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PeerIp(pub(super) IpAddr);
 
 /// Serves connections. It holds what all of them share.
 #[derive(Clone)]
@@ -72,7 +69,7 @@ pub(crate) async fn serve(
     let capacity = Arc::new(Semaphore::new(settings.connections + RESERVE_CONNECTIONS));
     let limits =
         Arc::new(ConnectionLimits::new(settings.connections, settings.connections_per_address, settings.trusted_proxies));
-    let mut stopped = shutdown.stopped.clone();
+    let stopped = shutdown.stopped.clone();
     let handler = ConnectionHandler { router, base_path: base_path.into(), tls, timeouts, limits, shutdown };
     let mut connections = JoinSet::new();
     loop {
@@ -85,7 +82,7 @@ pub(crate) async fn serve(
         };
         let next = tokio::select! {
             next = next => next,
-            _ = stopped.wait_for(|stopped| *stopped) => break,
+            () = stopped.cancelled() => break,
         };
         match next {
             Ok((stream, peer, capacity)) => {
@@ -157,7 +154,7 @@ impl ConnectionHandler {
             Box::pin(async move {
                 let mut response = handler.answer(request, &permit).await;
                 // Close the keep-alive connection while others wait, or when this replica shuts down.
-                if permit.in_reserve || handler.shutdown.is_announced() || handler.limits.is_saturated() {
+                if permit.in_reserve || handler.shutdown.announced.is_cancelled() || handler.limits.is_saturated() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 Ok::<_, Infallible>(response.map(|body| MonitoredBody { body, _guard: guard }))
@@ -185,7 +182,7 @@ impl ConnectionHandler {
                         return debug!(%peer, "closed an idle connection to make room for others");
                     }
                 }
-                _ = self.shutdown.stopped.wait_for(|stopped| *stopped), if !draining => {
+                () = self.shutdown.stopped.cancelled(), if !draining => {
                     draining = true;
                     self.timeouts.head = self.timeouts.head.min(RESERVE_HEAD_TIMEOUT);
                     // A request that has begun to arrive is still answered; hyper's graceful shutdown would drop it.

@@ -10,7 +10,6 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
-use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{error, info};
@@ -114,13 +113,10 @@ impl Tls {
     }
 
     /// Uses a new certificate and key as soon as both files match. Until then the old ones stay in use, and the log says why.
-    pub(crate) async fn reload_on_change(self, settings: Settings, mut stopped: watch::Receiver<bool>) {
+    pub(crate) async fn reload_on_change(self, settings: Settings) {
         let mut known = self.files;
         loop {
-            tokio::select! {
-                () = tokio::time::sleep(settings.check_interval) => {}
-                _ = stopped.wait_for(|stopped| *stopped) => return,
-            }
+            tokio::time::sleep(settings.check_interval).await;
             let found = match Files::read(&settings) {
                 Ok(found) if found == *known => continue,
                 Ok(found) => found,

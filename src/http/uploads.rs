@@ -5,17 +5,16 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lfs_broker_client::api::{
-    CompleteUpload, History, ListUploads, OpenUpload, ReadHistory, ReadUpload, SignParts, SignedParts, Upload, UploadPage,
-    UploadState,
+    CompleteUpload, Completed, History, ListUploads, OpenUpload, ReadHistory, ReadUpload, SignParts, SignedParts, Upload,
+    UploadPage, UploadState,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
 use super::extract::{Body, CanRead, CanWrite, Filters, MaybeBody, Query, UploadId};
-use super::openapi::Completed;
 use super::problem::Problem;
-use crate::broker::OpenContext;
+use crate::broker::{IdempotencyKey, OpenContext};
 
 /// The routes of this file.
 pub(super) fn routes() -> OpenApiRouter<App> {
@@ -173,16 +172,19 @@ async fn abort_upload(State(app): State<App>, CanWrite(caller): CanWrite, Upload
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// The `Idempotency-Key`, bare or as an RFC 8941 string. `Some(None)`: the header is malformed or repeated.
-fn idempotency_key(headers: &HeaderMap) -> Option<Option<String>> {
+/// The `Idempotency-Key`, bare or as an RFC 8941 string. A repeated header is malformed.
+fn idempotency_key(headers: &HeaderMap) -> IdempotencyKey {
     let mut values = headers.get_all("idempotency-key").iter();
-    let first = values.next()?;
-    if values.next().is_some() {
-        return Some(None);
+    let text = match (values.next(), values.next()) {
+        (None, _) => return IdempotencyKey::Absent,
+        (Some(first), None) => first.to_str().unwrap_or_default().trim(),
+        (Some(_), Some(_)) => return IdempotencyKey::Malformed,
+    };
+    let key = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
+    match (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => IdempotencyKey::Valid(key.to_owned()),
+        false => IdempotencyKey::Malformed,
     }
-    let text = first.to_str().ok().map(str::trim);
-    let bare = text.map(|text| text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text));
-    Some(bare.filter(|key| (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())).map(str::to_owned))
 }
 
 /// The W3C trace context, if it has the format of version 00.
@@ -214,10 +216,10 @@ mod tests {
         #[test]
         fn an_idempotency_key_is_visible_ascii_bare_or_quoted(key in "[!-~]{1,255}", any in proptest::collection::vec(any::<u8>(), 0..300)) {
             let bare = !(key.len() > 1 && key.starts_with('"') && key.ends_with('"'));
-            let read = |value: &[u8]| with("idempotency-key", value).and_then(|headers| idempotency_key(&headers));
-            prop_assert_eq!(read(format!("\"{key}\"").as_bytes()), Some(Some(key.clone())));
-            prop_assert!(!bare || read(key.as_bytes()) == Some(Some(key)));
-            if let Some(Some(key)) = read(&any) {
+            let read = |value: &[u8]| with("idempotency-key", value).map(|headers| idempotency_key(&headers));
+            prop_assert_eq!(read(format!("\"{key}\"").as_bytes()), Some(IdempotencyKey::Valid(key.clone())));
+            prop_assert!(!bare || read(key.as_bytes()) == Some(IdempotencyKey::Valid(key)));
+            if let Some(IdempotencyKey::Valid(key)) = read(&any) {
                 prop_assert!((1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()));
             }
         }

@@ -37,6 +37,8 @@ pub use scan::{Scan, ScannedRange, ScannedRecord};
 pub use shard::{PublishError, RecordRejection, ShardProducer};
 use topics::TopicCache;
 
+pub use crate::session::RecordMetadata;
+
 /// The compacted topic to which each shard writes what it published, in the same transaction. With at-least-once delivery,
 /// a shard writes the number of each batch there, before it sends any record of the batch.
 pub const MARKER_TOPIC: &str = "lfs-broker-markers";
@@ -93,19 +95,6 @@ pub struct Record {
     pub value: Vec<u8>,
     /// The record's headers, in this order.
     pub headers: Vec<(String, Vec<u8>)>,
-}
-
-/// Where a pointer was published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct RecordMetadata {
-    /// The session of the pointer.
-    pub upload_id: Uuid,
-    /// The record's partition.
-    pub partition: i32,
-    /// The record's offset in the partition.
-    pub offset: i64,
-    /// The record's timestamp in milliseconds since 1970.
-    pub timestamp_ms: i64,
 }
 
 /// Why a call to Kafka failed.

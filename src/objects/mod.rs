@@ -20,7 +20,7 @@ use lfs_broker_client::checksum::{Algorithm, Digest};
 use time::OffsetDateTime;
 
 use crate::failpoint::InjectedError;
-use crate::session::Object;
+use crate::session::{Object, Session};
 
 mod connect;
 mod download;
@@ -61,6 +61,13 @@ pub struct ObjectLocation {
     pub bucket: String,
     /// The key, without a leading slash.
     pub key: String,
+}
+
+impl ObjectLocation {
+    /// The location of a session's object.
+    pub(crate) fn of(session: &Session) -> Self {
+        Self { bucket: session.bucket.clone(), key: session.object_key.clone() }
+    }
 }
 
 impl fmt::Display for ObjectLocation {

@@ -11,8 +11,9 @@ use uuid::Uuid;
 
 use super::{Error, FencedShard, MAX_BATCH_RECORDS, ShardPublisher};
 use crate::failpoint;
-use crate::kafka::{self, Delivery, PublishError, RecordMetadata, RecordRejection};
-use crate::store::{self, Deferred, OutboxRow, PublishedAt, ShardLease};
+use crate::kafka::{self, Delivery, PublishError, RecordRejection};
+use crate::session::RecordMetadata;
+use crate::store::{self, Deferred, OutboxRow, ShardLease};
 
 /// A rejected record is sent again after 1, 2, 4, ... seconds, and at most this many.
 const MAX_DEFER_SECONDS: i64 = 60;
@@ -36,24 +37,24 @@ impl ShardPublisher {
         // Everything that the marker lists counts, claimed or not. After a restore, a relay that kept running may have
         // claimed a different batch under the same number.
         let claimed = self.store.claimed(lease.shard).await?;
-        let listed: Vec<PublishedAt> = match &marker {
-            Some(marker) => marker.published.iter().map(published_at).collect(),
+        let listed: Vec<RecordMetadata> = match &marker {
+            Some(marker) => marker.published.clone(),
             // No batch was ever committed, or the marker was deleted: the topics themselves must be read.
             None if !claimed.is_empty() && self.kafka.delivery() == Delivery::ExactlyOnce => {
                 self.find_published(&claimed).await?
             }
             None => Vec::new(),
         };
-        let unfinished = self.store.count_unverified(&listed.iter().map(|record| record.session_id).collect::<Vec<_>>()).await?;
+        let unfinished = self.store.count_unverified(&listed.iter().map(|record| record.upload_id).collect::<Vec<_>>()).await?;
         if unfinished > 0 {
             let batch = marker.map_or(0, |marker| marker.batch);
             return Err(Error::UnfinishedInDatabase { shard: lease.shard, batch, unfinished });
         }
         if !listed.is_empty() {
             self.store.mark_published(&listed, self.store.now().await?).await?;
-            listed.iter().for_each(|record| self.notifier.notify(record.session_id));
+            listed.iter().for_each(|record| self.notifier.notify(record.upload_id));
         }
-        let published = listed.iter().filter(|record| claimed.iter().any(|row| row.session_id == record.session_id)).count();
+        let published = listed.iter().filter(|record| claimed.iter().any(|row| row.session_id == record.upload_id)).count();
         if !claimed.is_empty() {
             failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = claimed.iter().filter_map(|row| row.batch).collect();
@@ -89,25 +90,23 @@ impl ShardPublisher {
         let (marked, published) = match result {
             Ok(delivered) => {
                 let now = self.store.now().await?;
-                let published: Vec<PublishedAt> = delivered.iter().map(published_at).collect();
-                let marked = self.mark_published(lease, batch, &published, now).await?;
+                let marked = self.mark_published(lease, batch, &delivered, now).await?;
                 self.isolation.record_published(shard, topics_of(&rows, &delivered));
                 // The other rows were not sent: an earlier record of their key has no partition, or the batch was halved.
                 if marked < rows.len() {
-                    self.release_batch(lease, &[batch], &published).await?;
+                    self.release_batch(lease, &[batch], &delivered).await?;
                     self.notifier.relay.notify_one();
                 }
                 return Ok(marked);
             }
             Err(PublishError::Rejected { rejected, delivered }) => {
                 let now = self.store.now().await?;
-                let published: Vec<PublishedAt> = delivered.iter().map(published_at).collect();
-                let marked = self.mark_published(lease, batch, &published, now).await?;
+                let marked = self.mark_published(lease, batch, &delivered, now).await?;
                 let deferred = self.rows_to_defer(&rejected, &sent, &rows);
                 self.defer(lease, batch, &deferred, &mut rows).await?;
                 self.isolation.record_rejected(shard, sent.len(), deferred.len(), marked);
                 self.notifier.relay.notify_one();
-                (marked, published)
+                (marked, delivered)
             }
             Err(PublishError::Retry(why)) => {
                 // If Kafka answers, the cause is in the batch, for example a partition without a leader.
@@ -215,7 +214,12 @@ impl ShardPublisher {
         should_log
     }
 
-    pub(super) async fn release_batch(&self, lease: ShardLease, batches: &[i64], published: &[PublishedAt]) -> Result<(), Error> {
+    pub(super) async fn release_batch(
+        &self,
+        lease: ShardLease,
+        batches: &[i64],
+        published: &[RecordMetadata],
+    ) -> Result<(), Error> {
         if self.store.release_batch(lease, batches, published).await? { Ok(()) } else { Err(Error::ShardLost) }
     }
 
@@ -225,7 +229,7 @@ impl ShardPublisher {
         &self,
         lease: ShardLease,
         batch: i64,
-        published: &[PublishedAt],
+        published: &[RecordMetadata],
         now: OffsetDateTime,
     ) -> Result<usize, Error> {
         if published.is_empty() {
@@ -236,21 +240,11 @@ impl ShardPublisher {
         if written < published.len() {
             written = self.store.mark_published(published, now).await?;
         }
-        published.iter().for_each(|record| self.notifier.notify(record.session_id));
+        published.iter().for_each(|record| self.notifier.notify(record.upload_id));
         if written < published.len() {
             return Err(Error::PublishedNotRecorded { shard: lease.shard, batch, published: published.len(), written });
         }
         Ok(written)
-    }
-}
-
-pub(super) fn published_at(delivered: &RecordMetadata) -> PublishedAt {
-    let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(delivered.timestamp_ms) * 1_000_000);
-    PublishedAt {
-        session_id: delivered.upload_id,
-        partition: delivered.partition,
-        offset: delivered.offset,
-        at: at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
     }
 }
 

@@ -8,17 +8,17 @@ use std::collections::{BTreeMap, HashMap};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::outcome::published_at;
 use super::{Error, ShardPublisher};
-use crate::kafka::{self, RecordMetadata};
-use crate::store::{OutboxRow, PublishedAt};
+use crate::kafka;
+use crate::session::RecordMetadata;
+use crate::store::OutboxRow;
 
 /// How far the clocks of Kafka's brokers, of PostgreSQL and of this machine may differ.
 const MAX_CLOCK_DIFFERENCE_SECONDS: u64 = 3600;
 
 impl ShardPublisher {
     /// Finds the records of claimed rows in their topics, when no marker says whether they were published.
-    pub(super) async fn find_published(&self, claimed: &[OutboxRow]) -> Result<Vec<PublishedAt>, Error> {
+    pub(super) async fn find_published(&self, claimed: &[OutboxRow]) -> Result<Vec<RecordMetadata>, Error> {
         let mut topics: BTreeMap<&str, HashMap<Uuid, &OutboxRow>> = BTreeMap::new();
         for row in claimed {
             topics.entry(&row.topic).or_default().insert(row.session_id, row);
@@ -40,7 +40,7 @@ impl ShardPublisher {
                         .filter(|record| rows.get(&record.upload_id).is_some_and(|row| row.value.as_bytes() == record.value));
                     found.extend(ours.map(|record| {
                         let (upload_id, offset, timestamp_ms) = (record.upload_id, record.offset, record.timestamp_ms);
-                        published_at(&RecordMetadata { upload_id, partition, offset, timestamp_ms })
+                        RecordMetadata { upload_id, partition, offset, timestamp_ms }
                     }));
                 }
             }

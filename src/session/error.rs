@@ -1,9 +1,7 @@
 //! Why a session transition fails, as the client sees it and as it is stored.
 
-use lfs_broker_client::api::{FieldError, UploadState};
+use lfs_broker_client::api::{ErrorCode, FieldError, UploadState};
 use time::OffsetDateTime;
-
-use super::Failure;
 
 /// The most missing parts that an answer lists one by one. They are enough to continue with; `missing_parts` of GET has
 /// them all.
@@ -11,6 +9,17 @@ const MAX_LISTED_PARTS: usize = 100;
 
 /// The most characters of a header's value that an error shows: enough to recognise the value.
 const MAX_SHOWN_CHARACTERS: usize = 100;
+
+/// Why an upload failed: the answer to the client, in the form that is stored too.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Failure {
+    /// The error code.
+    pub code: ErrorCode,
+    /// What happened.
+    pub detail: String,
+    /// The request members or parts that it concerns.
+    pub items: Vec<FieldError>,
+}
 
 /// Why a transition fails. The client caused it, and the client sees it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -49,7 +58,7 @@ pub enum SessionError {
     #[error("object storage refused the completion: {s3_code}")]
     StorageRefused {
         /// The error code of the answer.
-        code: &'static str,
+        code: ErrorCode,
         /// S3's error code.
         s3_code: String,
     },
@@ -89,21 +98,21 @@ pub enum SessionError {
 
 impl SessionError {
     /// The error code of the HTTP interface.
-    pub fn code(&self) -> &str {
+    pub fn code(&self) -> ErrorCode {
         match self {
-            Self::ObjectMissing => "object-missing",
-            Self::PartsIncomplete { .. } => "parts-incomplete",
-            Self::SizeMismatch { .. } => "size-mismatch",
-            Self::ChecksumMismatch { .. } => "checksum-mismatch",
-            Self::ForeignObject | Self::UndeclaredHeader { .. } => "object-foreign",
-            Self::StorageRefused { code, .. } => code,
-            Self::InvalidSha256(_) => "validation-failed",
-            Self::CompletionInProgress => "completion-in-progress",
-            Self::Expired(_) => "upload-expired",
-            Self::Aborted => "upload-aborted",
-            Self::Rejected(failure) => &failure.code,
-            Self::Unpublishable(_) => "unpublishable",
-            Self::WrongState(_) | Self::Conflict(_) => "state-conflict",
+            Self::ObjectMissing => ErrorCode::ObjectMissing,
+            Self::PartsIncomplete { .. } => ErrorCode::PartsIncomplete,
+            Self::SizeMismatch { .. } => ErrorCode::SizeMismatch,
+            Self::ChecksumMismatch { .. } => ErrorCode::ChecksumMismatch,
+            Self::ForeignObject | Self::UndeclaredHeader { .. } => ErrorCode::ObjectForeign,
+            Self::StorageRefused { code, .. } => *code,
+            Self::InvalidSha256(_) => ErrorCode::ValidationFailed,
+            Self::CompletionInProgress => ErrorCode::CompletionInProgress,
+            Self::Expired(_) => ErrorCode::UploadExpired,
+            Self::Aborted => ErrorCode::UploadAborted,
+            Self::Rejected(failure) => failure.code,
+            Self::Unpublishable(_) => ErrorCode::Unpublishable,
+            Self::WrongState(_) | Self::Conflict(_) => ErrorCode::StateConflict,
         }
     }
 
@@ -124,9 +133,12 @@ impl SessionError {
         }
     }
 
-    /// The form that is stored.
+    /// The form that is stored, and that the client sees.
     pub(crate) fn failure(&self) -> Failure {
-        Failure { code: self.code().to_owned(), detail: self.to_string(), items: self.items() }
+        match self {
+            Self::Rejected(failure) => (**failure).clone(),
+            _ => Failure { code: self.code(), detail: self.to_string(), items: self.items() },
+        }
     }
 }
 

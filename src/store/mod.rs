@@ -22,12 +22,13 @@ use std::time::Duration;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection as _, PgConnection, query, query_scalar};
 use time::OffsetDateTime;
+use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use crate::failpoint::InjectedError;
 
 pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
-pub(crate) use outbox::{Claim, Deferred, OutboxRow, PublishedAt, ShardLease};
+pub(crate) use outbox::{Claim, Deferred, OutboxRow, ShardLease};
 pub use sessions::Quota;
 pub(crate) use sessions::{CreateOutcome, Filter, SessionPage, Transition};
 pub(crate) use tenant_limiter::TenantLimiter;
@@ -164,6 +165,8 @@ pub struct Store {
     options: PgConnectOptions,
     tenant_limiter: Arc<TenantLimiter>,
     clock_offset_ms: Arc<AtomicI64>,
+    /// Read once: the identity of a deployment never changes.
+    deployment: Arc<OnceCell<Deployment>>,
 }
 
 impl Store {
@@ -175,7 +178,7 @@ impl Store {
         let options = connect_options(&settings.url)?;
         let pool = pool::Pool::new(&options, settings.max_connections, settings.call_timeout);
         let tenant_limiter = Arc::new(TenantLimiter::new(settings.tenant_connections));
-        Ok(Self { pool, options, tenant_limiter, clock_offset_ms: Arc::default() })
+        Ok(Self { pool, options, tenant_limiter, clock_offset_ms: Arc::default(), deployment: Arc::default() })
     }
 
     /// Migrates the schema to this program's version. Several processes may run it at once, while brokers serve requests.
@@ -248,8 +251,11 @@ impl Store {
 
     /// The identity of this deployment.
     pub(crate) async fn deployment(&self) -> Result<Deployment, Error> {
-        let row = query!("select id, shards from deployment").fetch_one(&self.pool).await?;
-        Ok(Deployment { id: row.id, shards: row.shards })
+        let read = || async {
+            let row = query!("select id, shards from deployment").fetch_one(&self.pool).await?;
+            Ok(Deployment { id: row.id, shards: row.shards })
+        };
+        self.deployment.get_or_try_init(read).await.copied()
     }
 
     /// Closes all connections. It does not wait for connections that do not answer.

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::pool::{WORKER_TIMEOUT, with_timeout};
 use super::{Error, Store};
 use crate::failpoint;
+use crate::session::RecordMetadata;
 
 /// How many refused rows one batch retries. The number is small, because rows that were never refused wait until the retried rows
 /// are deferred again. When Kafka accepts the retried rows, the next batch follows at once.
@@ -25,15 +26,6 @@ pub(crate) struct OutboxRow {
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) attempts: i32,
     pub(crate) batch: Option<i64>,
-}
-
-/// Where in Kafka the record of a session's pointer is.
-#[derive(Debug, Clone)]
-pub(crate) struct PublishedAt {
-    pub(crate) session_id: Uuid,
-    pub(crate) partition: i32,
-    pub(crate) offset: i64,
-    pub(crate) at: OffsetDateTime,
 }
 
 /// The outcome of claiming the next batch of a shard.
@@ -160,9 +152,9 @@ impl Store {
         &self,
         lease: ShardLease,
         batches: &[i64],
-        published: &[PublishedAt],
+        published: &[RecordMetadata],
     ) -> Result<bool, Error> {
-        let published_ids: Vec<Uuid> = published.iter().map(|published| published.session_id).collect();
+        let published_ids: Vec<Uuid> = published.iter().map(|published| published.upload_id).collect();
         let released = query!(
             "with lease as (select shard from relay_shards where shard = $1 and owner = $2 and epoch = $3),
                   released as (update outbox set batch = null
@@ -253,11 +245,11 @@ impl Store {
     ///
     /// The number is smaller when the database has lost a session, or lost that it was verified. All their outbox rows are
     /// deleted: Kafka holds the records, so none may be sent again.
-    pub(crate) async fn mark_published(&self, published: &[PublishedAt], now: OffsetDateTime) -> Result<usize, Error> {
-        let ids: Vec<Uuid> = published.iter().map(|published| published.session_id).collect();
+    pub(crate) async fn mark_published(&self, published: &[RecordMetadata], now: OffsetDateTime) -> Result<usize, Error> {
+        let ids: Vec<Uuid> = published.iter().map(|published| published.upload_id).collect();
         let partitions: Vec<i32> = published.iter().map(|published| published.partition).collect();
         let offsets: Vec<i64> = published.iter().map(|published| published.offset).collect();
-        let times: Vec<OffsetDateTime> = published.iter().map(|published| published.at).collect();
+        let times: Vec<OffsetDateTime> = published.iter().map(RecordMetadata::timestamp).collect();
         let count = with_timeout(WORKER_TIMEOUT, async {
             let mut connection = self.pool.worker_pool().acquire().await?;
             let marking = query_scalar!(
@@ -302,7 +294,7 @@ impl Store {
 
     /// All published records in order of topic, partition and offset: the embedded Kafka is reloaded from them.
     #[cfg(feature = "dev")]
-    pub(crate) async fn published_records(&self) -> Result<Vec<(PublishedAt, OutboxRow)>, Error> {
+    pub(crate) async fn published_records(&self) -> Result<Vec<(RecordMetadata, OutboxRow)>, Error> {
         let rows = query!(
             r#"select id, topic, record_key, pointer as "pointer!", record_headers as "headers: Json<Vec<(String, String)>>", integrity as "integrity!",
                       object_version_id, traceparent,
@@ -321,7 +313,7 @@ impl Store {
                     row.traceparent,
                     row.headers.0,
                 );
-                let published_at = PublishedAt { session_id: row.id, partition: row.partition, offset: row.offset, at: row.at };
+                let metadata = RecordMetadata::new(row.id, row.partition, row.offset, row.at);
                 let outbox_row = OutboxRow {
                     number: 0,
                     session_id: row.id,
@@ -333,7 +325,7 @@ impl Store {
                     attempts: 1,
                     batch: None,
                 };
-                (published_at, outbox_row)
+                (metadata, outbox_row)
             })
             .collect())
     }

@@ -5,7 +5,7 @@ mod row;
 mod scan;
 mod write;
 
-use lfs_broker_client::api::UploadState;
+use lfs_broker_client::api::{ErrorCode, UploadState};
 use lfs_broker_client::checksum::Sha256;
 use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
@@ -148,7 +148,8 @@ impl Store {
     /// One statement writes the session and its history. It also updates the tenant's quota when the session leaves
     /// {open, completing}, and inserts the outbox row when the session becomes verified. The outbox number is drawn under a
     /// lock on topic and key, so the numbers of one key follow the order of commit.
-    pub(crate) async fn save(&self, transition: &Transition<'_>, shards: i32) -> Result<Session, Error> {
+    pub(crate) async fn save(&self, transition: &Transition<'_>) -> Result<Session, Error> {
+        let shards = self.deployment().await?.shards;
         let row = self
             .pool
             .with_timeout(async {
@@ -160,6 +161,17 @@ impl Store {
         let saved = Session::try_from(row)?;
         failpoint::reach(saved_failpoint(saved.state.name())).await?;
         Ok(saved)
+    }
+
+    /// Expires an overdue session. `false`: it is not overdue, or another writer changed it first.
+    pub(crate) async fn expire(&self, session: Session, now: OffsetDateTime) -> Result<bool, Error> {
+        let Some(expired) = session.expire(now) else { return Ok(false) };
+        let reason = "the upload was not completed before its expiry";
+        match self.save(&Transition { from: UploadState::Open, to: &expired, reason, by: "sweeper", now }).await {
+            Ok(_) => Ok(true),
+            Err(Error::VersionConflict(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Renews the lease of a completing session. `false`: the lease was taken over or the session is no longer completing.
@@ -183,7 +195,7 @@ impl Store {
         id: Uuid,
         owner: Uuid,
         attempt: i32,
-        failure: (&str, &str),
+        failure: (ErrorCode, &str),
         now: OffsetDateTime,
         until: OffsetDateTime,
     ) -> Result<(), Error> {
@@ -195,7 +207,7 @@ impl Store {
             attempt,
             now,
             until,
-            failure.0,
+            failure.0.as_str(),
             failure.1
         )
         .execute(&self.pool)

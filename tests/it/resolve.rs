@@ -1,5 +1,6 @@
 //! Resolving: a record's value in, a download URL out, also for pointers that another writer made.
 
+use lfs_broker_client::api::ErrorCode;
 use serde_json::{Value, json};
 
 use crate::harness::{TestBroker, sha256};
@@ -121,7 +122,7 @@ async fn a_pointer_that_was_copied_into_another_topic_does_not_resolve_there() {
     let downloaded = client.fetch_record(&broker.topic, &value, None).await.unwrap();
     assert_eq!(downloaded.to_vec(5).await.unwrap(), b"hello");
     let refused = client.fetch_record("other", &value, None).await.unwrap_err();
-    assert!(refused.is_problem("pointer-forbidden"), "{refused}");
+    assert!(refused.is_problem(ErrorCode::PointerForbidden), "{refused}");
 }
 
 /// An integrity level belongs to one pointer and one object; for any other object it is unknown.

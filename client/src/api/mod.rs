@@ -5,6 +5,7 @@
 
 mod admin;
 mod error_code;
+mod limits;
 mod pointers;
 mod requests;
 mod topics;
@@ -12,6 +13,10 @@ mod upload;
 
 pub use admin::{Dependencies, Dependency, FieldError, OutboxDepth, Problem, Redrive, Stats};
 pub use error_code::ErrorCode;
+pub use limits::{
+    DEFAULT_PART_BYTES, MAX_OBJECT_BYTES, MAX_PART_BYTES, MAX_PARTS, MAX_PUT_BYTES, MIN_PART_BYTES, PARTS_PER_CALL,
+    is_valid_filename, part_bytes,
+};
 pub use pointers::{ResolveAnswer, ResolveOptions, Resolved, Validated};
 pub use requests::{
     CompleteUpload, Completed, Headers, ListUploads, OpenUpload, PartHashes, PartRequest, ReadHistory, ReadUpload, SignParts,
@@ -22,6 +27,3 @@ pub use upload::{
     History, Integrity, Mode, Next, Record, SignedPart, SignedRequest, Transition, Upload, UploadError, UploadPage, UploadState,
     UploadedPart,
 };
-
-/// The most part numbers in one `/parts` call, and the most part URLs in one response.
-pub const PARTS_PER_CALL: usize = 100;

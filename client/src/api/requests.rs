@@ -179,21 +179,28 @@ pub struct CompleteUpload {
     pub parts: Option<serde_json::Value>,
 }
 
-/// The response of complete: 200 with `record`, or 202 without.
+// The broker's OpenAPI document has one schema for each state, made from this type and its example.
+/// The response of complete. Its members depend on the state: `published` (200) has all, `verified` (202: the pointer is
+/// durable and will be published) has no `record`, `completing` (202: verification continues) has only the id.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({"id": "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "state": "published",
+    "pointer": {"kfs_lfs": 1, "bucket": "lfs", "key": "acme/videos/lfs/2026/11/21/01934d2e-7c00-7000-8000-5f2b8c1d9e3a", "size": 5,
+        "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "content_type": "video/mp4",
+        "created_at": "2026-11-21T06:35:59Z"},
+    "integrity": "sha256", "record": {"topic": "videos", "partition": 3, "offset": 42, "timestamp": "2026-11-21T06:35:59.2Z"}})))]
 pub struct Completed {
-    /// The upload.
+    /// The upload's id.
     pub id: Uuid,
-    /// `published` (200), `verified` (202: the pointer is durable and will be published) or `completing` (202:
-    /// verification continues).
+    /// The state.
     pub state: UploadState,
-    /// The record's value. Absent while completing.
+    /// The record's value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pointer: Option<Pointer>,
-    /// How far the bytes were verified. Absent while completing.
+    /// How far the bytes were verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrity: Option<Integrity>,
-    /// Where the pointer is in Kafka. Present only when published.
+    /// Where the pointer is in Kafka.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record: Option<Record>,
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Integrity;
+use super::{Integrity, MAX_OBJECT_BYTES};
 use crate::checksum::Algorithm;
 
 #[cfg(feature = "openapi")]
@@ -64,7 +64,7 @@ impl Default for Policy {
         Self {
             enabled: true,
             min_bytes: 8 << 20,
-            max_bytes: 5 << 40,
+            max_bytes: MAX_OBJECT_BYTES,
             bucket: None,
             prefix: None,
             checksums: vec![Algorithm::Sha256],

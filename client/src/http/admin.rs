@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::{Client, json_body, parse_json, parse_policy};
-use crate::api::{Policy, Redrive, Stats, Upload, Validated};
+use crate::api::{ErrorCode, Policy, Redrive, Stats, Upload, Validated};
 use crate::error::Error;
 
 impl Client {
@@ -19,7 +19,7 @@ impl Client {
         // JSON instead of `Policy`, because a newer broker may have members that `Policy` does not have.
         let stored = match self.call(&self.get(&["lfs", "topics", topic])?).await {
             Ok(response) => Some(parse_json::<Map<String, Value>>(&response)?),
-            Err(error) if error.is_problem("topic-not-found") => None,
+            Err(error) if error.is_problem(ErrorCode::TopicNotFound) => None,
             Err(error) => return Err(error),
         };
         let before = stored.clone().map(|members| parse_policy(Value::Object(members))).transpose()?;

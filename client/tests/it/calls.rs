@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use lfs_broker_client::api::{ListTopics, ListUploads, OpenUpload, Policy, ReadUpload, ResolveOptions, UploadState};
+use lfs_broker_client::api::{ErrorCode, ListTopics, ListUploads, OpenUpload, Policy, ReadUpload, ResolveOptions, UploadState};
 use lfs_broker_client::{Client, Error, Retry, Settings};
 use serde_json::json;
 use time::macros::datetime;
@@ -44,7 +44,7 @@ async fn open_is_retried_only_with_an_idempotency_key() {
     let client = server.client();
     let exchange = server.respond(vec![problem(503, "dependency-unavailable", true)]);
     let error = client.open(&request, None).await.unwrap_err();
-    assert!(error.is_problem("dependency-unavailable"), "{error}");
+    assert!(error.is_problem(ErrorCode::DependencyUnavailable), "{error}");
     assert_eq!(exchange.requests().await[0].header("idempotency-key"), None);
 
     let server = MockServer::new().await;

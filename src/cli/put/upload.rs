@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use lfs_broker_client::api::{Completed, Mode, ReadUpload, UploadState};
+use lfs_broker_client::api::{Completed, ErrorCode, Mode, ReadUpload, UploadState};
 use lfs_broker_client::{self as client, Client};
 use uuid::Uuid;
 
@@ -82,10 +82,10 @@ pub(super) async fn upload(
 async fn abort(client: &Client, id: Uuid) -> String {
     match unless_interrupted(client.abort(id)).await {
         Some(Ok(())) => format!("upload {id} was aborted"),
-        Some(Err(error)) if error.is_problem("state-conflict") => {
+        Some(Err(error)) if error.is_problem(ErrorCode::StateConflict) => {
             format!("upload {id} is already verified, so its pointer will be published")
         }
-        Some(Err(error)) if error.is_problem("completion-in-progress") => {
+        Some(Err(error)) if error.is_problem(ErrorCode::CompletionInProgress) => {
             format!("upload {id} was not aborted, because the broker is completing it")
         }
         _ => format!("upload {id} could not be aborted; it will expire"),

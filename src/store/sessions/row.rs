@@ -1,6 +1,6 @@
 //! Maps a row of `upload_sessions` to a session and back. A row that breaks the rules of its state is an error with its id.
 
-use lfs_broker_client::api::{FieldError, Integrity};
+use lfs_broker_client::api::{ErrorCode, FieldError, Integrity};
 use lfs_broker_client::checksum::{Algorithm, Digest};
 use sqlx::types::Json;
 use time::OffsetDateTime;
@@ -112,11 +112,10 @@ impl Row {
             })
         };
         let metadata = || -> Result<RecordMetadata, Error> {
-            Ok(RecordMetadata {
-                partition: self.published_partition.ok_or_else(|| missing("published without a partition"))?,
-                offset: self.published_offset.ok_or_else(|| missing("published without an offset"))?,
-                at: self.published_at.ok_or_else(|| missing("published without a time"))?,
-            })
+            let partition = self.published_partition.ok_or_else(|| missing("published without a partition"))?;
+            let offset = self.published_offset.ok_or_else(|| missing("published without an offset"))?;
+            let at = self.published_at.ok_or_else(|| missing("published without a time"))?;
+            Ok(RecordMetadata::new(self.id, partition, offset, at))
         };
         Ok(match self.state.as_str() {
             "open" => State::Open,
@@ -133,7 +132,8 @@ impl Row {
     fn failure(&self) -> Option<Failure> {
         let items = |value: &serde_json::Value| serde_json::from_value::<Vec<FieldError>>(value.clone()).ok();
         Some(Failure {
-            code: self.error_code.clone()?,
+            // A newer broker may have stored a code that this one does not know.
+            code: ErrorCode::named(self.error_code.as_deref()?).unwrap_or(ErrorCode::StateConflict),
             detail: self.error_detail.clone().unwrap_or_default(),
             items: self.error_items.as_ref().and_then(items).unwrap_or_default(),
         })
@@ -266,7 +266,7 @@ impl<'a> StateColumns<'a> {
             _ => session.last_failure.as_ref(),
         };
         if let Some(failure) = failure {
-            columns.error_code = Some(&failure.code);
+            columns.error_code = Some(failure.code.as_str());
             columns.error_detail = Some(&failure.detail);
             columns.error_items = Some(Json(&failure.items));
         }

@@ -37,7 +37,8 @@ impl Store {
     }
 
     /// Inserts a verified session's stored pointer into the outbox if it is missing there. `false`: nothing was to do.
-    pub(crate) async fn requeue_pointer(&self, id: Uuid, shards: i32, now: OffsetDateTime) -> Result<bool, Error> {
+    pub(crate) async fn requeue_pointer(&self, id: Uuid, now: OffsetDateTime) -> Result<bool, Error> {
+        let shards = self.deployment().await?.shards;
         let Some(session) = self.session(id).await? else { return Ok(false) };
         with_timeout(WORKER_TIMEOUT, async {
             let mut tx = self.pool.worker_pool().begin().await?;

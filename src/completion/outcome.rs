@@ -1,0 +1,63 @@
+//! Saves what a completion found out: verified, to be read, open again, or rejected.
+
+use lfs_broker_client::api::UploadState;
+use tracing::{info, warn};
+
+use super::CompletionWorker;
+use crate::session::{Session, SessionError, State};
+use crate::store::{self, Transition};
+
+impl CompletionWorker {
+    /// Reopens the session if the client can still fix the cause, else rejects it.
+    pub(super) async fn save_session_error(&self, session: Session, cause: &SessionError, by: &str) {
+        let id = session.id;
+        let next = match cause {
+            SessionError::ObjectMissing | SessionError::PartsIncomplete { .. } | SessionError::StorageRefused { .. } => {
+                session.reopen(cause)
+            }
+            _ => session.reject(cause),
+        };
+        match next {
+            Ok(next) => self.save_outcome(next, by).await,
+            Err(error) => {
+                warn!(session.id = %id, %error, "saving the failure of upload {id} failed: {error}; its lease will expire")
+            }
+        }
+    }
+
+    /// Saves an outcome. If the answer to COMMIT is lost, the next reader of the row sees whether it was saved.
+    pub(super) async fn save_outcome(&self, next: Session, by: &str) {
+        let id = next.id;
+        let (reason, wake) = match &next.state {
+            State::Verified(verification) => {
+                (format!("verified with integrity {}", verification.integrity.name()), Some(&self.notifier.relay))
+            }
+            State::Completing { .. } => {
+                ("the broker must read the bytes to verify them".to_owned(), Some(&self.notifier.verifier))
+            }
+            State::Rejected(failure) => (failure.detail.clone(), Some(&self.notifier.sweeper)),
+            State::Expired => ("the upload was not verified before its latest expiry".to_owned(), Some(&self.notifier.sweeper)),
+            _ => (next.last_failure.as_ref().map(|failure| failure.detail.clone()).unwrap_or_default(), None),
+        };
+        let saved = self.retry_until_lease_ends(|| async {
+            let now = self.store.now().await?;
+            self.store.save(&Transition { from: UploadState::Completing, to: &next, reason: &reason, by, now }).await
+        });
+        match saved.await {
+            Ok(saved) => {
+                let state = saved.state.name();
+                info!(session.id = %id, state = %state, reason, "completion moved upload {id} to {state}: {reason}");
+            }
+            // This replica may have saved it itself, if the answer to the first attempt was lost.
+            Err(store::Error::VersionConflict(_)) => {
+                info!(session.id = %id, "upload {id} was changed meanwhile: its outcome is not saved again");
+            }
+            Err(error) => {
+                warn!(session.id = %id, %error, "saving the outcome of upload {id} failed: {error}; its lease will expire")
+            }
+        }
+        if let Some(wake) = wake {
+            wake.notify_one();
+        }
+    }
+}
