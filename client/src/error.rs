@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
-use crate::transport::Failure;
+use crate::transport::{Failure, with_causes};
 
 /// The most characters of a foreign response that an error message quotes.
 const MAX_QUOTED_CHARACTERS: usize = 200;
@@ -217,17 +217,6 @@ impl From<Error> for io::Error {
             other => io::Error::other(other),
         }
     }
-}
-
-/// An error and its causes as one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut reason = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        reason = format!("{reason}: {next}");
-        cause = next.source();
-    }
-    reason
 }
 
 /// Whether the status is temporary: a proxy, a rate limit or a restart sends it.

@@ -5,8 +5,6 @@ use std::io;
 
 use reqwest::Url;
 
-use crate::error::with_causes;
-
 /// Why a connection failed.
 pub(crate) struct Failure {
     /// The reason, with the server's host and port. The rest of the URL is omitted, because it may contain a signature.
@@ -69,4 +67,15 @@ fn io_error_kind(error: &dyn StdError) -> Option<io::ErrorKind> {
         cause = next.source();
     }
     None
+}
+
+/// An error and its causes as one line.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut reason = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        reason = format!("{reason}: {next}");
+        cause = next.source();
+    }
+    reason
 }
