@@ -385,5 +385,7 @@ mod tests {
         server.restore("videos", 0, vec![saved(0), saved(1)]).await.unwrap();
         assert_eq!(next(&consumer).payload(), Some(b"pointer 1".as_slice()));
         assert_eq!(consume(&server, "videos", 2).len(), 2, "the group coordinator cannot be reached through the port");
+        // Closing a consumer waits for its group coordinator, so the consumer must be closed before the server stops.
+        drop(consumer);
     }
 }
