@@ -229,16 +229,18 @@ impl Broker {
             session.expires_at = expires_at;
             return Ok(new_upload_id);
         }
-        // Another request stored its multipart upload first, or the session has ended: this multipart upload is unused.
-        let stored = self.store.session(session.id).await?.ok_or(Error::NotFound)?;
-        match stored.s3_upload_id.clone() {
+        // Another request stored its multipart upload first, the session has ended, or PostgreSQL lost the session's row.
+        // So this multipart upload is unused.
+        let stored = self.store.session(session.id).await?;
+        self.objects.abort_multipart_upload(&location, &new_upload_id).await?;
+        // A lost row is a conflict, so the client retries: an open is then stored anew, and for parts the id is unknown.
+        let stored = stored.ok_or(store::Error::VersionConflict(session.id))?;
+        match &stored.s3_upload_id {
             Some(upload_id) if stored.state == State::Open => {
-                self.objects.abort_multipart_upload(&location, &new_upload_id).await?;
                 session.expires_at = stored.expires_at;
-                Ok(upload_id)
+                Ok(upload_id.clone())
             }
             _ => {
-                self.objects.abort_multipart_upload(&location, &new_upload_id).await?;
                 stored.ensure_open().map_err(|error| session_error(error, &stored))?;
                 Err(Error::OutcomeUnknown)
             }

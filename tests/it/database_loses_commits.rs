@@ -8,7 +8,8 @@ use serde_json::json;
 use crate::audit::{assert_clean, audit};
 use crate::harness::faults::upload_id_of;
 use crate::harness::process::BrokerProcess;
-use crate::harness::{ApiResponse, TestBroker};
+use crate::harness::uploads::PART_BYTES;
+use crate::harness::{ApiResponse, TestBroker, bytes};
 
 /// What the relay logs when it notices the loss.
 const NOTICED: &str = "is paused until it is compared with Kafka";
@@ -223,4 +224,25 @@ async fn a_shard_whose_marker_lists_a_reopened_upload_waits_for_the_audit() {
     wait_for_state(&broker, &process, &first, "published").await;
     assert_eq!(broker.records(&broker.topic).await.len(), 2);
     assert_clean(&broker).await;
+}
+
+/// Deletes an upload's row when its multipart upload is to be stored, and keeps the object key.
+const LOSE_OPENED: &str = "create table lost (object_key text);
+    create function lose_opened() returns trigger language plpgsql as $$ begin
+        insert into lost select old.object_key;
+        delete from upload_sessions where id = old.id;
+        return null;
+    end $$;
+    create trigger lose_opened before update of s3_upload_id on upload_sessions for each row execute function lose_opened();";
+
+#[tokio::test]
+async fn a_multipart_upload_is_aborted_when_the_database_loses_its_row() {
+    let broker = TestBroker::start().await;
+    sqlx::raw_sql(LOSE_OPENED).execute(&broker.db).await.unwrap();
+    let content = bytes(PART_BYTES + 1, 1);
+    let refused = broker.open_multipart(&content, json!({})).await.expect(503);
+    assert_eq!(refused.code(), "dependency-unavailable");
+    let lost: Vec<String> = sqlx::query_scalar("select object_key from lost").fetch_all(&broker.db).await.unwrap();
+    assert_eq!(lost.len(), 1);
+    assert!(!broker.has_open_multipart(&lost[0]).await, "no row refers to the multipart upload, so nothing removes it later");
 }
