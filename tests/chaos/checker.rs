@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::observed::{Observed, Record, Session};
+use crate::observed::{Observed, Record, Session, upload_id};
 
 /// The kinds of findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -221,8 +221,7 @@ impl Check<'_> {
             self.find(FindingKind::Orphan, format!("object {key} of {owner}"));
         }
         for upload in &observed.uploads {
-            let id = upload.split(' ').next().and_then(|id| id.parse().ok());
-            let session = id.and_then(|id: Uuid| observed.sessions.get(&id));
+            let session = upload_id(upload).and_then(|id| observed.sessions.get(&id));
             let state = session.map_or("unknown", |session| session.state.as_str());
             self.find(FindingKind::Orphan, format!("multipart upload of {upload}, which is {state}"));
         }

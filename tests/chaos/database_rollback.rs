@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::Failure;
 use crate::cluster::Cluster;
 use crate::journal::Journal;
-use crate::observed::{Observed, Record};
+use crate::observed::{Observed, Record, upload_id};
 use crate::plan::Target;
 
 /// No server is stopped for long here, so sessions may expire sooner than in a run with kills. But an upload whose
@@ -30,6 +30,8 @@ pub(crate) const SETTINGS: &[(&str, &str)] = &[
 const UNKNOWN: [&str; 3] = ["record-unknown", "object-unknown", "upload-unknown"];
 /// How long after the stop of the database a response may still arrive that was sent before.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
+/// The longest time from an upload's id to its row. The broker opens an upload again where the database was unreachable.
+const MAX_OPEN: Duration = Duration::from_secs(10);
 /// The most audits until every shard may publish again. Each later audit finds batches that were in flight before.
 const MAX_AUDITS: usize = 20;
 
@@ -39,7 +41,9 @@ const AFTER_LEASE: Duration = Duration::from_millis(3500);
 /// What was lost, and what the audit did about it.
 #[derive(Debug, Default)]
 pub(crate) struct LostCommits {
-    /// The times of each copy and of its return.
+    /// When the run started, since 1970.
+    pub(crate) run_started: Duration,
+    /// The times of each copy and of its return, since the start of the run.
     pub(crate) intervals: Vec<(Duration, Duration)>,
     /// How many shards had to wait for an audit.
     pub(crate) shards: u64,
@@ -51,7 +55,7 @@ pub(crate) struct LostCommits {
 pub(crate) async fn run(cluster: &Cluster, journal: &Journal, seed: u64, times: usize) -> Result<LostCommits, Failure> {
     let mut random = fastrand::Rng::with_seed(seed);
     let (data, copy) = (cluster.dir.join("postgres/data"), cluster.dir.join("postgres/copy"));
-    let mut lost = LostCommits::default();
+    let mut lost = LostCommits { run_started: journal.started(), ..LostCommits::default() };
     for number in 0..times {
         tokio::time::sleep(Duration::from_millis(random.u64(1000..3000))).await;
         let from = journal.now();
@@ -112,7 +116,7 @@ impl LostCommits {
     }
 
     pub(crate) fn summary(&self) -> String {
-        let Self { intervals, shards, records } = self;
+        let Self { intervals, shards, records, .. } = self;
         format!(
             "PostgreSQL went back {} times: {shards} shards waited for the audit, which restored {records} records",
             intervals.len()
@@ -127,6 +131,14 @@ impl LostCommits {
 
     fn explains(&self, requested_at: Duration, received_at: Duration) -> bool {
         self.intervals.iter().any(|(from, until)| received_at >= *from && requested_at < *until + IN_FLIGHT)
+    }
+
+    /// Whether an upload's row can be lost, by the time in its id (UUIDv7, RFC 9562 section 5.7).
+    fn explains_id(&self, id: Uuid) -> bool {
+        let Some(timestamp) = id.get_timestamp() else { return false };
+        let (seconds, nanoseconds) = timestamp.to_unix();
+        let requested_at = Duration::new(seconds, nanoseconds).checked_sub(self.run_started);
+        requested_at.is_some_and(|requested_at| self.explains(requested_at, requested_at + MAX_OPEN))
     }
 }
 
@@ -148,6 +160,13 @@ pub(crate) fn remove_explained(observed: &mut Observed, lost: &LostCommits) {
         .map(|(id, _)| id)
         .collect();
     remove_uploads(observed, &lost_uploads);
+    // The response to an open can be lost together with the row. Then no client knows the id, and S3 may already hold the
+    // multipart upload. It has no parts, because no client got a URL.
+    let Observed { uploads, sessions, clients, .. } = observed;
+    uploads.retain(|upload| match upload_id(upload) {
+        Some(id) => sessions.contains_key(&id) || clients.declared.contains_key(&id) || !lost.explains_id(id),
+        None => true,
+    });
 }
 
 /// Removes uploads whose rows are lost. But each must have at most one record, at the acknowledged position, with its

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use uuid::Uuid;
@@ -52,12 +52,20 @@ pub(crate) struct JournalEntries {
 /// The journal that the clients share.
 pub(crate) struct Journal {
     began: Instant,
+    /// When the run started, since 1970.
+    started: Duration,
     entries: Mutex<JournalEntries>,
 }
 
 impl Journal {
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), entries: Mutex::default() }
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { began: Instant::now(), started, entries: Mutex::default() }
+    }
+
+    /// When the run started, since 1970.
+    pub(crate) fn started(&self) -> Duration {
+        self.started
     }
 
     pub(crate) fn now(&self) -> Duration {

@@ -67,7 +67,7 @@ pub(crate) struct Observed {
     pub(crate) waiting: Vec<Uuid>,
     pub(crate) records: Vec<Record>,
     pub(crate) objects: BTreeMap<String, Object>,
-    /// Multipart uploads in S3 that were neither completed nor aborted.
+    /// Multipart uploads in S3 that were neither completed nor aborted: each the upload's id, then where it was found.
     pub(crate) uploads: Vec<String>,
     pub(crate) clients: JournalEntries,
     /// Programs that exited by themselves, panics, and findings of `audit`.
@@ -203,6 +203,11 @@ async fn read_object(cluster: &Cluster, key: &str) -> Result<(String, Object), F
         size_bytes += chunk.len() as u64;
     }
     Ok((key.to_owned(), Object { size_bytes, sha256: Some(hasher.finish().hex()) }))
+}
+
+/// The upload whose object a multipart upload in [`Observed::uploads`] would become.
+pub(crate) fn upload_id(upload: &str) -> Option<Uuid> {
+    upload.split(' ').next()?.parse().ok()
 }
 
 /// Finds open multipart uploads in MinIO's directory, because MinIO lists them by exact key only.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use uuid::Uuid;
+use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::Failure;
 use crate::checker::{FindingKind, check};
@@ -15,6 +15,11 @@ const SHA256: &str = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e7304336293
 
 fn id(number: u128) -> Uuid {
     Uuid::from_u128(number)
+}
+
+/// The id of an upload that was opened this many seconds after the start of the run.
+fn id_at(seconds: u64) -> Uuid {
+    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, 0))
 }
 
 fn object_key(number: u128) -> String {
@@ -148,7 +153,7 @@ const CHANGES: [(&str, &[FindingKind], Change); 24] = [
 
 /// Changes after a database has lost the commits of upload 1: what the loss explains, and what it does not. Each record
 /// must still exist once, at the acknowledged position, with its bytes in S3.
-const CHANGES_AFTER_LOSS: [(&str, &[FindingKind], Change); 10] = [
+const CHANGES_AFTER_LOSS: [(&str, &[FindingKind], Change); 13] = [
     ("an upload and its acknowledgement are gone, but its record exists", &[], |f| drop(f.sessions.remove(&id(1)))),
     ("an acknowledged upload is gone that was not sent to Kafka", &[], |f| {
         f.sessions.insert(id(1), session(1, "expired"));
@@ -182,6 +187,16 @@ const CHANGES_AFTER_LOSS: [(&str, &[FindingKind], Change); 10] = [
         f.sessions.remove(&id(2));
     }),
     ("records of a key are in the wrong order", &[FindingKind::Order], |f| f.records.swap(0, 1)),
+    ("a multipart upload exists that no client knows, opened in the interval", &[], |f| {
+        f.uploads.push(format!("{} in PATH", id_at(10)));
+    }),
+    ("a multipart upload exists that no client knows, opened afterwards", &[FindingKind::Orphan], |f| {
+        f.uploads.push(format!("{} in PATH", id_at(17)));
+    }),
+    ("a multipart upload of a known session exists, opened in the interval", &[FindingKind::Orphan], |f| {
+        f.sessions.insert(id_at(10), session(3, "aborted"));
+        f.uploads.push(format!("{} in PATH", id_at(10)));
+    }),
 ];
 
 /// Runs the checker over every change and returns how many changes it must detect.
