@@ -127,7 +127,7 @@ pub struct Running {
 }
 
 impl Settings {
-    /// ReadinessChecker everything that needs no connection to a server.
+    /// Checks everything that needs no connection to a server.
     ///
     /// # Errors
     /// If settings contradict each other or are not safe.

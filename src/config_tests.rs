@@ -337,6 +337,14 @@ fn a_number_outside_its_range_is_refused_with_the_limit_and_the_value() {
         message("LFS_BROKER_PART_SIZE_BYTES", "5242879"),
         "LFS_BROKER_PART_SIZE_BYTES is \"5242879\", but must be a whole number, 5242880 to 5368709120 bytes"
     );
+    let largest = i64::MAX.to_string();
+    let names = ["LFS_BROKER_TENANT_OPEN_SESSIONS", "LFS_BROKER_TENANT_RESERVED_BYTES"];
+    let settings = with(&[REQUIRED[0], REQUIRED[1], (names[0], &largest), (names[1], &largest)]).unwrap();
+    let quota = settings.broker.quota;
+    assert_eq!((quota.open_sessions, quota.reserved_bytes), (i64::MAX, i64::MAX), "a quota may be as large as its column");
+    for name in names {
+        assert!(message(name, "9223372036854775808").contains("0 to 9223372036854775807"), "{name}");
+    }
     let in_file = from_file("part_size_bytes = -1").err().unwrap().to_string();
     assert!(in_file.starts_with("part_size_bytes is \"-1\", but must be a whole number, 5242880 to"), "{in_file}");
 }

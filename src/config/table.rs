@@ -10,6 +10,8 @@ const COUNT: Kind = Number(0..=MAX, "");
 const AT_LEAST_ONE: Kind = Number(1..=MAX, "");
 const SECONDS: Kind = Number(1..=MAX, "seconds");
 const SECONDS_OR_ZERO: Kind = Number(0..=MAX, "seconds");
+/// The largest value of a quota: the largest number that its column holds. Some operators set it to mean that there is no limit.
+const MAX_QUOTA: u64 = i64::MAX.unsigned_abs();
 /// How long a session or a URL may live.
 const LIFETIME: Kind = Number(1..=policy::MAX_LIFETIME_SECONDS, "seconds");
 
@@ -196,9 +198,11 @@ static COMPLETION: [Setting; 5] = [
 ];
 
 static LIMITS: [Setting; 8] = [
-    row("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", COUNT, |s| &mut s.app.broker.quota.open_sessions)
-        .doc("How many open uploads one tenant may have; then open gets 429 `quota-sessions-exceeded`. 0: no limit."),
-    row("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Number(0..=1_000_000_000_000_000_000, "bytes"), |s| {
+    row("LFS_BROKER_TENANT_OPEN_SESSIONS", "tenant.open_sessions", Number(0..=MAX_QUOTA, ""), |s| {
+        &mut s.app.broker.quota.open_sessions
+    })
+    .doc("How many open uploads one tenant may have; then open gets 429 `quota-sessions-exceeded`. 0: no limit."),
+    row("LFS_BROKER_TENANT_RESERVED_BYTES", "tenant.reserved_bytes", Number(0..=MAX_QUOTA, "bytes"), |s| {
         &mut s.app.broker.quota.reserved_bytes
     })
     .doc(
