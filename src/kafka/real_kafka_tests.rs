@@ -238,6 +238,7 @@ async fn a_metadata_query_does_not_create_a_topic_even_if_kafka_creates_topics_o
         kafka.invalidate_topic(&topic);
     }
     assert_eq!(kafka.partition_count("no such topic!").await.unwrap(), None);
+    kafka.ensure_marker_topic(4).await.unwrap();
     let too_many = kafka.ensure_marker_topic(1000).await;
     assert!(matches!(too_many, Err(super::Error::MarkerPartitions { wanted: 1000, .. })), "{too_many:?}");
 }
