@@ -16,29 +16,16 @@ const ABORT_STRAY_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this many attempts, a store that does not list multipart uploads no longer blocks the completion. `audit` finds
 /// the stray uploads later.
 const ABORT_STRAY_MAX_ATTEMPTS: i32 = 5;
+
 /// Why a completion failed.
+#[derive(Debug, thiserror::Error)]
 pub(super) enum CompletionError {
-    Session(SessionError),
-    Objects(objects::Error),
-    Store(store::Error),
-}
-
-impl From<SessionError> for CompletionError {
-    fn from(error: SessionError) -> Self {
-        Self::Session(error)
-    }
-}
-
-impl From<objects::Error> for CompletionError {
-    fn from(error: objects::Error) -> Self {
-        Self::Objects(error)
-    }
-}
-
-impl From<store::Error> for CompletionError {
-    fn from(error: store::Error) -> Self {
-        Self::Store(error)
-    }
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    #[error("{0}")]
+    Objects(#[from] objects::Error),
+    #[error("{0}")]
+    Store(#[from] store::Error),
 }
 
 impl CompletionWorker {
