@@ -26,8 +26,6 @@ use crate::{auth, broker, completion, http, objects, policy, relay, sweeper};
 /// The bucket of `dev`.
 const BUCKET: &str = "lfs-dev";
 const REGION: &str = "us-east-1";
-/// The number of partitions of a new topic.
-const NEW_TOPIC_PARTITIONS: i32 = 4;
 
 /// How long `dev` waits for a real Kafka. A Kafka that starts at the same time answers within seconds.
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(15);
@@ -424,7 +422,7 @@ async fn start_kafka(dir: &Path, store: &Store) -> Result<kafka::Server, Error> 
         topics.entry((row.topic, published.partition)).or_default().push(saved);
     }
     for ((topic, partition), records) in topics {
-        server.create_topic(&topic, NEW_TOPIC_PARTITIONS.max(partition + 1)).await?;
+        server.create_topic(&topic, kafka::NEW_TOPIC_PARTITIONS.max(partition + 1)).await?;
         server.restore(&topic, partition, records).await?;
     }
     Ok(server)

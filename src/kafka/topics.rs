@@ -22,8 +22,8 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long it may take until a new topic is visible in the metadata.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the metadata of a complete topic is fresh.
-const CACHE_TTL: Duration = Duration::from_secs(10);
+/// How long the metadata of a complete topic, and a topic's configuration, are fresh.
+pub(super) const CACHE_TTL: Duration = Duration::from_secs(10);
 /// The same for a topic that is missing or has a partition without a leader.
 const MISSING_TTL: Duration = Duration::from_secs(1);
 /// How long the metadata of an existing topic is used while Kafka does not answer.
@@ -32,8 +32,8 @@ const STALE_TTL: Duration = Duration::from_secs(600);
 /// While Kafka does not answer, one request in this time queries it, and all others use the cache.
 const UNANSWERED_PAUSE: Duration = Duration::from_secs(1);
 
-/// The cache is limited, because topic names come from requests.
-const MAX_CACHED_TOPICS: usize = 10_000;
+/// The caches are limited, because topic names come from requests.
+pub(super) const MAX_CACHED_TOPICS: usize = 10_000;
 
 /// The metadata of a topic.
 #[derive(Debug, Clone)]
