@@ -18,8 +18,8 @@ const MAX_RECORD_KEY_BYTES: usize = 4096;
 /// The longest object key, in bytes (Amazon S3, "Creating object key names").
 pub(crate) const MAX_OBJECT_KEY_BYTES: usize = 1024;
 /// The names and values of all record headers together, in bytes: a pointer record stays small.
-const MAX_HEADERS_BYTES: usize = 8192;
-/// The longest lifetime of a session and of a URL, in seconds (SigV4: 7 days).
+const MAX_RECORD_HEADERS_BYTES: usize = 8192;
+/// The longest lifetime of a session and of a URL, in seconds (Amazon S3 User Guide: a signature is valid for 7 days).
 pub(crate) const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 
 /// How uploads are split into parts, and what a topic without a policy allows.
@@ -76,7 +76,7 @@ pub enum PolicyViolation {
     #[error("{}", .0.first().map_or("the request is not valid", |error| error.detail.as_str()))]
     Invalid(Vec<FieldError>),
     /// The record's headers are too large.
-    #[error("the record's headers have {0} bytes, at most {MAX_HEADERS_BYTES} are allowed")]
+    #[error("the record's headers have {0} bytes, at most {MAX_RECORD_HEADERS_BYTES} are allowed")]
     RecordTooLarge(usize),
     /// The topic accepts no uploads.
     #[error("topic {0} is not enabled for uploads")]
@@ -144,7 +144,7 @@ pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyVi
     if !errors.is_empty() {
         return Err(PolicyViolation::Invalid(errors));
     }
-    if headers_bytes > MAX_HEADERS_BYTES {
+    if headers_bytes > MAX_RECORD_HEADERS_BYTES {
         return Err(PolicyViolation::RecordTooLarge(headers_bytes));
     }
     Ok(ValidatedRequest { key, algorithm, digest, content_type, request })

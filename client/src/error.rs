@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
-use crate::transport::{Failure, with_causes};
+use crate::transport::{Failure, error_chain};
 
 /// The most characters of a foreign response that an error message quotes.
 const MAX_QUOTED_CHARACTERS: usize = 200;
@@ -125,7 +125,7 @@ impl Error {
 
     /// An error of the caller's signing function, with its causes.
     pub fn signing(error: impl std::error::Error) -> Self {
-        Self::Signing(with_causes(&error))
+        Self::Signing(error_chain(&error))
     }
 
     /// Whether this is a problem of the broker with this code.

@@ -21,6 +21,7 @@ use time::OffsetDateTime;
 
 use crate::failpoint::InjectedError;
 use crate::session::{Object, Session};
+use crate::telemetry::error_chain;
 
 mod connect;
 mod download;
@@ -341,7 +342,13 @@ fn code_and_message<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) 
     }
 }
 
-/// Classifies a failed call: a retry may help ([`Error::Unavailable`]) or cannot help (the other variants).
+/// Whether the store does not implement this operation.
+fn is_unsupported<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
+    matches!(http_status(error), Some(405 | 501)) || matches!(error_code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
+}
+
+/// Classifies a failed call: a retry may help ([`Error::Unavailable`]) or cannot help (the other variants). The SDK's debug
+/// output is not used, because it contains requests and their URLs.
 fn call_error<E>(operation: &str, error: &SdkError<E, HttpResponse>) -> Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
@@ -360,20 +367,6 @@ where
         SdkError::ConstructionFailure(_) => Error::Settings(format!("{operation}: {}", error_chain(error))),
         _ => Error::Unavailable(format!("{operation}: {}", error_chain(error))),
     }
-}
-
-/// The error and its causes in one line. The SDK's debug output is not used, because it contains requests and their URLs.
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    // Real chains are much shorter than sixteen; the limit protects against a cycle.
-    for _ in 0..16 {
-        let Some(error) = cause else { break };
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]
