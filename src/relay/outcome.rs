@@ -56,14 +56,14 @@ impl ShardPublisher {
         }
         let published = listed.iter().filter(|record| claimed.iter().any(|row| row.session_id == record.upload_id)).count();
         if !claimed.is_empty() {
-            failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
+            failpoint::reach("relay.recovered").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = claimed.iter().filter_map(|row| row.batch).collect();
             batches.sort_unstable();
             batches.dedup();
             self.release_batch(lease, &batches, &listed).await?;
             info!(
                 shard = lease.shard,
-                stamped = claimed.len(),
+                claimed = claimed.len(),
                 published,
                 "took over shard {}: {published} of {} claimed pointers were published, the others are sent again",
                 lease.shard,
