@@ -43,7 +43,7 @@ const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a request head may take on a connection in the reserve, and during the shutdown.
 const RESERVE_HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves connections. It holds what all of them share.
+/// Serves connections. It has the state that all connections share.
 #[derive(Clone)]
 struct ConnectionHandler {
     router: Router,
