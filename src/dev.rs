@@ -108,7 +108,7 @@ pub struct Endpoints {
     pub postgres_dir: PathBuf,
 }
 
-/// What is kept of S3 across restarts besides its data, because signed URLs and clients depend on it. In `s3.json`.
+/// The properties of the S3 server that a restart must keep, because signed URLs and clients depend on them. In `s3.json`.
 #[derive(Serialize, Deserialize)]
 struct SavedS3 {
     s3_port: u16,
@@ -116,7 +116,7 @@ struct SavedS3 {
     secret_access_key: String,
 }
 
-/// What is kept of the embedded Kafka across restarts, because clients connect to it again. In `kafka.json`.
+/// The properties of the embedded Kafka that a restart must keep, because clients connect to it again. In `kafka.json`.
 #[derive(Serialize, Deserialize)]
 struct SavedKafka {
     port: u16,

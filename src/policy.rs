@@ -1,4 +1,4 @@
-//! What may be uploaded: the validation of a request, and the check against its topic's policy.
+//! The rules for uploads: the validation of a request, and the check against its topic's policy.
 //!
 //! Pure: the result depends on the arguments alone. `validate` runs before the broker checks the caller's rights to the
 //! topic, and `apply_policy` after, so these are two functions.

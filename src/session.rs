@@ -30,7 +30,7 @@ pub(crate) struct Lease {
     pub(crate) attempt: i32,
 }
 
-/// An object as S3 describes it in the answer to a HEAD.
+/// An object as S3 describes it in the response to a HEAD.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Object {
     /// Its size in bytes.

@@ -30,13 +30,13 @@ const MIN_SIZE_FOR_RANGES_BYTES: u64 = 32 << 20;
 const RANGE_BYTES: u64 = 8 << 20;
 
 /// Progress of this many bytes resets the retries. A lower limit would let a server that sends a few bytes per connection
-/// keep the download alive for ever.
+/// keep the download running without an end.
 const MIN_PROGRESS_BYTES: u64 = 1 << 20;
 
 /// The most new signatures of one range without progress in between.
 const MAX_NEW_SIGNATURES: u32 = 2;
 
-/// What the bytes must match.
+/// The size and the digest that the bytes must match.
 #[derive(Debug, Clone)]
 pub(crate) struct Expected {
     /// The exact size, if a pointer declares it.
@@ -46,7 +46,7 @@ pub(crate) struct Expected {
     pub(crate) digest: Option<Digest>,
 }
 
-/// Who signs the GETs.
+/// The source of the signed GETs.
 #[derive(Debug)]
 pub(crate) enum UrlSigner {
     /// The broker, which resolves the record's value.

@@ -18,7 +18,7 @@ use crate::telemetry::error_chain;
 struct RefreshIntervals {
     /// The set is fetched again after this time, in the background. Callers use the old set meanwhile.
     refresh_after: Duration,
-    /// If fetching fails, the set is used for this long. A withdrawn key must not stay valid for ever.
+    /// If fetching fails, the set is used for this long. A withdrawn key must not stay valid without an end.
     expire_after: Duration,
     /// An unknown `kid` causes a fetch at most this often, because anyone can make up a `kid`.
     unknown_kid: Duration,
@@ -35,7 +35,7 @@ const INTERVALS: RefreshIntervals = RefreshIntervals {
 
 /// The time limit of one fetch, from the DNS query to the last byte.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a caller waits for a fetch, so that the caller gets an answer within two seconds.
+/// How long a caller waits for a fetch, so that the caller gets a response within two seconds.
 const WAIT_TIMEOUT: Duration = Duration::from_millis(1700);
 /// The largest key set, in bytes. One key has about 1,000.
 const MAX_SET_BYTES: usize = 256 << 10;

@@ -27,7 +27,7 @@ impl Broker {
     /// Completes an upload: verifies the object, queues the pointer in the outbox, and waits for Kafka.
     ///
     /// The work runs in its own task, under a lease, so a client that disconnects does not stop it. A repeated request
-    /// joins the running completion, or gets the same answer.
+    /// joins the running completion, or gets the same response.
     pub(crate) async fn complete(
         &self,
         caller: &Caller,
@@ -46,7 +46,7 @@ impl Broker {
         }
     }
 
-    /// Waits for the answer to complete. Sets `is_in_progress` once a completion is known to run.
+    /// Waits until the completion has a result for the client. Sets `is_in_progress` once a completion is known to run.
     async fn wait_for_completion(
         &self,
         caller: &Caller,

@@ -110,7 +110,7 @@ impl Broker {
     }
 }
 
-/// The state of a dependency by its answer. The error goes only to the log, because it may name addresses.
+/// The state of a dependency by the result of its check. The error goes only to the log, because it may name addresses.
 fn dependency<E: std::fmt::Display>(name: &str, outcome: Result<(), E>) -> Dependency {
     match outcome {
         Ok(()) => Dependency { ok: true, reason: None },

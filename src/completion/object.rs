@@ -94,7 +94,7 @@ impl CompletionWorker {
         let with_hashes = session.spec.layout.has_part_hashes();
         let finished =
             self.objects.complete_multipart_upload(&location, upload_id, &usable, with_hashes, session.spec.size_bytes).await;
-        // The answer may be lost or misleading, so a HEAD of the object decides.
+        // The response may be lost or misleading, so a HEAD of the object decides.
         match (finished, self.objects.head(&location, None).await?) {
             (Ok(CompleteOutcome::Refused(_)), Some(found)) => {
                 self.objects.abort_multipart_uploads(&location, Some(upload_id)).await?;
@@ -111,8 +111,8 @@ impl CompletionWorker {
         }
     }
 
-    /// Aborts other multipart uploads of this object: S3's answer to their creation was lost. The sweeper never cleans up
-    /// after a successful session. So if S3 does not answer, this attempt fails, and the next one tries again.
+    /// Aborts other multipart uploads of this object: S3's response to their creation was lost. The sweeper never cleans up
+    /// after a successful session. So if S3 does not answer, this attempt fails, and the next attempt lists them again.
     async fn abort_stray_uploads(&self, session: &Session, attempt: i32) -> Result<(), objects::Error> {
         let id = session.id;
         let aborted =

@@ -11,7 +11,7 @@ use super::client::{self, Context};
 use super::topics::{CACHE_TTL, MAX_CACHED_TOPICS};
 use super::{Kafka, drop_blocking, run_blocking};
 
-/// An answer takes milliseconds. An upload that is opened waits at most this long, and then continues without the limits.
+/// A response takes milliseconds. An upload that is opened waits at most this long, and then continues without the limits.
 const QUERY_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long no configuration is queried after Kafka did not answer, or does not support the request.
 const UNANSWERED_PAUSE: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! The Kafka client: topic metadata, and one producer for each shard that publishes batches.
 //!
 //! This module hides librdkafka's settings, its blocking calls, its error codes, and the marker topic. From the marker
-//! topic, a new owner of a shard finds out what the previous owner published.
+//! topic, a new owner of a shard sees which pointers the previous owner published.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -240,7 +240,7 @@ impl Kafka {
         ShardProducer::open(self.clone(), transactional_id, marker_partition).await
     }
 
-    /// The last marker that was committed under `transactional_id`. Only for the owner of the shard does the answer stay
+    /// The last marker that was committed under `transactional_id`. Only for the owner of the shard does the result stay
     /// true: another owner may commit a new marker at any time.
     pub async fn last_marker(&self, transactional_id: &str, marker_partition: i32) -> Result<Option<Marker>, Error> {
         let settings = self.0.settings.clone();

@@ -68,7 +68,7 @@ pub enum PublishError {
 }
 
 impl From<InjectedError> for PublishError {
-    /// An injected error stands for a commit whose answer is lost.
+    /// An injected error stands for a commit whose response is lost.
     fn from(error: InjectedError) -> Self {
         Self::OutcomeUnknown(error.to_string())
     }
@@ -158,7 +158,7 @@ impl ShardProducer {
         if let Err(error) = failpoint::reach("relay.listed").await {
             return Err(self.abort(PublishError::Retry(error.to_string())).await);
         }
-        // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the answer
+        // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the response
         // and started a new epoch. Only the marker shows whether the transaction was committed.
         self.step(|producer| producer.commit_transaction(STEP_TIMEOUT)).await.map_err(|error| self.step_failure(&error))?;
         failpoint::reach("relay.committed").await?;
@@ -368,7 +368,7 @@ impl ShardProducer {
             loop {
                 match call(&producer) {
                     Err(KafkaError::Transaction(error)) if error.is_retriable() && Instant::now() < deadline => {
-                        // The error may be an answer that comes at once, so pause to avoid a busy loop.
+                        // Kafka may return the error at once, so pause to avoid a busy loop.
                         std::thread::sleep(Duration::from_millis(20));
                     }
                     result => return result,

@@ -1,7 +1,7 @@
 //! Object storage: the only module that speaks S3.
 //!
 //! It hides two endpoints (the broker's own, and the public one that URLs are signed for), two credentials, and the
-//! differences between S3 stores. An answer to a write proves nothing here: the caller verifies with a HEAD afterwards.
+//! differences between S3 stores. A response to a write proves nothing here: the caller verifies with a HEAD afterwards.
 
 use std::fmt;
 use std::sync::Arc;
@@ -80,7 +80,7 @@ impl fmt::Display for ObjectLocation {
 /// Why a call to S3 failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// No answer, or an answer that asks for a retry. The outcome is unknown, and the same call may succeed later.
+    /// No response, or a response that asks for a retry. The outcome is unknown, and the same call may succeed later.
     #[error("s3 is unavailable: {0}")]
     Unavailable(String),
     /// A final answer that a retry does not change: permissions, a bucket that does not exist, the settings.
@@ -114,14 +114,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the store gave a final answer: a retry helps only after an operator has changed something.
+    /// Whether the store's response is final: a retry helps only after an operator has changed something.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(self, Self::Refused { .. } | Self::Settings(_) | Self::UnsignedHeader { .. })
     }
 }
 
 impl From<InjectedError> for Error {
-    /// A failpoint acts like a lost answer of S3.
+    /// A failpoint acts like a lost response of S3.
     fn from(error: InjectedError) -> Self {
         Self::Unavailable(error.to_string())
     }

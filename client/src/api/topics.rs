@@ -1,4 +1,4 @@
-//! The policy of a topic: what uploads it allows.
+//! The policy of a topic: the rules for its uploads.
 
 use serde::{Deserialize, Serialize};
 
