@@ -60,7 +60,7 @@ impl Broker {
         self.read(caller, id, &ReadUpload::default()).await
     }
 
-    /// Checks the object of a verified upload again, and compares what S3 says with the verification.
+    /// Checks the object of a verified upload again, and compares S3's data about it with the verification.
     pub(crate) async fn reverify(&self, caller: &Caller, id: Uuid) -> Result<Validated, Error> {
         let session = self.session(caller, id).await?;
         let Some(verification) = session.state.verification() else {
