@@ -268,7 +268,7 @@ impl Dev {
         &self.infrastructure.dir
     }
 
-    /// Whether Kafka is the embedded one.
+    /// Whether this `dev` runs the embedded Kafka.
     pub fn has_embedded_kafka(&self) -> bool {
         self.kafka.is_some()
     }

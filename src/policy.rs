@@ -22,7 +22,7 @@ const MAX_RECORD_HEADERS_BYTES: usize = 8192;
 /// The longest lifetime of a session and of a URL, in seconds (Amazon S3 User Guide: a signature is valid for 7 days).
 pub(crate) const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 
-/// How uploads are split into parts, and what a topic without a policy allows.
+/// How uploads are split into parts, and the policy of a topic that has none.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `LFS_BROKER_TOPICS_DEFAULT_ENABLED`.
@@ -41,13 +41,14 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
+        let Policy { session_seconds, session_max_seconds, url_seconds, .. } = Policy::default();
         Self {
             default_enabled: false,
             single_put_max_bytes: 64 << 20,
             part_size_bytes: DEFAULT_PART_BYTES,
-            session_seconds: 3600,
-            session_max_seconds: 86_400,
-            url_seconds: 900,
+            session_seconds,
+            session_max_seconds,
+            url_seconds,
         }
     }
 }

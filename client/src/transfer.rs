@@ -102,7 +102,7 @@ impl DownloadSource {
     }
 
     async fn resolve(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
-        let answer = client.resolve(value, options).await.map_err(|error| match error {
+        let response = client.resolve(value, options).await.map_err(|error| match error {
             // The broker compared the object with the pointer, and their sizes differ.
             Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => {
                 let expected = self.expected.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
@@ -110,7 +110,7 @@ impl DownloadSource {
             }
             error => error,
         });
-        match answer? {
+        match response? {
             ResolveAnswer::Resolved(resolved) => match self.expected.size {
                 Some(size) if size != resolved.size => Err(Error::Corrupt {
                     expected: format!("{size} bytes"),

@@ -115,7 +115,7 @@ impl Config {
     }
 }
 
-/// The environment. A variable that is not UTF-8 is none of this program.
+/// The environment. A variable that is not UTF-8 belongs to another program, so it is left out.
 fn environment() -> config::Environment {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }

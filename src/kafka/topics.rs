@@ -155,8 +155,8 @@ impl Kafka {
     /// Logs a warning if another Kafka cluster answers than before.
     async fn warn_if_cluster_changed(&self) {
         let fetch = |client: MetadataClient, time_left| Ok(client.client().fetch_cluster_id(time_left));
-        let answer = self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left)));
-        let Ok(Some(found)) = answer.await else { return };
+        let cluster_id = self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left)));
+        let Ok(Some(found)) = cluster_id.await else { return };
         let known = self.0.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
         if let Some(known) = known.filter(|known| *known != found) {
             tracing::warn!(
@@ -207,9 +207,9 @@ impl Kafka {
         // librdkafka's mock cluster and most Kafka clusters create a topic when a client asks for it and allows this.
         // The mock cluster has no other way.
         let (settings, name) = (self.0.settings.clone(), topic.to_owned());
-        let answer =
+        let created =
             self.query(move |time_left| fetch_topic_metadata(&client::metadata_client(&settings, true)?, &name, time_left));
-        if let Ok(Some(metadata)) = answer.await {
+        if let Ok(Some(metadata)) = created.await {
             return Ok(metadata);
         }
         if let Ok(metadata) = self.await_topic(topic, APPEAR_TIMEOUT / 4).await {

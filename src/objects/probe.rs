@@ -34,7 +34,7 @@ const URL_LIFETIME: Duration = Duration::from_secs(900);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// A public endpoint that takes longer to connect counts as unreachable for the broker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// The longest run of a probe. Older probe objects belong to a probe that no longer runs.
+/// The longest duration of a probe. Older probe objects belong to a probe that no longer runs.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(60);
 /// One PUT and its HEAD on a slow endpoint.
 const PUT_TIMEOUT: Duration = Duration::from_secs(20);

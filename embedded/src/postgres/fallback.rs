@@ -90,7 +90,7 @@ impl Fallback {
 }
 
 /// Removes every fallback directory whose requested directory no longer exists. Errors are ignored, because what remains
-/// does no harm, and the next start tries again.
+/// does no harm, and the next start removes it.
 pub(super) fn remove_orphans(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
