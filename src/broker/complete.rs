@@ -18,9 +18,9 @@ use crate::store::{self, Transition};
 /// How much longer complete waits for the verification than for Kafka. So even with a wait of 0 most responses have the state
 /// `verified`.
 const VERIFICATION_GRACE: Duration = Duration::from_millis(600);
-/// Complete responds within its wait and one second, also if a dependency does not respond. The remaining 150 ms are for a
+/// Complete answers within its wait and one second, also if a dependency does not respond. The remaining 150 ms are for a
 /// busy machine and the network.
-const RESPONSE_GRACE: Duration = Duration::from_millis(850);
+const ANSWER_GRACE: Duration = Duration::from_millis(850);
 /// How long a request waits for a free completion permit.
 const PERMIT_WAIT: Duration = Duration::from_secs(1);
 
@@ -39,7 +39,7 @@ impl Broker {
         let deadline = Instant::now() + self.settings.complete_wait;
         let is_in_progress = AtomicBool::new(false);
         let response = self.wait_for_completion(caller, id, &request, traceparent, deadline, &is_in_progress);
-        match tokio::time::timeout_at((deadline + RESPONSE_GRACE).into(), response).await {
+        match tokio::time::timeout_at((deadline + ANSWER_GRACE).into(), response).await {
             Ok(response) => response,
             // Only this request ends; the completion task continues.
             Err(_) if is_in_progress.load(Ordering::Relaxed) => Ok(still_completing(id)),
