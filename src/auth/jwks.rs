@@ -145,7 +145,7 @@ impl Jwks {
         self.cached().set.as_ref().filter(|(_, at)| at.elapsed() < age).map(|(set, _)| Arc::clone(set))
     }
 
-    /// Whether an unknown `kid` may cause a fetch now. Records that it did.
+    /// Whether an unknown `kid` may cause a fetch now. If so, records the fetch.
     fn may_fetch_for_unknown_kid(&self) -> bool {
         let mut cached = self.cached();
         let allowed = cached.last_unknown_kid_at.is_none_or(|at| at.elapsed() >= self.intervals.unknown_kid);
@@ -187,19 +187,19 @@ impl Jwks {
     async fn fetch(&self) -> Result<KeySet, String> {
         // The reason of a failed connection, such as an untrusted certificate, is in the error's causes.
         let describe = |error: reqwest::Error| error_chain(&error.without_url());
-        let mut answer = self.client.get(&self.url).header("accept", "application/json").send().await.map_err(describe)?;
-        if answer.status().as_u16() != 200 {
-            return Err(format!("the server answered {}", answer.status()));
+        let mut response = self.client.get(&self.url).header("accept", "application/json").send().await.map_err(describe)?;
+        if response.status().as_u16() != 200 {
+            return Err(format!("the server answered {}", response.status()));
         }
         let mut document = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(describe)? {
+        while let Some(chunk) = response.chunk().await.map_err(describe)? {
             document.extend_from_slice(&chunk);
             if document.len() > MAX_SET_BYTES {
                 return Err(format!("the key set has more than {MAX_SET_BYTES} bytes"));
             }
         }
-        let set =
-            KeySet::parse(&document, &self.required).map_err(|error| format!("the answer is not a JSON Web Key Set: {error}"))?;
+        let set = KeySet::parse(&document, &self.required)
+            .map_err(|error| format!("the response is not a JSON Web Key Set: {error}"))?;
         if set.len() == 0 { Err("the key set has no usable key".to_owned()) } else { Ok(set) }
     }
 }
