@@ -111,6 +111,9 @@ pub(crate) struct ValidatedRequest {
     pub(crate) content_type: String,
 }
 
+/// The rule of [`is_topic`], in an error.
+pub(crate) const TOPIC_RULE: &str = "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -";
+
 /// Whether Kafka allows such a topic name (1 to 249 of `[a-zA-Z0-9._-]`, not `.` or `..`).
 pub(crate) fn is_topic(name: &str) -> bool {
     (1..=249).contains(&name.len())
@@ -123,7 +126,7 @@ pub(crate) fn is_topic(name: &str) -> bool {
 pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyViolation> {
     let mut errors = Vec::new();
     if !is_topic(&request.topic) {
-        errors.push(FieldError::new("/topic", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
+        errors.push(FieldError::new("/topic", TOPIC_RULE));
     }
     if i64::try_from(request.size).is_err() {
         errors.push(FieldError::new("/size", format!("the size is {} bytes, at most 2^63 - 1 are allowed", request.size)));

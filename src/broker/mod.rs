@@ -122,7 +122,7 @@ pub(crate) struct BrokerDeps {
     pub(crate) restore_check: RestoreCheck,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,
-    /// What the S3 store enforces, once a probe has found out.
+    /// The capabilities of the S3 store, once a probe has found them.
     pub(crate) capabilities: Arc<OnceLock<Capabilities>>,
     /// The last results of the readiness checks.
     pub(crate) readiness: Arc<ReadinessState>,
