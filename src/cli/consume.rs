@@ -108,7 +108,7 @@ async fn next_record(follower: &TopicConsumer, is_unavailable: &mut bool) -> Res
             // A single lost connection is no outage, because librdkafka opens another one.
             if !*is_unavailable && !follower.is_reachable().await {
                 *is_unavailable = true;
-                print_note(&format!("note: Kafka is unavailable ({reason}); waiting until it answers"));
+                print_note(&format!("note: Kafka is unavailable ({reason}); waiting for it"));
             }
             return Ok(None);
         }
