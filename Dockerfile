@@ -2,15 +2,15 @@
 FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .
-# The caches survive between builds on one machine; the program is copied out because they are not part of the layer.
-# Without default features the program has no `dev`, and so none of the embedded servers.
+# The cache mounts are kept between builds on one machine, but are not part of the layer. So copy the program out of the cache.
+# Without default features the program has no `dev` command and no embedded servers.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo build --release --locked --package lfs-broker --no-default-features \
     && cp target/release/lfs-broker /usr/local/bin/
 
 FROM debian:bookworm-slim
-# The certificates are for Kafka's and S3's TLS, curl for health checks.
+# ca-certificates is for TLS to Kafka and S3, curl for health checks.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates curl \
     && rm -rf /var/lib/apt/lists/* \

@@ -21,7 +21,7 @@ def interactions(report: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def documented(document: dict[str, Any]) -> list[tuple[str, re.Pattern[str], str, set[tuple[str, str]]]]:
-    """Each operation: its method, a pattern of its path, its id, and its codes with their statuses."""
+    """For each operation: its method, a pattern for its path, its id, and its pairs of status and code."""
     found = []
     for path, item in document["paths"].items():
         pattern = re.compile(re.sub(r"\\?\{\w+\\?\}", "[^/]*", re.escape(path)) + "$")
@@ -49,5 +49,5 @@ for request, response in (pair for report in sys.argv[2:] for pair in interactio
 for operation, status, code in sorted(missing):
     print(f"the document does not name {status} {code} for {operation}")
 if missing or checked < 500:
-    sys.exit(f"{checked} problems were compared with the document, {len(missing)} kinds are missing")
+    sys.exit(f"{checked} problems were compared with the document (at least 500 expected), {len(missing)} codes are missing")
 print(f"{checked} problems have codes that the document names for their operations")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# openapi/openapi.json is a valid OpenAPI 3.1 document, and redocly and spectral find nothing in it, not even a warning.
-# Each of the three must also refuse a broken copy.
+# Checks that openapi/openapi.json is a valid OpenAPI 3.1 document without errors or warnings from redocly and spectral.
+# Each of the three must also reject a broken copy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . .ci/versions.sh
@@ -13,7 +13,7 @@ valid() { PYTHONPATH=$OPENAPI_HOME python3 -m openapi_spec_validator --schema 3.
 redocly() { "$LINT_HOME/node_modules/.bin/redocly" lint --extends recommended-strict "$1"; }
 spectral() { "$LINT_HOME/node_modules/.bin/spectral" lint --ruleset .ci/openapi/spectral.yaml --fail-severity warn "$1"; }
 
-# check COMMAND FILTER: the document passes, and a copy that jq's FILTER breaks does not.
+# check COMMAND FILTER: COMMAND must accept the document, and must reject a copy that jq's FILTER has broken.
 check() {
     "$1" openapi/openapi.json
     jq "$2" openapi/openapi.json >"$work/broken.json"

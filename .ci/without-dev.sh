@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tree=$(cargo tree --locked --package lfs-broker --no-default-features --edges normal --prefix none --format '{p}')
-# A tree that is not there has no s3s either.
+# Without this check, an empty tree would pass the next one.
 grep -q '^lfs-broker v' <<<"$tree"
 grep -q '^rdkafka v' <<<"$tree"
 if grep -E '^(s3s|lfs-broker-embedded) v' <<<"$tree"; then

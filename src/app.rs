@@ -29,7 +29,7 @@ use crate::store::{self, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
 
-/// How often the relay and the verifier poll for work. A notification wakes them sooner.
+/// How often the relay and the verifier poll for work. A notification starts them sooner.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// How often the versions of the subscribed sessions are polled, because another replica may have changed them.
 const CHANGE_POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -414,7 +414,8 @@ async fn run_verifier(verifier: Verifier, notifier: Arc<ChangeNotifier>, stopped
 async fn run_sweeper(sweeper: Sweeper, stopped: CancellationToken) {
     let notifier = Arc::clone(&sweeper.notifier);
     let every = sweeper.settings.interval;
-    // Each runs on its own, so that a slow S3 does not delay the release of quotas. Only the timer wakes those with `never`.
+    // Each worker runs independently, so that a slow S3 does not delay the release of quotas. `never` is never notified: the
+    // workers that use it run at each interval only.
     let never = Notify::new();
     tokio::join!(
         run_worker("sweeper of overdue uploads", || sweeper.expire_overdue(), every, &never, stopped.clone()),

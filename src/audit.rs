@@ -10,8 +10,8 @@
 //!
 //! After a restore of PostgreSQL from a backup, Kafka holds more than the database knows, and the relay refuses the shard.
 //! The audit finds each record by its `lfs-upload-id`. It saves the publication if the session is not published yet, or if
-//! the old database let it fail. At the end, if no record is in doubt, it lets the relay and the sweeper continue. It can
-//! find only the records that the topic still retains.
+//! the old database let it fail. At the end, if all records of unpublished uploads were verified, it lets the relay and the
+//! sweeper continue. It can find only the records that the topic still retains.
 
 mod object_checks;
 mod record_checks;
@@ -134,7 +134,7 @@ impl Audit {
         run.check_records(&mut report).await?;
         run.check_markers(ahead, &mut report).await?;
         run.check_unpublished(&mut report).await?;
-        run.check_stray_outbox_rows(&mut report).await?;
+        run.check_orphaned_outbox_rows(&mut report).await?;
         let buckets = run.check_sessions(&mut report).await?;
         run.add_session_buckets(buckets).await?;
         run.check_buckets(&mut report).await?;
@@ -191,10 +191,10 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Reports the shards for which Kafka is ahead. With `fix` the relay may continue, but only if no record is in doubt.
+    /// Reports the shards for which Kafka is ahead. With `fix` the relay may continue if all records were verified.
     async fn check_markers(&self, ahead: Vec<KafkaAhead>, report: &mut ReportBuilder) -> Result<(), Error> {
         for ahead in ahead {
-            let fixed = self.fix && !report.has_doubts();
+            let fixed = self.fix && !report.has_unverified_records();
             if fixed {
                 self.store.raise_last_batch(ahead.shard, ahead.marker).await?;
             }
@@ -216,7 +216,7 @@ impl Run<'_> {
                 let reason = stuck.error.map(|error| format!(": {error}")).unwrap_or_default();
                 let fixed = self.fix
                     && !stuck.is_in_outbox
-                    && !report.has_doubts()
+                    && !report.has_unverified_records()
                     && self.store.requeue_pointer(stuck.id, self.started_at).await?;
                 let example = format!("upload {} to topic {}, verified {age_seconds} s ago{reason}", stuck.id, stuck.topic);
                 report.add(NewFinding { kind, bytes: stuck.size_bytes.unsigned_abs(), fixed, example });
@@ -224,36 +224,36 @@ impl Run<'_> {
         }
     }
 
-    async fn check_stray_outbox_rows(&self, report: &mut ReportBuilder) -> Result<(), Error> {
+    async fn check_orphaned_outbox_rows(&self, report: &mut ReportBuilder) -> Result<(), Error> {
         let mut after = Uuid::nil();
         loop {
             let page = self.store.orphaned_outbox_rows(after).await?;
             let Some(last) = page.last() else { return Ok(()) };
             after = last.id;
-            for stray in page {
-                let fixed = self.fix && self.store.delete_orphaned_outbox_row(stray.id).await?;
-                let example = format!("upload {} is {}", stray.id, stray.state);
-                let bytes = stray.size_bytes.unsigned_abs();
+            for row in page {
+                let fixed = self.fix && self.store.delete_orphaned_outbox_row(row.id).await?;
+                let example = format!("upload {} is {}", row.id, row.state);
+                let bytes = row.size_bytes.unsigned_abs();
                 report.add(NewFinding { kind: FindingKind::OutboxStray, bytes, fixed, example });
             }
         }
     }
 
     async fn check_quotas(&self, report: &mut ReportBuilder) -> Result<(), Error> {
-        let miscounts = self.store.quota_mismatches().await?;
-        let fixed = self.fix && !miscounts.is_empty() && self.store.recount_quotas().await? > 0;
-        for miscount in miscounts {
+        let mismatches = self.store.quota_mismatches().await?;
+        let fixed = self.fix && !mismatches.is_empty() && self.store.recount_quotas().await? > 0;
+        for mismatch in mismatches {
             let example = format!(
                 "tenant {}: its row counts {} sessions, {} bytes and {} held bytes, but its sessions add up to {}, {} and {}",
-                miscount.tenant,
-                miscount.stored_sessions,
-                miscount.stored_bytes,
-                miscount.stored_held_bytes,
-                miscount.sessions,
-                miscount.bytes,
-                miscount.held_bytes
+                mismatch.tenant,
+                mismatch.stored_sessions,
+                mismatch.stored_bytes,
+                mismatch.stored_held_bytes,
+                mismatch.sessions,
+                mismatch.bytes,
+                mismatch.held_bytes
             );
-            let bytes = miscount.stored_bytes.abs_diff(miscount.bytes) + miscount.stored_held_bytes.abs_diff(miscount.held_bytes);
+            let bytes = mismatch.stored_bytes.abs_diff(mismatch.bytes) + mismatch.stored_held_bytes.abs_diff(mismatch.held_bytes);
             report.add(NewFinding { kind: FindingKind::Quota, bytes, fixed, example });
         }
         Ok(())

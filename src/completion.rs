@@ -59,7 +59,7 @@ pub(crate) struct CompletionWorker {
 enum ClaimOutcome {
     Claimed(Box<Session>),
     Refused(SessionError),
-    /// The database did not confirm the claim. The session is as it is if the claim was stored.
+    /// The database did not confirm the claim. The value is the session in the state that it has if the claim was stored.
     Unknown(Box<Session>, store::Error),
     Failed(store::Error),
 }
@@ -141,7 +141,7 @@ impl CompletionWorker {
                 return warn!(session.id = %id, "lost the lease on upload {id}: stopped completing it; its new owner continues");
             }
         };
-        let result = match failpoint::reach("complete.proved").await {
+        let result = match failpoint::reach("complete.checked").await {
             Ok(()) => result,
             Err(failed) => Err(CompletionError::Store(failed.into())),
         };

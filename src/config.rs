@@ -147,7 +147,7 @@ fn variables() -> impl Iterator<Item = &'static str> {
     table::settings().map(|setting| setting.variable).chain(table::CLI_VARIABLES.map(|(name, _)| name))
 }
 
-/// Whether the variable is none of this program, or one that it reads.
+/// Whether the variable belongs to another program, or is a variable that this program reads.
 fn is_known(name: &str, value: &str) -> bool {
     // Kubernetes gives every container such variables for each service, also for one with the name `lfs-broker`.
     let is_service_link = name.ends_with("_SERVICE_HOST")

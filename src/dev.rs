@@ -26,8 +26,6 @@ use crate::{auth, broker, completion, http, objects, policy, relay, sweeper};
 /// The bucket of `dev`.
 const BUCKET: &str = "lfs-dev";
 const REGION: &str = "us-east-1";
-/// The number of partitions of a new topic.
-const NEW_TOPIC_PARTITIONS: i32 = 4;
 
 /// How long `dev` waits for a real Kafka. A Kafka that starts at the same time answers within seconds.
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(15);
@@ -110,7 +108,7 @@ pub struct Endpoints {
     pub postgres_dir: PathBuf,
 }
 
-/// What is kept of S3 across restarts besides its data, because signed URLs and clients depend on it. In `s3.json`.
+/// The properties of the S3 server that a restart must keep, because signed URLs and clients depend on them. In `s3.json`.
 #[derive(Serialize, Deserialize)]
 struct SavedS3 {
     s3_port: u16,
@@ -118,7 +116,7 @@ struct SavedS3 {
     secret_access_key: String,
 }
 
-/// What is kept of the embedded Kafka across restarts, because clients connect to it again. In `kafka.json`.
+/// The properties of the embedded Kafka that a restart must keep, because clients connect to it again. In `kafka.json`.
 #[derive(Serialize, Deserialize)]
 struct SavedKafka {
     port: u16,
@@ -270,7 +268,7 @@ impl Dev {
         &self.infrastructure.dir
     }
 
-    /// Whether Kafka is the embedded one.
+    /// Whether this `dev` runs the embedded Kafka.
     pub fn has_embedded_kafka(&self) -> bool {
         self.kafka.is_some()
     }
@@ -424,7 +422,7 @@ async fn start_kafka(dir: &Path, store: &Store) -> Result<kafka::Server, Error> 
         topics.entry((row.topic, published.partition)).or_default().push(saved);
     }
     for ((topic, partition), records) in topics {
-        server.create_topic(&topic, NEW_TOPIC_PARTITIONS.max(partition + 1)).await?;
+        server.create_topic(&topic, kafka::NEW_TOPIC_PARTITIONS.max(partition + 1)).await?;
         server.restore(&topic, partition, records).await?;
     }
     Ok(server)

@@ -1,4 +1,4 @@
-//! What may be uploaded: the validation of a request, and the check against its topic's policy.
+//! The rules for uploads: the validation of a request, and the check against its topic's policy.
 //!
 //! Pure: the result depends on the arguments alone. `validate` runs before the broker checks the caller's rights to the
 //! topic, and `apply_policy` after, so these are two functions.
@@ -18,11 +18,11 @@ const MAX_RECORD_KEY_BYTES: usize = 4096;
 /// The longest object key, in bytes (Amazon S3, "Creating object key names").
 pub(crate) const MAX_OBJECT_KEY_BYTES: usize = 1024;
 /// The names and values of all record headers together, in bytes: a pointer record stays small.
-const MAX_HEADERS_BYTES: usize = 8192;
-/// The longest lifetime of a session and of a URL, in seconds (SigV4: 7 days).
+const MAX_RECORD_HEADERS_BYTES: usize = 8192;
+/// The longest lifetime of a session and of a URL, in seconds (Amazon S3 User Guide: a signature is valid for 7 days).
 pub(crate) const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 
-/// How uploads are split into parts, and what a topic without a policy allows.
+/// How uploads are split into parts, and the policy of a topic that has none.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `LFS_BROKER_TOPICS_DEFAULT_ENABLED`.
@@ -41,13 +41,14 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
+        let Policy { session_seconds, session_max_seconds, url_seconds, .. } = Policy::default();
         Self {
             default_enabled: false,
             single_put_max_bytes: 64 << 20,
             part_size_bytes: DEFAULT_PART_BYTES,
-            session_seconds: 3600,
-            session_max_seconds: 86_400,
-            url_seconds: 900,
+            session_seconds,
+            session_max_seconds,
+            url_seconds,
         }
     }
 }
@@ -76,7 +77,7 @@ pub enum PolicyViolation {
     #[error("{}", .0.first().map_or("the request is not valid", |error| error.detail.as_str()))]
     Invalid(Vec<FieldError>),
     /// The record's headers are too large.
-    #[error("the record's headers have {0} bytes, at most {MAX_HEADERS_BYTES} are allowed")]
+    #[error("the record's headers have {0} bytes, at most {MAX_RECORD_HEADERS_BYTES} are allowed")]
     RecordTooLarge(usize),
     /// The topic accepts no uploads.
     #[error("topic {0} is not enabled for uploads")]
@@ -110,6 +111,9 @@ pub(crate) struct ValidatedRequest {
     pub(crate) content_type: String,
 }
 
+/// The rule of [`is_topic`], in an error.
+pub(crate) const TOPIC_RULE: &str = "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -";
+
 /// Whether Kafka allows such a topic name (1 to 249 of `[a-zA-Z0-9._-]`, not `.` or `..`).
 pub(crate) fn is_topic(name: &str) -> bool {
     (1..=249).contains(&name.len())
@@ -122,7 +126,7 @@ pub(crate) fn is_topic(name: &str) -> bool {
 pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyViolation> {
     let mut errors = Vec::new();
     if !is_topic(&request.topic) {
-        errors.push(FieldError::new("/topic", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
+        errors.push(FieldError::new("/topic", TOPIC_RULE));
     }
     if i64::try_from(request.size).is_err() {
         errors.push(FieldError::new("/size", format!("the size is {} bytes, at most 2^63 - 1 are allowed", request.size)));
@@ -144,7 +148,7 @@ pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyVi
     if !errors.is_empty() {
         return Err(PolicyViolation::Invalid(errors));
     }
-    if headers_bytes > MAX_HEADERS_BYTES {
+    if headers_bytes > MAX_RECORD_HEADERS_BYTES {
         return Err(PolicyViolation::RecordTooLarge(headers_bytes));
     }
     Ok(ValidatedRequest { key, algorithm, digest, content_type, request })

@@ -161,7 +161,7 @@ pub(crate) struct ReadinessChecker {
 }
 
 impl ReadinessChecker {
-    /// Runs the checks again and again, more often while one fails.
+    /// Runs the checks in a loop, more often while one of them fails.
     pub(crate) async fn run(self) {
         let (mut pause, mut is_first) = (FIRST_CHECK_DELAY, true);
         loop {

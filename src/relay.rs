@@ -113,7 +113,7 @@ pub(crate) enum Error {
     #[error(
         "the last batch of shard {shard} is {found}{} in the database, but {known} in this relay, which left no row claimed: \
          PostgreSQL lost commits (a restore, a failover), or another program wrote to it",
-        if *has_claimed_rows { " and is unsettled" } else { "" }
+        if *has_claimed_rows { " and has claimed rows" } else { "" }
     )]
     ShardChanged { shard: i32, known: i64, found: i64, has_claimed_rows: bool },
     /// Kafka holds records of sessions that are no longer verified in the database.
@@ -219,18 +219,18 @@ impl Relay {
                 self.fenced_shards.extend(fenced.map(|fenced| (shard, fenced)));
                 Ok(count)
             }
-            // Find out first which shards this relay still owns: taking this one back would fence its new owner.
+            // Read first which shards this relay still owns: taking this shard over again would fence its new owner.
             Err(Error::ShardLost) => {
                 info!(shard, "another relay has taken over shard {shard}; reading the leases again");
                 self.renewed_at = None;
                 Ok(0)
             }
-            // Only an operator can solve this. It is logged once, and the next ticks check the shard again.
+            // Only an operator can solve this. The error is logged once, and the next ticks check the shard again.
             Err(Error::KafkaAhead { shard, marker, last_batch }) => {
                 self.restore_check.report_kafka_ahead(KafkaAhead { shard, marker, last_batch });
                 Ok(0)
             }
-            // The same, with the batch number of the marker itself.
+            // As for `KafkaAhead`, with the batch number of the marker itself.
             Err(Error::UnfinishedInDatabase { shard, batch, unfinished }) => {
                 if self.publisher.should_log(&format!("shard {shard}"), "unfinished in the database") {
                     let error = Error::UnfinishedInDatabase { shard, batch, unfinished };

@@ -1,7 +1,7 @@
-//! The session: what the client declared, its state, and the allowed transitions.
+//! The session: the client's declaration, the state, and the allowed transitions.
 //!
 //! Pure: no I/O, no clock, no randomness. A state carries exactly what is known once it is reached. A transition
-//! takes `self` and returns the next session or a [`SessionError`]. Every transition answers every state.
+//! takes `self` and returns the next session or a [`SessionError`]. Every transition handles every state.
 
 mod error;
 mod record;
@@ -30,7 +30,7 @@ pub(crate) struct Lease {
     pub(crate) attempt: i32,
 }
 
-/// An object as S3 describes it in the answer to a HEAD.
+/// An object as S3 describes it in the response to a HEAD.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Object {
     /// Its size in bytes.
@@ -234,7 +234,7 @@ impl Session {
         }
     }
 
-    /// Compares the object in S3 with what the client declared. If S3's checksums do not reach the required integrity,
+    /// Compares the object in S3 with the client's declaration. If S3's checksums do not reach the required integrity,
     /// the bytes must be read.
     pub(crate) fn verify(self, found: &Object, parts: &[Sha256], now: OffsetDateTime) -> Result<Self, SessionError> {
         let State::Completing { .. } = self.state else { return Err(SessionError::WrongState(self.state.name())) };
@@ -246,7 +246,7 @@ impl Session {
         }
     }
 
-    /// Compares the digest of the bytes that were read back with what the client declared.
+    /// Compares the digest of the bytes that were read back with the client's declaration.
     pub(crate) fn verify_read_back(
         self,
         found: &Object,
@@ -360,7 +360,7 @@ impl Session {
         }
     }
 
-    /// Rejects a session permanently: the bytes are not the declared ones.
+    /// Rejects a session permanently: the bytes differ from the declared bytes.
     pub(crate) fn reject(self, error: &SessionError) -> Result<Self, SessionError> {
         match self.state {
             State::Completing { .. } => Ok(Self { state: State::Rejected(error.failure()), ..self }),
@@ -422,7 +422,7 @@ impl Session {
         if is_completing && now >= self.expires_latest_at { Some(Self { state: State::Expired, ..self }) } else { None }
     }
 
-    /// Expires an open session that is past its expiry. `None`: it is not.
+    /// Expires an open session that is past its expiry. Returns `None` for any other session.
     pub(crate) fn expire(self, now: OffsetDateTime) -> Option<Self> {
         if self.is_overdue(now) { Some(Self { state: State::Expired, ..self }) } else { None }
     }

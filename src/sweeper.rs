@@ -33,7 +33,8 @@ const MAX_KEYS_PER_PASS: i64 = 1000;
 const KEY_LIFETIME: time::Duration = time::Duration::hours(24);
 /// When a cleanup that S3 refused is retried. S3 usually refuses again until an operator grants the permission.
 const RETRY_AFTER_REFUSAL: time::Duration = time::Duration::hours(1);
-/// When an object under Object Lock is tried again, at the earliest: a legal hold has no end date, and clocks differ.
+/// The shortest pause before the next attempt to delete an object under Object Lock: a legal hold has no end date, and clocks
+/// differ.
 const RETRY_AFTER_OBJECT_LOCK: time::Duration = time::Duration::hours(1);
 /// How long S3 may still process a request after its sender has given up.
 const MAX_S3_REQUEST_TIME: time::Duration = time::Duration::seconds(60);

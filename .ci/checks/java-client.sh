@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The Java serializer and deserializers under clients/java: their tests, against a real Kafka and a broker that uses it.
+# Runs the tests of the Java serializer and deserializers (clients/java) against a real Kafka and a broker that uses it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . .ci/dev.sh
@@ -16,14 +16,14 @@ if [ -z "$kafka" ]; then
 fi
 dev_options=(--kafka "$kafka")
 start_dev
-# In a copy, so that nothing of another build counts and nothing is left in the tree.
+# Build a copy, so that no files of an earlier build are used and none are left in the source tree.
 cp -r clients/java "$WORK/java"
 rm -rf "$WORK/java/target"
 mvn -q -B -f "$WORK/java/pom.xml" verify
 ran=$(awk -F'[ ,]+' '/^Tests run:.* Failures: 0, Errors: 0, Skipped: 0,/ { n += $3 } END { print n + 0 }' "$WORK"/java/target/surefire-reports/*.txt)
 [ "$ran" -ge 70 ] || { echo "only $ran tests ran"; exit 1; }
 
-# The example, as an application has it: the module's jar among Kafka's own.
+# Run the example as an application would: with the module's jar and Kafka's jars on the class path.
 mvn -q -B -f "$WORK/java/pom.xml" dependency:build-classpath -DincludeScope=compile -Dmdep.outputFile="$WORK/classpath"
 classpath=$(echo "$WORK"/java/target/lfs-broker-kafka-*.jar):$(<"$WORK/classpath")
 topic=java-example-$RANDOM$RANDOM

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Go client that openapi-generator makes of openapi/openapi.json compiles, and uploads to a running broker.
+# Generates a Go client from openapi/openapi.json with openapi-generator, compiles it, and uploads with it to a running broker.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . .ci/dev.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Python client made of openapi/openapi.json is well typed, and uploads to a running broker.
+# Generates a Python client from openapi/openapi.json, checks its types, and uploads with it to a running broker.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . .ci/dev.sh
@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python3 -m venv "$WORK/venv"
 "$WORK/venv/bin/pip" install -q --disable-pip-version-check -r .ci/sdk/python/requirements.txt
 PATH=$WORK/venv/bin:$PATH
-# A warning is a part of the contract that the generator could not take.
+# A warning means that the generator does not support a part of the contract.
 openapi-python-client generate --path openapi/openapi.json --output-path "$WORK/client" --fail-on-warning
 export PYTHONPATH=$WORK/client MYPY_CACHE_DIR=$WORK/mypy
 mypy --strict .ci/sdk/python/upload.py

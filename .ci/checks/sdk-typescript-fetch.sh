@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A TypeScript client that openapi-generator makes for fetch of openapi/openapi.json compiles, and uploads to a running broker.
+# Generates a TypeScript client from openapi/openapi.json (openapi-generator, typescript-fetch), compiles it, and uploads with it
+# to a running broker.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . .ci/dev.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the program is made of: licences, sources, one TLS stack, a list of it all, and nothing of the tests in it.
+# Checks the dependencies: licences, sources, one TLS stack, and the SBOM. Checks that the release contains no failpoints.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . .ci/versions.sh
@@ -12,11 +12,11 @@ jq -e '[.components[].name] | index("s3s")' "$sbom" >/dev/null
 # The production image has no `dev`.
 .ci/sbom "$sbom" --no-default-features
 jq -e '[.components[].name] | index("s3s") == null and index("lfs-broker-embedded") == null' "$sbom" >/dev/null
-# A program that is not there has no failpoints either.
+# Without this check, a missing program would pass the next one.
 test -x "${LFS_CI_BROKER:?the release binary}"
-# What a failpoint says when it is reached would be there if failpoints were.
+# A program with failpoints contains the text that a failpoint logs.
 if grep -aq 'reached failpoint' "$LFS_CI_BROKER"; then
-    echo "the release has failpoints"
+    echo "the release contains failpoints"
     exit 1
 fi
-echo "the release has no failpoints"
+echo "the release contains no failpoints"

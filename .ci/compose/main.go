@@ -1,6 +1,6 @@
-// Loads a compose file as `docker compose` does and says what is wrong with it: load FILE [SERVICE]
-// The library's own command stops before the checks between services; this one loads the whole project.
-// With a service it prints the environment of that service's container, one NAME=VALUE a line.
+// Loads a compose file as `docker compose` does, and prints its error if the file is invalid: load FILE [SERVICE]
+// The library's own command does not check references between services, so this program loads the whole project.
+// With SERVICE, it prints the environment of that service's container, one NAME=VALUE per line.
 package main
 
 import (

@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use crate::api::{ErrorCode, Problem};
 use crate::pointer::NotAPointer;
-use crate::transport::{Failure, with_causes};
+use crate::transport::{Failure, error_chain};
 
-/// The most characters of a foreign response that an error message quotes.
+/// The most characters of a server's text that an error message quotes.
 const MAX_QUOTED_CHARACTERS: usize = 200;
 
 /// An error of an upload, a download or a call.
@@ -26,7 +26,7 @@ pub enum Error {
     /// This token, or this access to S3, may not read the pointer's object.
     #[error("access to the pointer's object is forbidden: {reason}")]
     Forbidden {
-        /// Who forbids it, and why.
+        /// The reason, and whether the broker or the caller's own [`Access`](crate::Access) forbids it.
         reason: String,
         /// The broker's problem (403 `pointer-forbidden`), if the broker forbids it.
         problem: Option<Box<Problem>>,
@@ -125,7 +125,7 @@ impl Error {
 
     /// An error of the caller's signing function, with its causes.
     pub fn signing(error: impl std::error::Error) -> Self {
-        Self::Signing(with_causes(&error))
+        Self::Signing(error_chain(&error))
     }
 
     /// Whether this is a problem of the broker with this code.
@@ -231,7 +231,7 @@ fn xml_text<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
     Some(text)
 }
 
-/// A foreign text as one line of bounded length.
+/// A server's text as one line of bounded length.
 pub(crate) fn quote(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_QUOTED_CHARACTERS).collect()
 }

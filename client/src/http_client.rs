@@ -1,4 +1,4 @@
-//! What every request shares: the timeouts, the HTTP client, and responses of limited length.
+//! The parts that every request shares: the timeouts, the HTTP client, and responses of limited length.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! Rewrites the errors of the JSON and query parsers for readers who do not know Rust's types. The broker uses it too.
 
-/// What the parser expected, in Rust's words and in the words of the API.
+/// The kinds of values that the parser expects, in Rust's words and in the words of the API.
 const EXPECTED: [(&str, &str); 8] = [
     ("u64", "a whole number, 0 or more"),
     ("usize", "a whole number, 0 or more"),

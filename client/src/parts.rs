@@ -41,8 +41,8 @@ pub(crate) struct PresignedRequest {
 }
 
 impl PresignedRequest {
-    /// `requested_at` is a time before the request was signed. A tenth of its lifetime, at most 10 s, is reserved for the
-    /// way to S3.
+    /// `requested_at` is a time before the request was signed. A tenth of its lifetime, at most 10 s, is reserved for
+    /// sending the request to S3.
     pub(crate) fn new(request: SignedRequest, requested_at: Instant) -> Self {
         let lifetime = Duration::from_secs(request.expires_in.min(7 * 86_400));
         Self { request, usable_until: requested_at + (lifetime - (lifetime / 10).min(Duration::from_secs(10))) }
@@ -307,8 +307,8 @@ impl<'a> PartUploader<'a> {
         let requested_at = Instant::now();
         let deferred = self.deferred.load(Ordering::Relaxed);
         let response = match self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, deferred)).await {
-            // The state of an upload does not say whether its hashes are deferred. A resumed upload learns it from this
-            // error.
+            // The state of an upload does not say whether its hashes are deferred. For a resumed upload, only
+            // this error shows it.
             Err(error) if !deferred && !self.hashes.is_empty() && error.is_problem(ErrorCode::ValidationFailed) => {
                 let response = self.client.sign_parts(self.id, &self.sign_parts_request(numbers, hash, true)).await?;
                 self.deferred.store(true, Ordering::Relaxed);

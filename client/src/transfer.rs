@@ -30,13 +30,13 @@ const MIN_SIZE_FOR_RANGES_BYTES: u64 = 32 << 20;
 const RANGE_BYTES: u64 = 8 << 20;
 
 /// Progress of this many bytes resets the retries. A lower limit would let a server that sends a few bytes per connection
-/// keep the download alive for ever.
+/// keep the download running without an end.
 const MIN_PROGRESS_BYTES: u64 = 1 << 20;
 
 /// The most new signatures of one range without progress in between.
 const MAX_NEW_SIGNATURES: u32 = 2;
 
-/// What the bytes must match.
+/// The size and the digest that the bytes must match.
 #[derive(Debug, Clone)]
 pub(crate) struct Expected {
     /// The exact size, if a pointer declares it.
@@ -46,7 +46,7 @@ pub(crate) struct Expected {
     pub(crate) digest: Option<Digest>,
 }
 
-/// Who signs the GETs.
+/// The source of the signed GETs.
 #[derive(Debug)]
 pub(crate) enum UrlSigner {
     /// The broker, which resolves the record's value.
@@ -102,7 +102,7 @@ impl DownloadSource {
     }
 
     async fn resolve(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
-        let answer = client.resolve(value, options).await.map_err(|error| match error {
+        let response = client.resolve(value, options).await.map_err(|error| match error {
             // The broker compared the object with the pointer, and their sizes differ.
             Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => {
                 let expected = self.expected.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
@@ -110,7 +110,7 @@ impl DownloadSource {
             }
             error => error,
         });
-        match answer? {
+        match response? {
             ResolveAnswer::Resolved(resolved) => match self.expected.size {
                 Some(size) if size != resolved.size => Err(Error::Corrupt {
                     expected: format!("{size} bytes"),

@@ -17,7 +17,7 @@ impl Failure {
     pub(crate) fn of(error: reqwest::Error) -> Self {
         let server = error.url().and_then(address).unwrap_or_else(|| "the server".to_owned());
         let error = error.without_url();
-        let causes = with_causes(&error);
+        let causes = error_chain(&error);
         let is_retryable = !is_not_tls(&causes) && !is_not_http(&causes) && !causes.contains("invalid peer certificate");
         Self { reason: reason(&error, &server, &causes), is_retryable }
     }
@@ -70,7 +70,7 @@ fn io_error_kind(error: &dyn StdError) -> Option<io::ErrorKind> {
 }
 
 /// An error and its causes as one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut reason = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

@@ -70,7 +70,7 @@ impl fmt::Debug for Uploader {
     }
 }
 
-/// What the upload reads.
+/// The source that the upload reads.
 enum Input {
     Source(Source),
     Stream(Box<dyn AsyncRead + Send + Unpin>, u64),

@@ -26,7 +26,7 @@ use proxy::Proxy;
 pub const GAP_HEADER: &str = "lfs-dev-gap";
 
 /// The number of partitions that the mock cluster gives a topic on first use.
-const PARTITIONS: i32 = 4;
+pub const NEW_TOPIC_PARTITIONS: i32 = 4;
 
 /// The most consecutive missing offsets that are filled. Partitions with more missing offsets do not occur in
 /// development.
@@ -160,7 +160,7 @@ impl Server {
     /// Restores records at their offsets, which must be ascending. Each missing offset between them gets a record without
     /// a value and with the header [`GAP_HEADER`]. A missing topic is created with four partitions.
     pub async fn restore(&self, topic: &str, partition: i32, records: Vec<SavedRecord>) -> Result<(), Error> {
-        self.create_topic(topic, PARTITIONS).await?;
+        self.create_topic(topic, NEW_TOPIC_PARTITIONS).await?;
         let producer = self.client().create::<FutureProducer>()?;
         let mut next = self.end_offset(topic, partition).await?;
         let mut deliveries = Vec::new();

@@ -168,7 +168,7 @@ impl Server {
         match started {
             Some(Ok(())) => Ok(processes.server),
             Some(Err(error)) => {
-                // The first error is the one that matters.
+                // Return the error of the start. An error of the stop is ignored.
                 drop(processes.stop().await);
                 if is_new {
                     data_dir.remove_if_ephemeral();

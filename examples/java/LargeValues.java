@@ -23,7 +23,7 @@ public final class LargeValues {
         try (var producer = new KafkaProducer<String, byte[]>(Map.of(
                 "bootstrap.servers", KAFKA,
                 "key.serializer", "org.apache.kafka.common.serialization.StringSerializer",
-                // The two lines.
+                // The two settings that clients/java needs.
                 "value.serializer", "lfsbroker.kafka.LfsSerializer",
                 "lfs.broker.url", BROKER))) {
             producer.send(new ProducerRecord<>(topic, 0, "order-17", sent)).get();
@@ -33,7 +33,7 @@ public final class LargeValues {
                 "bootstrap.servers", KAFKA,
                 "isolation.level", "read_committed",
                 "key.deserializer", "org.apache.kafka.common.serialization.StringDeserializer",
-                // The two lines.
+                // The two settings that clients/java needs.
                 "value.deserializer", "lfsbroker.kafka.LfsDeserializer",
                 "lfs.broker.url", BROKER))) {
             var partition = List.of(new TopicPartition(topic, 0));
@@ -42,11 +42,11 @@ public final class LargeValues {
             for (int tries = 0; tries < 60; tries++) {
                 for (var record : consumer.poll(Duration.ofSeconds(1))) {
                     boolean same = Arrays.equals(sent, record.value());
-                    System.out.println(record.key() + ": " + record.value().length + " bytes, " + (same ? "as they were sent" : "others"));
+                    System.out.println(record.key() + ": " + record.value().length + " bytes, " + (same ? "equal to the sent bytes" : "different from the sent bytes"));
                     System.exit(same ? 0 : 1);
                 }
             }
         }
-        throw new IllegalStateException("nothing came within a minute");
+        throw new IllegalStateException("the record did not arrive within a minute");
     }
 }

@@ -39,7 +39,7 @@ export interface Upload {
 }
 
 /** An error response of the broker (RFC 9457). */
-export class Refused extends Error {
+export class BrokerError extends Error {
   constructor(
     readonly status: number,
     readonly code: string,
@@ -63,7 +63,7 @@ export class Broker {
       ...(signal && { signal }),
     });
     const json = answer.status === 204 ? undefined : await answer.json();
-    if (!answer.ok) throw new Refused(answer.status, json.code, json.detail);
+    if (!answer.ok) throw new BrokerError(answer.status, json.code, json.detail);
     return json;
   }
 
@@ -82,7 +82,7 @@ export class Broker {
         // The completion ended without a result. Complete again to continue, or to get the reason.
         upload = await this.call<Upload>("POST", `/lfs/uploads/${id}/complete`, sha256 ? { sha256 } : {}, signal);
       } else {
-        throw new Refused(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
+        throw new BrokerError(422, upload.error?.code ?? upload.state, upload.error?.detail ?? "");
       }
     }
     return upload.pointer;
@@ -125,13 +125,13 @@ export function named(filename: string): { filename?: string } {
   return refused || new TextEncoder().encode(filename).length > 255 ? {} : { filename };
 }
 
-/** SHA-256 of the whole, read in pieces of 4 MiB. */
+/** The SHA-256 of all bytes, which are read in chunks of 4 MiB. */
 export async function hashed(bytes: Blob, signal?: AbortSignal): Promise<string> {
   const hash = sha256.create();
-  const window = 4 << 20;
-  for (let at = 0; at < bytes.size; at += window) {
+  const chunkSize = 4 << 20;
+  for (let offset = 0; offset < bytes.size; offset += chunkSize) {
     signal?.throwIfAborted();
-    hash.update(new Uint8Array(await bytes.slice(at, at + window).arrayBuffer()));
+    hash.update(new Uint8Array(await bytes.slice(offset, offset + chunkSize).arrayBuffer()));
   }
   return bytesToHex(hash.digest());
 }

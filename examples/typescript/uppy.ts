@@ -33,18 +33,18 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
     return file.data;
   };
   /** Hashes while the parts are uploaded. Complete awaits the hash, so an error is reported there and ignored here. */
-  const hash = (file: File, upload: string): Promise<string> => {
+  const startHash = (file: File, upload: string): Promise<string> => {
     const stop = new AbortController();
     const sha256 = hashed(data(file), stop.signal);
     sha256.catch(() => undefined);
     hashes.set(upload, { sha256, stop });
     return sha256;
   };
-  const forget = (upload: string): void => {
+  const stopHash = (upload: string): void => {
     hashes.get(upload)?.stop.abort();
     hashes.delete(upload);
   };
-  const keep = (file: File, pointer: Pointer): void => {
+  const setPointer = (file: File, pointer: Pointer): void => {
     uppy.setFileState(file.id, { response: { status: 200, body: { pointer } } });
   };
   const declared = (file: File) => ({
@@ -70,7 +70,7 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
         continue;
       }
       try {
-        keep(file, await broker.complete(upload));
+        setPointer(file, await broker.complete(upload));
       } catch (error) {
         await abort(upload);
         uppy.setFileState(id, { error: String(error) });
@@ -84,14 +84,14 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
 
     async getUploadParameters(file) {
       const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...declared(file), sha256: await hashed(data(file)) });
-      if (!upload.upload) throw new Error("the broker wants parts of a file this small");
+      if (!upload.upload) throw new Error(`the broker requires a multipart upload for ${file.name}, a file of one part`);
       single.set(file.id, upload.id);
       return { method: "PUT", url: upload.upload.url, headers: headersOf(upload.upload) };
     },
 
     async createMultipartUpload(file) {
       const upload = await broker.call<Upload>("POST", "/lfs/uploads", { ...declared(file), part_size: partSize(data(file)) });
-      void hash(file, upload.id);
+      void startHash(file, upload.id);
       return { uploadId: upload.id, key: upload.object_key };
     },
 
@@ -106,19 +106,19 @@ export function lfsBroker(uppy: Uppy<FileMeta, FileBody>, broker: Broker, topic:
     },
 
     async completeMultipartUpload(file, { uploadId, key, signal }) {
-      const sha256 = await (hashes.get(uploadId)?.sha256 ?? hash(file, uploadId)).catch((error) => {
-        // The next try hashes again.
-        forget(uploadId);
+      const sha256 = await (hashes.get(uploadId)?.sha256 ?? startHash(file, uploadId)).catch((error) => {
+        // The next attempt hashes again.
+        stopHash(uploadId);
         throw error;
       });
       const pointer = await broker.complete(uploadId, sha256, signal);
-      forget(uploadId);
+      stopHash(uploadId);
       return { location: key, pointer };
     },
 
     async abortMultipartUpload(_file, { uploadId }) {
       if (!uploadId) return;
-      forget(uploadId);
+      stopHash(uploadId);
       await broker.call("DELETE", `/lfs/uploads/${uploadId}`);
     },
 

@@ -1,20 +1,21 @@
 //! PostgreSQL against S3: a HEAD for the object of each verified session, and lists of the buckets.
 
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use time::Duration;
 use uuid::Uuid;
 
 use super::report::{FindingKind, NewFinding, ReportBuilder};
 use super::{Error, Run, S3_CONCURRENCY, parse_object_key};
 use crate::completion::still_verified;
 use crate::objects::{ListedObject, ObjectLocation, OpenMultipartUpload, UploadMarker};
+use crate::policy;
 use crate::session::{Layout, Session, State};
 use crate::store::{self, ObjectOwner};
 
 /// No policy allows a longer session, so no multipart upload of a session lasts longer either.
-const MAX_SESSION: Duration = Duration::days(7);
+const MAX_SESSION_LIFETIME: Duration = Duration::from_secs(policy::MAX_LIFETIME_SECONDS);
 
 impl Run<'_> {
     /// Checks every session: its row, its verified object, and its open multipart uploads. Returns the sessions' buckets.
@@ -164,7 +165,7 @@ impl Run<'_> {
             let owners = self.owners(bucket, ours.iter().map(|upload| upload.key.clone()).collect()).await?;
             for upload in ours.iter().filter(|upload| !owners.contains_key(&upload.key)) {
                 let location = ObjectLocation { bucket: bucket.to_owned(), key: upload.key.clone() };
-                let is_old = upload.initiated_at.is_some_and(|at| at < self.started_at - MAX_SESSION);
+                let is_old = upload.initiated_at.is_some_and(|at| at < self.started_at - MAX_SESSION_LIFETIME);
                 report.add(self.open_multipart_finding(&location, upload, FindingKind::UploadUnknown, is_old).await?);
             }
             match page.next {

@@ -185,7 +185,7 @@ impl Run<'_> {
             Ok(found) => found,
             Err(reason) => {
                 // The relay sends no pointer of a failed session, so such a session cannot get a second record.
-                report.doubts += u64::from(!is_failed(&session.state));
+                report.unverified_records += u64::from(!is_failed(&session.state));
                 let kind = if session.pointer.is_some() { FindingKind::RecordMismatch } else { FindingKind::RecordUnpromised };
                 let (id, state) = (session.id, &session.state);
                 let example = format!("upload {id} is {state}, but is in {position}; the record is not verified: {reason}");

@@ -119,7 +119,7 @@ impl Run<'_> {
         let none = Digest { algorithm: Algorithm::None, value: Vec::new() };
         let read = digests.iter().find(|digest| digest.algorithm == spec.algorithm).unwrap_or(&none);
         if spec.digest.as_ref().is_some_and(|declared| declared != read) {
-            return Ok(Err("the bytes in S3 are not what the upload declared".to_owned()));
+            return Ok(Err("the bytes in S3 differ from the digest that the upload declared".to_owned()));
         }
         // The value must be exactly what this broker writes, so that no part of it comes from another producer.
         let expected = verified_at(pointer).map(|at| {

@@ -46,7 +46,8 @@ pub enum FindingKind {
     RecordUnpromised,
     /// Kafka holds the pointer of a session that is not published: the database is older than Kafka. Repaired: published.
     KafkaAhead,
-    /// Kafka holds a later batch of a shard than the database knows. Repaired, if no record is in doubt.
+    /// Kafka holds a later batch of a shard than the database knows. Repaired, if all records of unpublished uploads were
+    /// verified.
     MarkerAhead,
     /// The row of a tenant is not the sum of its sessions. Repaired: counted again.
     Quota,
@@ -73,7 +74,7 @@ impl FindingKind {
             Self::RecordUnpromised => "records of uploads that are not verified; the records could not be verified either",
             Self::KafkaAhead => "uploads that Kafka holds but that are not published here; --fix saves them as published",
             Self::MarkerAhead => {
-                "shards whose last batch in Kafka is unknown here; --fix lets them continue if no record is in doubt"
+                "shards whose last batch in Kafka is unknown here; --fix lets them continue if all records were verified"
             }
             Self::Quota => "tenants whose counters differ from the sum of their uploads; --fix counts again",
         }
@@ -140,9 +141,9 @@ pub(super) struct ReportBuilder {
     pub(super) sessions: u64,
     pub(super) objects: u64,
     pub(super) records: u64,
-    /// Records that could not be verified and whose sessions are still to be published. Sending those pointers could
+    /// The records that could not be verified and whose sessions are still to be published. Sending those pointers could
     /// create a second record.
-    pub(super) doubts: u64,
+    pub(super) unverified_records: u64,
     findings: BTreeMap<FindingKind, Finding>,
 }
 
@@ -160,8 +161,8 @@ impl ReportBuilder {
     }
 
     /// Whether Kafka may already hold a pointer that the relay would send.
-    pub(super) fn has_doubts(&self) -> bool {
-        self.doubts > 0
+    pub(super) fn has_unverified_records(&self) -> bool {
+        self.unverified_records > 0
     }
 
     pub(super) fn build(self) -> Report {

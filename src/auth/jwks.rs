@@ -18,7 +18,7 @@ use crate::telemetry::error_chain;
 struct RefreshIntervals {
     /// The set is fetched again after this time, in the background. Callers use the old set meanwhile.
     refresh_after: Duration,
-    /// If fetching fails, the set is used for this long. A withdrawn key must not stay valid for ever.
+    /// If fetching fails, the set is used for this long. A withdrawn key must not stay valid without an end.
     expire_after: Duration,
     /// An unknown `kid` causes a fetch at most this often, because anyone can make up a `kid`.
     unknown_kid: Duration,
@@ -35,7 +35,7 @@ const INTERVALS: RefreshIntervals = RefreshIntervals {
 
 /// The time limit of one fetch, from the DNS query to the last byte.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a caller waits for a fetch, so that the caller gets an answer within two seconds.
+/// How long a caller waits for a fetch, so that the caller gets a response within two seconds.
 const WAIT_TIMEOUT: Duration = Duration::from_millis(1700);
 /// The largest key set, in bytes. One key has about 1,000.
 const MAX_SET_BYTES: usize = 256 << 10;
@@ -145,7 +145,7 @@ impl Jwks {
         self.cached().set.as_ref().filter(|(_, at)| at.elapsed() < age).map(|(set, _)| Arc::clone(set))
     }
 
-    /// Whether an unknown `kid` may cause a fetch now. Records that it did.
+    /// Whether an unknown `kid` may cause a fetch now. If so, records the fetch.
     fn may_fetch_for_unknown_kid(&self) -> bool {
         let mut cached = self.cached();
         let allowed = cached.last_unknown_kid_at.is_none_or(|at| at.elapsed() >= self.intervals.unknown_kid);
@@ -187,19 +187,19 @@ impl Jwks {
     async fn fetch(&self) -> Result<KeySet, String> {
         // The reason of a failed connection, such as an untrusted certificate, is in the error's causes.
         let describe = |error: reqwest::Error| error_chain(&error.without_url());
-        let mut answer = self.client.get(&self.url).header("accept", "application/json").send().await.map_err(describe)?;
-        if answer.status().as_u16() != 200 {
-            return Err(format!("the server answered {}", answer.status()));
+        let mut response = self.client.get(&self.url).header("accept", "application/json").send().await.map_err(describe)?;
+        if response.status().as_u16() != 200 {
+            return Err(format!("the server answered {}", response.status()));
         }
         let mut document = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(describe)? {
+        while let Some(chunk) = response.chunk().await.map_err(describe)? {
             document.extend_from_slice(&chunk);
             if document.len() > MAX_SET_BYTES {
                 return Err(format!("the key set has more than {MAX_SET_BYTES} bytes"));
             }
         }
-        let set =
-            KeySet::parse(&document, &self.required).map_err(|error| format!("the answer is not a JSON Web Key Set: {error}"))?;
+        let set = KeySet::parse(&document, &self.required)
+            .map_err(|error| format!("the response is not a JSON Web Key Set: {error}"))?;
         if set.len() == 0 { Err("the key set has no usable key".to_owned()) } else { Ok(set) }
     }
 }

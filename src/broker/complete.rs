@@ -15,7 +15,8 @@ use crate::auth::Caller;
 use crate::session::{Failure, Session, SessionError, State, Verification};
 use crate::store::{self, Transition};
 
-/// How much longer complete waits for the verification than for Kafka: with a wait of 0 most answers are `verified`.
+/// How much longer complete waits for the verification than for Kafka. So even with a wait of 0 most responses have the state
+/// `verified`.
 const VERIFICATION_GRACE: Duration = Duration::from_millis(600);
 /// Complete answers within its wait and one second, also if a dependency does not respond. The remaining 150 ms are for a
 /// busy machine and the network.
@@ -27,7 +28,7 @@ impl Broker {
     /// Completes an upload: verifies the object, queues the pointer in the outbox, and waits for Kafka.
     ///
     /// The work runs in its own task, under a lease, so a client that disconnects does not stop it. A repeated request
-    /// joins the running completion, or gets the same answer.
+    /// joins the running completion, or gets the same response.
     pub(crate) async fn complete(
         &self,
         caller: &Caller,
@@ -37,16 +38,16 @@ impl Broker {
     ) -> Result<Completed, Error> {
         let deadline = Instant::now() + self.settings.complete_wait;
         let is_in_progress = AtomicBool::new(false);
-        let answer = self.wait_for_completion(caller, id, &request, traceparent, deadline, &is_in_progress);
-        match tokio::time::timeout_at((deadline + ANSWER_GRACE).into(), answer).await {
-            Ok(answer) => answer,
+        let response = self.wait_for_completion(caller, id, &request, traceparent, deadline, &is_in_progress);
+        match tokio::time::timeout_at((deadline + ANSWER_GRACE).into(), response).await {
+            Ok(response) => response,
             // Only this request ends; the completion task continues.
             Err(_) if is_in_progress.load(Ordering::Relaxed) => Ok(still_completing(id)),
             Err(_) => Err(Error::OutcomeUnknown),
         }
     }
 
-    /// Waits for the answer to complete. Sets `is_in_progress` once a completion is known to run.
+    /// Waits until the completion has a result for the client. Sets `is_in_progress` once a completion is known to run.
     async fn wait_for_completion(
         &self,
         caller: &Caller,
@@ -158,8 +159,8 @@ impl Broker {
     }
 }
 
-/// Checks that a sha256 in the request equals the declared one. A failed upload answers with its failure instead, so its
-/// sha256 is not checked.
+/// Checks that a sha256 in the request equals the declared one. The response for a failed upload is its failure, so
+/// its sha256 is not checked.
 fn check_sha256(session: &Session, request: &CompleteUpload) -> Result<(), Error> {
     let has_failed = matches!(session.state, State::Aborted | State::Expired | State::Rejected(_));
     let declared = session.spec.digest.as_ref().and_then(Digest::sha256).filter(|_| !has_failed);

@@ -122,7 +122,7 @@ pub(crate) struct BrokerDeps {
     pub(crate) restore_check: RestoreCheck,
     pub(crate) policy: policy::Settings,
     pub(crate) settings: Settings,
-    /// What the S3 store enforces, once a probe has found out.
+    /// The capabilities of the S3 store, once a probe has found them.
     pub(crate) capabilities: Arc<OnceLock<Capabilities>>,
     /// The last results of the readiness checks.
     pub(crate) readiness: Arc<ReadinessState>,
@@ -153,7 +153,7 @@ impl Broker {
         if own || caller.is_admin() { Ok(session) } else { Err(Error::NotFound) }
     }
 
-    /// The caller's session, expired first if it is overdue: no answer shows an overdue session as open.
+    /// The caller's session, expired first if it is overdue: no response shows an overdue session as open.
     async fn current_session(&self, caller: &Caller, id: Uuid) -> Result<(Session, OffsetDateTime), Error> {
         let session = self.session(caller, id).await?;
         let now = self.store.now().await?;

@@ -50,7 +50,7 @@ pub(crate) struct Opened {
 }
 
 impl Broker {
-    /// Opens an upload, or returns the one that the idempotency key opened before.
+    /// Opens an upload, or returns the upload that an earlier request with this idempotency key opened.
     pub(crate) async fn open(&self, caller: &Caller, request: OpenUpload, context: OpenContext) -> Result<Opened, Error> {
         let validated = policy::validate(request)?;
         let fingerprint = request_fingerprint(&validated);
@@ -191,7 +191,7 @@ impl Broker {
         Ok(Session { expires_at, ..session })
     }
 
-    /// The answer for an open session, with its first URLs.
+    /// The response for an open session, with its first URLs.
     async fn with_signed_urls(&self, mut session: Session, hashes: &[Sha256], now: OffsetDateTime) -> Result<Upload, Error> {
         let mut upload = view(&session, now)?;
         match session.spec.layout {
@@ -274,7 +274,7 @@ impl Broker {
         }
         let numbers: Vec<u32> = requested.iter().map(|(number, _)| *number).collect();
         let declared: BTreeMap<u32, Sha256> = self.store.part_hashes_of(session.id, &numbers).await?.into_iter().collect();
-        // Checked before anything is stored: a refused call declares no hash.
+        // Check before anything is stored: a refused call declares no hash.
         let signed = merge_hashes(session, &requested, &declared)?;
         if part_hashes == PartHashMode::Given {
             return Ok(signed);
@@ -308,7 +308,7 @@ impl Broker {
 
 type RequestedPart = (u32, Option<Sha256>);
 
-/// A hash of what an open request asks for. Two spellings of the same request have the same hash.
+/// A hash of the meaning of an open request. Two spellings of the same request have the same hash.
 fn request_fingerprint(validated: &ValidatedRequest) -> Sha256 {
     let mut same = validated.request.clone();
     same.key = None;

@@ -60,7 +60,7 @@ impl Broker {
         self.read(caller, id, &ReadUpload::default()).await
     }
 
-    /// Checks the object of a verified upload again, and compares what S3 says with the verification.
+    /// Checks the object of a verified upload again, and compares S3's data about it with the verification.
     pub(crate) async fn reverify(&self, caller: &Caller, id: Uuid) -> Result<Validated, Error> {
         let session = self.session(caller, id).await?;
         let Some(verification) = session.state.verification() else {
@@ -110,7 +110,7 @@ impl Broker {
     }
 }
 
-/// The state of a dependency by its answer. The error goes only to the log, because it may name addresses.
+/// The state of a dependency by the result of its check. The error goes only to the log, because it may name addresses.
 fn dependency<E: std::fmt::Display>(name: &str, outcome: Result<(), E>) -> Dependency {
     match outcome {
         Ok(()) => Dependency { ok: true, reason: None },

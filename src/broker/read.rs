@@ -25,7 +25,7 @@ pub(crate) const MAX_WAIT_SECONDS: u64 = 30;
 /// The items of a page of uploads: by default, and at most.
 const DEFAULT_PAGE_ITEMS: u32 = 50;
 const MAX_PAGE_ITEMS: u32 = 200;
-/// The same for a history. Its items are small, so one page can hold all that is stored.
+/// The same for a history. Its items are small, so one page can hold all stored items.
 const DEFAULT_HISTORY_ITEMS: u32 = 200;
 const MAX_HISTORY_ITEMS: u32 = 1000;
 

@@ -13,7 +13,7 @@ use crate::completion::still_verified;
 use crate::objects::ObjectLocation;
 use crate::policy::{self, MAX_OBJECT_KEY_BYTES};
 
-/// The most `lfs` segments of an object key that are tried as the one after the topic. Each costs a query, and few
+/// The most `lfs` segments of an object key that are tried as the segment after the topic. Each costs a query, and few
 /// prefixes have even one.
 const MAX_CANDIDATES: usize = 8;
 

@@ -31,7 +31,7 @@ impl Broker {
     pub(crate) async fn put_topic(&self, topic: &str, policy: Policy) -> Result<Policy, Error> {
         let mut errors = policy::validate_policy(&policy);
         if !policy::is_topic(topic) {
-            errors.push(FieldError::new("", "a topic has 1 to 249 characters of a-z A-Z 0-9 . _ -"));
+            errors.push(FieldError::new("", policy::TOPIC_RULE));
         }
         if !errors.is_empty() {
             return Err(policy::PolicyViolation::Invalid(errors).into());

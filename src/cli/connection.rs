@@ -51,7 +51,7 @@ pub(super) fn client(broker: &str, token: Option<&str>) -> Result<Client, Error>
     })
 }
 
-/// What helps after the broker refused the request because of its token.
+/// The hint for a request that the broker refused because of its token.
 pub(super) fn token_hint(token: Option<&str>) -> String {
     let how = "`lfs-broker token` prints a new one; set it with LFS_BROKER_TOKEN or --token";
     let Some(token) = token else { return format!("the command has no token; {how}") };

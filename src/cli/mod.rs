@@ -26,11 +26,7 @@ use crate::{app, auth, config, http, kafka, objects, store};
 use output::{print_data, print_note};
 
 #[derive(Parser)]
-#[command(
-    name = "lfs-broker",
-    version,
-    about = "The claim check for Kafka: bytes go straight into S3, verified pointers into Kafka"
-)]
+#[command(name = "lfs-broker", version, about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -119,7 +115,7 @@ impl Config {
     }
 }
 
-/// The environment. A variable that is not UTF-8 is none of this program.
+/// The environment. A variable that is not UTF-8 belongs to another program, so it is left out.
 fn environment() -> config::Environment {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
 }
@@ -172,9 +168,9 @@ pub(crate) enum Error {
     Files { failed: usize, total: usize, first: Box<Error> },
     #[error("{source}")]
     Upload { source: client::Error, resume_command: String },
-    /// A member of the JSON text that the user gave is not valid. `place` says where it is.
-    #[error("{source}; {place}")]
-    Member { source: client::Error, place: String },
+    /// A member of the JSON text that the user gave is not valid. `position` says where the member is.
+    #[error("{source}; {position}")]
+    Member { source: client::Error, position: String },
     #[error("interrupted: {outcome}")]
     Interrupted { outcome: String, resume_command: Option<String> },
 }

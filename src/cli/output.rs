@@ -12,7 +12,7 @@ use super::Error;
 /// The interval between progress lines if stderr is not a terminal. A shorter transfer prints no line.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// The parts come last, because a narrow terminal cuts off the end of the line.
+/// The number of parts comes last, because a narrow terminal cuts off the end of the line.
 const BAR_TEMPLATE: &str =
     "{msg} [{bar:25}] {percent:>3} % of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left{prefix}";
 
@@ -73,7 +73,7 @@ impl ProgressReporter {
         self.report_parts(done_bytes, total_bytes, (0, 1));
     }
 
-    /// Reports how many bytes of a file are hashed. That comes before the transfer.
+    /// Reports how many bytes of a file are hashed. Hashing comes before the transfer.
     pub(super) fn report_hashing(&self, done_bytes: u64, total_bytes: u64) {
         match &self.style {
             Style::Bar { bar, first_hash_report, .. } => {

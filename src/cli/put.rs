@@ -1,4 +1,4 @@
-//! `put`: uploads files or standard input, and prints the broker's answer with the pointer and the record.
+//! `put`: uploads files or standard input, and prints the broker's response with the pointer and the record.
 
 mod files;
 mod upload;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, StreamExt as _, stream};
-use lfs_broker_client::api::{Completed, ErrorCode, Headers, Policy, UploadState};
+use lfs_broker_client::api::{Completed, DEFAULT_PART_BYTES, ErrorCode, Headers, Policy, UploadState};
 use lfs_broker_client::{self as client, Client, UploadOptions};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
@@ -20,11 +20,11 @@ use super::output::{print_data, print_note, shell_path, to_json};
 use super::{Error, shutdown_signal};
 use files::{display_name, is_stdin};
 
-/// How many small files are uploaded at the same time. A small file is mostly waiting for answers.
+/// How many small files are uploaded at the same time. The upload of a small file mostly waits for responses.
 const CONCURRENT_FILES: u32 = 8;
 
-/// A file of at least this size is uploaded alone, because its parts are already sent concurrently.
-const LARGE_FILE_BYTES: u64 = 16 << 20;
+/// A file of at least this size is uploaded alone. If it is larger, its parts are already sent concurrently.
+const LARGE_FILE_BYTES: u64 = DEFAULT_PART_BYTES;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -119,10 +119,10 @@ pub(super) async fn put(arguments: Arguments) -> Result<(), Error> {
     let client = arguments.connection.client()?;
     let mut outcomes = Outcomes::new(&arguments, min_bytes(&client, &arguments.topic).await?, files.len());
     let shutdown = shutdown_signal().shared();
-    let (is_stopped, slots) = (Cell::new(false), Semaphore::new(CONCURRENT_FILES as usize));
+    let (is_stopped, permits) = (Cell::new(false), Semaphore::new(CONCURRENT_FILES as usize));
     let upload = async |file: &Path| {
         let size = if is_stdin(file) { u64::MAX } else { file.metadata().map_or(0, |found| found.len()) };
-        let _slots = slots.acquire_many(if size < LARGE_FILE_BYTES { 1 } else { CONCURRENT_FILES }).await;
+        let _permits = permits.acquire_many(if size < LARGE_FILE_BYTES { 1 } else { CONCURRENT_FILES }).await;
         if is_stopped.get() {
             return None;
         }
@@ -150,10 +150,10 @@ struct Outcomes<'a> {
     /// The smallest size for which the policy of the topic advises an upload.
     min_bytes: u64,
     files: usize,
-    /// The files that failed while others may succeed: how many, and the first error.
+    /// The number of files that failed for a reason of their own. The other files continue.
     failed: usize,
     first_failure: Option<Error>,
-    /// The first error that every file would meet.
+    /// The first error that would occur for every file.
     fatal: Option<Error>,
     not_started: Vec<PathBuf>,
     /// Name and size of the first file that is smaller than advised, and the number of such files.
@@ -192,7 +192,7 @@ impl<'a> Outcomes<'a> {
         }
     }
 
-    /// Prints the broker's answer to stdout.
+    /// Prints the broker's response to stdout.
     fn print(&mut self, file: &Path, completed: &Completed) -> Result<(), Error> {
         print_data(&to_json(completed))?;
         let name = display_name(file);

@@ -111,7 +111,7 @@ fn with_place(source: client::Error, text: &str) -> Error {
     let member = pointer.and_then(|pointer| pointer.split('/').nth(1)).map(|name| name.replace("~1", "/").replace("~0", "~"));
     match member.and_then(|member| Some((position(text, &member)?, member))) {
         Some(((line, column), member)) => {
-            Error::Member { source, place: format!("the member `{member}` is at line {line}, column {column}") }
+            Error::Member { source, position: format!("the member `{member}` is at line {line}, column {column}") }
         }
         None => source.into(),
     }

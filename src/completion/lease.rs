@@ -40,7 +40,7 @@ impl CompletionWorker {
                 let until = self.store.now().await? + self.settings.lease;
                 self.store.renew_lease(id, self.owner, attempt, until).await
             };
-            // If the database does not answer, the lease may still be valid: the next round tries again.
+            // If the database does not answer, the lease may still be valid, so the loop retries.
             if let Ok(false) = renewed.await {
                 return;
             }

@@ -16,29 +16,16 @@ const ABORT_STRAY_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this many attempts, a store that does not list multipart uploads no longer blocks the completion. `audit` finds
 /// the stray uploads later.
 const ABORT_STRAY_MAX_ATTEMPTS: i32 = 5;
+
 /// Why a completion failed.
+#[derive(Debug, thiserror::Error)]
 pub(super) enum CompletionError {
-    Session(SessionError),
-    Objects(objects::Error),
-    Store(store::Error),
-}
-
-impl From<SessionError> for CompletionError {
-    fn from(error: SessionError) -> Self {
-        Self::Session(error)
-    }
-}
-
-impl From<objects::Error> for CompletionError {
-    fn from(error: objects::Error) -> Self {
-        Self::Objects(error)
-    }
-}
-
-impl From<store::Error> for CompletionError {
-    fn from(error: store::Error) -> Self {
-        Self::Store(error)
-    }
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    #[error("{0}")]
+    Objects(#[from] objects::Error),
+    #[error("{0}")]
+    Store(#[from] store::Error),
 }
 
 impl CompletionWorker {
@@ -107,7 +94,7 @@ impl CompletionWorker {
         let with_hashes = session.spec.layout.has_part_hashes();
         let finished =
             self.objects.complete_multipart_upload(&location, upload_id, &usable, with_hashes, session.spec.size_bytes).await;
-        // The answer may be lost or misleading, so a HEAD of the object decides.
+        // The response may be lost or misleading, so a HEAD of the object decides.
         match (finished, self.objects.head(&location, None).await?) {
             (Ok(CompleteOutcome::Refused(_)), Some(found)) => {
                 self.objects.abort_multipart_uploads(&location, Some(upload_id)).await?;
@@ -124,8 +111,8 @@ impl CompletionWorker {
         }
     }
 
-    /// Aborts other multipart uploads of this object: S3's answer to their creation was lost. The sweeper never cleans up
-    /// after a successful session. So if S3 does not answer, this attempt fails, and the next one tries again.
+    /// Aborts other multipart uploads of this object: S3's response to their creation was lost. The sweeper never cleans up
+    /// after a successful session. So if S3 does not answer, this attempt fails, and the next attempt lists them again.
     async fn abort_stray_uploads(&self, session: &Session, attempt: i32) -> Result<(), objects::Error> {
         let id = session.id;
         let aborted =

@@ -1,4 +1,4 @@
-//! Saves what a completion found out: verified, to be read, open again, or rejected.
+//! Saves the outcome of a completion: verified, to be read back, open again, or rejected.
 
 use lfs_broker_client::api::UploadState;
 use tracing::{info, warn};
@@ -25,7 +25,7 @@ impl CompletionWorker {
         }
     }
 
-    /// Saves an outcome. If the answer to COMMIT is lost, the next reader of the row sees whether it was saved.
+    /// Saves an outcome. If the response to COMMIT is lost, the next reader of the row sees whether the outcome was saved.
     pub(super) async fn save_outcome(&self, next: Session, by: &str) {
         let id = next.id;
         let (reason, wake) = match &next.state {
@@ -48,7 +48,7 @@ impl CompletionWorker {
                 let state = saved.state.name();
                 info!(session.id = %id, state = %state, reason, "completion moved upload {id} to {state}: {reason}");
             }
-            // This replica may have saved it itself, if the answer to the first attempt was lost.
+            // This replica may have saved the outcome itself, if the response to the first attempt was lost.
             Err(store::Error::VersionConflict(_)) => {
                 info!(session.id = %id, "upload {id} was changed meanwhile: its outcome is not saved again");
             }

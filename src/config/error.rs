@@ -13,7 +13,7 @@ pub enum Error {
         path: String,
         /// The line number, from 1.
         line: usize,
-        /// What is wrong with the line.
+        /// The error in the line.
         reason: String,
     },
     /// Variables or keys that are no settings, each with the nearest known name.
@@ -42,7 +42,7 @@ pub enum Error {
     Origin {
         /// The configured origin.
         value: String,
-        /// What to write instead.
+        /// The text to write instead.
         hint: String,
     },
     /// Required settings are missing.

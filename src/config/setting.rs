@@ -1,4 +1,4 @@
-//! What a setting is: its names, its valid values, and the field of a module's settings that holds its value.
+//! The type of a setting: its names, its valid values, and the field of a module's settings that holds its value.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,9 +18,9 @@ pub(super) struct Setting {
     pub(super) kind: Kind,
     /// The field that holds the value. Before anything is set, it holds the default.
     pub(super) field: fn(&mut Draft) -> &mut dyn Field,
-    /// What applies if the field has no value of its own, in words.
+    /// Words for the default, if the field has no value of its own.
     pub(super) unset: &'static str,
-    /// What the setting does, what happens at the limit, and why it has this default.
+    /// The effect of the setting, the behaviour at the limit, and the reason for the default.
     pub(super) doc: &'static str,
 }
 
@@ -111,7 +111,7 @@ impl Setting {
         }
     }
 
-    /// The default; `None` where only words can say it.
+    /// The default; `None` if only words can describe it.
     pub(super) fn default_value(&self) -> Option<String> {
         (self.field)(&mut Draft::default()).get()
     }

@@ -1,4 +1,4 @@
-//! The table of all settings. A setting stands here once: names, valid values, field and documentation.
+//! The table of all settings. Each setting is defined once: its names, valid values, field and documentation.
 
 use super::setting::Kind::{self, Address, Flag, List, Number, Secret, Text, Words};
 use super::setting::{Setting, row};
@@ -44,9 +44,9 @@ pub(super) fn settings() -> impl Iterator<Item = &'static Setting> {
     TOPICS.iter().flat_map(|(_, settings)| settings.iter())
 }
 
-/// The error text for a name that is none of `names`: it shows the nearest one.
+/// The error text for a name that is not in `names`: it shows the nearest known name.
 pub(super) fn unknown(name: &str, names: impl Iterator<Item = &'static str>) -> String {
-    // The prefix is the same everywhere, so it says nothing about the similarity.
+    // All names have the same prefix, so it is left out of the comparison.
     let rest = |name: &str| name.trim_start_matches("LFS_BROKER_").to_owned();
     let similar = names.map(|known| (strsim::jaro_winkler(&rest(name), &rest(known)), known));
     match similar.filter(|(similarity, _)| *similarity > 0.7).max_by(|(a, _), (b, _)| a.total_cmp(b)) {

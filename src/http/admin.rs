@@ -63,7 +63,7 @@ async fn reverify_upload(
 /// Discard an upload that can never be published
 ///
 /// For a verified upload whose pointer Kafka refuses. The upload becomes `rejected` with the code `unpublishable` and Kafka's
-/// last error, and its object is removed. Later completes answer 422 `unpublishable`. The answer is 409 `state-conflict` if
+/// last error, and its object is removed. Later completes answer 422 `unpublishable`. The response is 409 `state-conflict` if
 /// Kafka has not refused the pointer, if the pointer is being sent, or in any other state. A discard cannot be undone.
 #[utoipa::path(
     post, path = "/lfs/uploads/{id}/discard", operation_id = "discardUpload", tag = "operations",

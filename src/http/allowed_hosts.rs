@@ -1,4 +1,4 @@
-//! The hosts and origins that a broker without tokens accepts: loopback, and the configured ones.
+//! The hosts and origins that a broker without tokens accepts: loopback, and the configured hosts and origins.
 //!
 //! Such a broker listens on loopback only, but web pages can still reach it by DNS rebinding. An attacker's name resolves to
 //! 127.0.0.1, so the browser treats the responses as the attacker's own. The request's `Host` and `Origin` reveal this.

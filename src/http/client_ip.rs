@@ -1,4 +1,4 @@
-//! The client's IP address: the TCP peer's, or the one that a trusted proxy reports.
+//! The client's IP address: the address of the TCP peer, or the address that a trusted proxy reports.
 
 use std::net::{IpAddr, SocketAddr};
 

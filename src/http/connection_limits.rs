@@ -1,7 +1,9 @@
-//! Connection limits: how many connections are served, in total and per address, and which idle one is closed to make room.
+//! Connection limits: how many connections are served, in total and per address, and which idle connection is closed for a
+//! new one.
 //!
-//! Connections beyond the limits go to a small reserve. There they may ask for the broker's health, which must always answer.
-//! Any other request waits briefly for admission. If it fails, the answer is 503 or 429.
+//! Connections beyond the limits go to a small reserve. In the reserve they may only request the broker's health, so that a
+//! health check gets a response under any load.
+//! Any other request waits briefly for admission. If the admission fails, the response is 503 or 429.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -24,7 +26,7 @@ const MAX_WAITING: usize = RESERVE_CONNECTIONS / 4;
 /// How often a waiting request asks another idle connection to close.
 const CLOSE_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The time that every connection gets for its first request, even when others need its place. Clients send at once, but the
+/// The time that every connection gets for its first request, even when others need its permit. Clients send at once, but the
 /// broker accepts connections faster than clients send.
 const FIRST_REQUEST_GRACE: Duration = Duration::from_millis(100);
 
@@ -89,7 +91,7 @@ impl ConnectionLimits {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether all places are taken, so that keep-alive connections should be closed.
+    /// Whether all permits are in use, so that keep-alive connections should be closed.
     pub(super) fn is_saturated(&self) -> bool {
         self.state().admitted.len() >= self.max_connections
     }
@@ -104,7 +106,7 @@ impl ConnectionLimits {
         let mut permit =
             ConnectionPermit { limits, id, address, is_trusted, activity, close_signal, registered_at, in_reserve: false };
         match self.try_admit(&mut state, &permit) {
-            // Some places stay free, so that the next connection need not wait.
+            // Some permits stay free, so that the next connection need not wait.
             Ok(()) if state.admitted.len() + self.max_connections / 16 >= self.max_connections => close_oldest_idle(&state, None),
             Ok(()) => {}
             Err(_) => {
@@ -135,7 +137,7 @@ impl ConnectionLimits {
     }
 }
 
-/// Asks the connection that is idle for the longest time to close: of one address, or of all.
+/// Asks the connection that is idle for the longest time to close. With `of`, only connections of this address count.
 fn close_oldest_idle(state: &State, of: Option<IpAddr>) {
     let idle = state.admitted.values().filter(|admitted| of.is_none_or(|address| admitted.address == address));
     let idle = idle.filter_map(|admitted| Some((admitted.activity.idle_since()?, admitted)));
@@ -164,21 +166,21 @@ impl Drop for Waiting<'_> {
 }
 
 impl ConnectionPermit {
-    /// Returns when the connection was asked to close because others need its place. That is not before
+    /// Returns when the connection was asked to close because others need its permit. That is not before
     /// [`FIRST_REQUEST_GRACE`] has passed.
     pub(super) async fn close_requested(&self) {
         tokio::time::sleep_until(self.registered_at + FIRST_REQUEST_GRACE).await;
         self.close_signal.notified().await;
     }
 
-    /// Admits the connection, waiting at most [`ADMISSION_TIMEOUT`] for a free place.
+    /// Admits the connection, waiting at most [`ADMISSION_TIMEOUT`] for a free permit.
     pub(super) async fn wait_until_admitted(&self) -> Result<(), LimitReached> {
         let deadline = Instant::now() + ADMISSION_TIMEOUT;
         let mut waiting = None;
         loop {
             let freed = self.limits.freed.notified();
             tokio::pin!(freed);
-            // Subscribe before the check: a place may become free between the check and the wait.
+            // Subscribe before the check: a permit may become free between the check and the wait.
             freed.as_mut().enable();
             let reason = {
                 let mut state = self.limits.state();
@@ -198,7 +200,7 @@ impl ConnectionPermit {
                     }
                 }
             };
-            // The connection that was asked to close may have begun a request meanwhile. Then ask another.
+            // The connection that was asked to close may have begun a request meanwhile. Then ask another connection.
             let retry_at = (Instant::now() + CLOSE_RETRY_INTERVAL).min(deadline);
             if tokio::time::timeout_at(retry_at, freed).await.is_err() && Instant::now() >= deadline {
                 return Err(reason);
@@ -257,7 +259,7 @@ mod tests {
         let waiting = tokio::spawn(async move { waiter.wait_until_admitted().await.map(|()| waiter) });
         first.close_requested().await;
         drop(first);
-        let waiter = waiting.await.unwrap().expect("a place is free");
+        let waiter = waiting.await.unwrap().expect("a permit is free");
         assert!(second.close_signal.notified().now_or_never().is_none(), "only one connection is asked to close");
         drop((busy, second, waiter));
         let state = limits.state();

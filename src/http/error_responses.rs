@@ -1,6 +1,6 @@
-//! The error responses in the OpenAPI document: which error codes each operation may answer.
+//! The error responses in the OpenAPI document: which error codes each operation may return.
 //!
-//! The status and the meaning of a code come from [`code_info`], so each stands in one place.
+//! The status and the meaning of a code come from [`code_info`], so they are defined once.
 
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ const TOKEN: &[ErrorCode] = &[ErrorCode::Unauthenticated, ErrorCode::InvalidToke
 /// Codes of every operation that reads a body.
 const BODY: &[ErrorCode] = &[ErrorCode::MalformedJson, ErrorCode::UnsupportedMediaType, ErrorCode::ValidationFailed];
 
-/// The codes of one operation, beside those that many operations share.
+/// The codes of one operation, in addition to those that many operations share.
 const OPERATIONS: &[(&str, &[ErrorCode])] = &[
     (
         "openUpload",

@@ -66,13 +66,13 @@ fn check_sizes(parts: &Parts) -> Result<(), Problem> {
     if length.is_some_and(|length| length > limit as u64) { Err(too_large(limit)) } else { Ok(()) }
 }
 
-/// A caller who may write.
+/// A caller with the scope to write.
 pub(super) struct CanWrite(pub(super) Caller);
-/// A caller who may write or read.
+/// A caller with the scope to write or read.
 pub(super) struct CanRead(pub(super) Caller);
-/// A caller who may resolve.
+/// A caller with the scope to resolve.
 pub(super) struct CanResolve(pub(super) Caller);
-/// A caller who may administer.
+/// A caller with the scope to administer.
 pub(super) struct Admin(pub(super) Caller);
 /// Any authenticated caller.
 pub(super) struct Authenticated(#[expect(dead_code, reason = "the handlers need only the check")] pub(super) Caller);

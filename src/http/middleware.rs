@@ -94,12 +94,11 @@ pub(super) fn final_response(problem: Problem, base_path: &str) -> Vec<u8> {
     let (mut parts, body) = problem_parts(problem, &id, base_path, Response::new(Body::empty()));
     security_headers(&mut parts.headers, &id, public_routes::content_policy(""));
     let reason = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or_default();
-    let mut answer =
-        format!("HTTP/1.1 {status} {reason}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len()).into_bytes();
+    let mut bytes = format!("HTTP/1.1 {status} {reason}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len()).into_bytes();
     for (name, value) in &parts.headers {
-        answer.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+        bytes.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
     }
-    [answer.as_slice(), b"\r\n", &body].concat()
+    [bytes.as_slice(), b"\r\n", &body].concat()
 }
 
 /// The client's own request id if it is safe in a log, else a new id.

@@ -204,7 +204,7 @@ impl App {
         }
     }
 
-    /// Counts an invalid token. A 429 answer is not logged, so that many invalid tokens do not flood the log.
+    /// Counts an invalid token. A 429 response is not logged, so that many invalid tokens do not flood the log.
     fn failed_login(&self, parts: &request::Parts, detail: &str, cause: &str) -> Problem {
         let counted = parts.extensions.get::<ClientIp>().map(|client| self.rate_limits.failed_login(client.0));
         match counted {

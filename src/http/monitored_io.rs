@@ -22,7 +22,7 @@ const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const FINAL_READ_TIMEOUT: Duration = Duration::from_millis(200);
 /// A connection without any request data counts as idle after this time.
 const SILENT_AFTER: Duration = Duration::from_secs(1);
-/// A request head arrives in one or two packets. A slower connection may be closed when others need its place.
+/// A request head arrives in one or two packets. A slower connection may be closed when others need its permit.
 const SLOW_HEAD_AFTER: Duration = Duration::from_secs(2);
 /// hyper's own error response has a status line and three headers.
 const MAX_HYPER_ERROR_BYTES: usize = 256;
@@ -61,7 +61,7 @@ struct ActivityState {
     since: Instant,
     /// Since when a write is blocked because the client reads nothing.
     write_blocked_since: Option<Instant>,
-    /// Whether the connection was asked to close, because others need its place.
+    /// Whether the connection was asked to close, because others need its permit.
     close_requested: bool,
 }
 
@@ -218,9 +218,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> MonitoredIo<S> {
     }
 
     /// Writes this response instead, and closes the connection.
-    pub(super) async fn write_final_response(mut self, answer: &[u8]) {
+    pub(super) async fn write_final_response(mut self, response: &[u8]) {
         let written = async {
-            self.stream.write_all(answer).await?;
+            self.stream.write_all(response).await?;
             self.stream.shutdown().await?;
             let mut unwanted = vec![0; 16 << 10];
             while let Ok(Ok(1..)) = tokio::time::timeout(FINAL_READ_TIMEOUT, self.stream.read(&mut unwanted)).await {}

@@ -12,7 +12,7 @@ use utoipa::{Modify, ToSchema};
 
 use super::error_responses;
 
-/// The answer of complete, by state: the name of the schema, its members besides `state`, and its description.
+/// The response of complete, by state: the name of the schema, its members besides `state`, and its description.
 const COMPLETED: [(UploadState, &str, &[&str], &str); 3] = [
     (
         UploadState::Published,
@@ -90,12 +90,12 @@ impl Modify for PostProcess {
     }
 }
 
-/// Splits the schema of complete's answer by state, with the discriminator `state`. It stays one type, because many generated
+/// Splits the schema of complete's response by state, with the discriminator `state`. It stays one type, because many generated
 /// clients have only one response type for each method.
 fn split_completed(components: &mut Components) {
     let Some(RefOr::T(Schema::Object(all))) = components.schemas.remove("Completed") else { return };
     let mapping = COMPLETED.map(|(state, name, _, _)| (state.name(), Ref::from_schema_name(name).ref_location));
-    let mut answer = OneOfBuilder::new()
+    let mut response = OneOfBuilder::new()
         .description(all.description.clone())
         .discriminator(Some(Discriminator::with_mapping("state", mapping)));
     for (state, name, members, description) in COMPLETED {
@@ -112,9 +112,9 @@ fn split_completed(components: &mut Components) {
             example.insert("state".to_owned(), state.name().into());
         }
         components.schemas.insert(name.to_owned(), RefOr::T(Schema::Object(schema)));
-        answer = answer.item(Ref::from_schema_name(name));
+        response = response.item(Ref::from_schema_name(name));
     }
-    components.schemas.insert("Completed".to_owned(), RefOr::T(Schema::OneOf(answer.build())));
+    components.schemas.insert("Completed".to_owned(), RefOr::T(Schema::OneOf(response.build())));
 }
 
 /// Removes null from the optional members of responses: the broker omits such a member instead of sending null. Clients then

@@ -18,7 +18,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 
 /// Resolve a pointer
 ///
-/// The request body is the value of the Kafka record. The answer is a presigned GET for the file, or with `validate` the result
+/// The request body is the value of the Kafka record. The response is a presigned GET for the file, or with `validate` the result
 /// of checking the pointer. Pointers without a known upload work too, such as old ones and those of KafScale.
 #[utoipa::path(
     post, path = "/lfs/resolve", operation_id = "resolvePointer", tag = "pointers", request_body = Pointer, params(ResolveOptions),

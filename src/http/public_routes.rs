@@ -135,7 +135,7 @@ async fn explain_problem(_: SizeChecked, code: Result<Path<String>, PathRejectio
     let code = code.ok_or_else(|| Problem::new(ErrorCode::NotFound, "no such problem"))?;
     let info = code_info(code);
     let advice =
-        if info.retryable { "A retry may succeed." } else { "The same request gets the same answer, so do not retry it." };
+        if info.retryable { "A retry may succeed." } else { "The same request gets the same response, so do not retry it." };
     Ok(Html(format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\
          <style>body{{font:16px/1.5 system-ui;max-width:40em;margin:3em auto;padding:0 1em}}</style>\

@@ -43,7 +43,7 @@ const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a request head may take on a connection in the reserve, and during the shutdown.
 const RESERVE_HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves connections. It holds what all of them share.
+/// Serves connections. It has the state that all connections share.
 #[derive(Clone)]
 struct ConnectionHandler {
     router: Router,
@@ -152,7 +152,7 @@ impl ConnectionHandler {
             let (guard, handler, permit) = (requests.begin_request(), handler.clone(), Arc::clone(&admission));
             request.extensions_mut().insert(PeerIp(peer.ip().to_canonical()));
             Box::pin(async move {
-                let mut response = handler.answer(request, &permit).await;
+                let mut response = handler.respond(request, &permit).await;
                 // Close the keep-alive connection while others wait, or when this replica shuts down.
                 if permit.in_reserve || handler.shutdown.announced.is_cancelled() || handler.limits.is_saturated() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -185,7 +185,7 @@ impl ConnectionHandler {
                 () = self.shutdown.stopped.cancelled(), if !draining => {
                     draining = true;
                     self.timeouts.head = self.timeouts.head.min(RESERVE_HEAD_TIMEOUT);
-                    // A request that has begun to arrive is still answered; hyper's graceful shutdown would drop it.
+                    // A request that has begun to arrive still gets a response; hyper's graceful shutdown would drop it.
                     if matches!(activity.phase(), ConnectionPhase::Idle | ConnectionPhase::Serving) {
                         std::pin::Pin::new(&mut connection).graceful_shutdown();
                     }
@@ -209,10 +209,10 @@ impl ConnectionHandler {
         io.write_final_response(&final_response(problem, &self.base_path)).await;
     }
 
-    /// Answers a request, or refuses it if the connection is not admitted.
-    async fn answer(&self, mut request: Request<Incoming>, permit: &ConnectionPermit) -> axum::response::Response {
-        let asks_for_health = matches!(request.uri().path(), "/healthz" | "/readyz");
-        if !(permit.in_reserve && asks_for_health)
+    /// Responds to a request, or refuses it if the connection is not admitted.
+    async fn respond(&self, mut request: Request<Incoming>, permit: &ConnectionPermit) -> axum::response::Response {
+        let is_health_check = matches!(request.uri().path(), "/healthz" | "/readyz");
+        if !(permit.in_reserve && is_health_check)
             && let Err(reason) = permit.wait_until_admitted().await
         {
             request.extensions_mut().insert(RefusedRequest(limit_problem(reason)));

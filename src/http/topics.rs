@@ -74,7 +74,7 @@ async fn put_topic(
 
 /// Delete a topic's policy
 ///
-/// The answer is also 204 if no policy is stored.
+/// The response is also 204 if no policy is stored.
 #[utoipa::path(
     delete, path = "/lfs/topics/{topic}", operation_id = "deleteTopic", tag = "topics",
     params(("topic" = String, Path, description = "The topic")),

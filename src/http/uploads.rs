@@ -28,7 +28,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 
 /// Open an upload
 ///
-/// Stores the declared size and checksum. The answer has presigned URLs to upload directly to S3: one PUT, or several parts.
+/// Stores the declared size and checksum. The response has presigned URLs to upload directly to S3: one PUT, or several parts.
 /// With an `Idempotency-Key`, repeating the request returns the same upload with fresh URLs.
 #[utoipa::path(
     post, path = "/lfs/uploads", operation_id = "openUpload", tag = "uploads", request_body = OpenUpload,
@@ -56,7 +56,7 @@ async fn open_upload(
 
 /// Read an upload
 ///
-/// The whole state without URLs: the parts that S3 holds, the next step, and the pointer once it exists. With `wait`, the answer
+/// The whole state without URLs: the parts that S3 holds, the next step, and the pointer once it exists. With `wait`, the response
 /// comes as soon as the upload changes.
 #[utoipa::path(
     get, path = "/lfs/uploads/{id}", operation_id = "getUpload", tag = "uploads",
@@ -159,7 +159,7 @@ async fn complete_upload(
 
 /// Abort an upload
 ///
-/// Removes the data of the upload from S3. The answer is also 204 if the upload has already ended.
+/// Removes the data of the upload from S3. The response is also 204 if the upload has already ended.
 #[utoipa::path(
     delete, path = "/lfs/uploads/{id}", operation_id = "abortUpload", tag = "uploads",
     params(("id" = Uuid, Path, description = "The upload")),

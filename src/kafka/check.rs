@@ -19,7 +19,7 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 const STEP_TIMEOUT_MS: &str = "5000";
 /// A connection takes about a millisecond in a data centre.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How many addresses are tried and listed.
+/// The most broker addresses that the check connects to and lists.
 const MAX_ADDRESSES: usize = 10;
 
 /// Why publishing would fail.
@@ -75,7 +75,7 @@ impl Kafka {
     /// Writes as publishing does, to a random partition of the marker topic.
     ///
     /// # Errors
-    /// Why publishing would fail, with the cause if it is known.
+    /// The reason why publishing would fail, with its cause if that is known.
     pub async fn check(&self, deployment: Uuid) -> Result<(), CheckError> {
         match self.write_probe(deployment).await {
             Err(CheckError::Kafka(Error::Unreachable(reason))) => {

@@ -8,17 +8,14 @@ use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use super::client::{self, Context};
+use super::topics::{CACHE_TTL, MAX_CACHED_TOPICS};
 use super::{Kafka, drop_blocking, run_blocking};
 
-/// An answer takes milliseconds. An upload that is opened waits at most this long, and then continues without the limits.
+/// A response takes milliseconds. An upload that is opened waits at most this long, and then continues without the limits.
 const QUERY_TIMEOUT: Duration = Duration::from_millis(300);
-/// The same lifetime as that of cached topic metadata.
-const CACHE_TTL: Duration = Duration::from_secs(10);
 /// How long no configuration is queried after Kafka did not answer, or does not support the request.
 const UNANSWERED_PAUSE: Duration = Duration::from_secs(10);
 const UNSUPPORTED_PAUSE: Duration = Duration::from_secs(600);
-/// The cache is limited, because topic names come from requests.
-const MAX_CACHED_TOPICS: usize = 10_000;
 
 /// Which records a topic never accepts. A setting that Kafka does not report is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -131,7 +131,7 @@ impl TopicConsumer {
     /// Leaves the group, so that other members get the partitions at once, without waiting for the session timeout.
     pub async fn close(mut self) {
         if let Some(consumer) = self.consumer.take() {
-            // Dropping the consumer leaves the group and waits for Kafka's answer, so it blocks.
+            // Dropping the consumer leaves the group and waits for Kafka's response, so it blocks.
             let _ = tokio::task::spawn_blocking(move || drop(consumer)).await;
         }
     }

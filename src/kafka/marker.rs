@@ -1,4 +1,4 @@
-//! The marker: what a shard's last committed transaction published. The next owner of the shard reads it.
+//! The marker: it lists the pointers that a shard's last committed transaction published. The next owner of the shard reads it.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// nearly always among the last records, but a topic that was never compacted is long.
 const FIRST_SCAN_OFFSETS: i64 = 256;
 
-/// What one batch published. Its key in the marker topic is the shard's transactional id.
+/// The pointers that one batch published. Its key in the marker topic is the shard's transactional id.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Marker {
     /// The number under which the batch's rows were claimed.

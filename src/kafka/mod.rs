@@ -1,7 +1,7 @@
 //! The Kafka client: topic metadata, and one producer for each shard that publishes batches.
 //!
 //! This module hides librdkafka's settings, its blocking calls, its error codes, and the marker topic. From the marker
-//! topic, a new owner of a shard finds out what the previous owner published.
+//! topic, a new owner of a shard sees which pointers the previous owner published.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -240,7 +240,7 @@ impl Kafka {
         ShardProducer::open(self.clone(), transactional_id, marker_partition).await
     }
 
-    /// The last marker that was committed under `transactional_id`. Only for the owner of the shard does the answer stay
+    /// The last marker that was committed under `transactional_id`. Only for the owner of the shard does the result stay
     /// true: another owner may commit a new marker at any time.
     pub async fn last_marker(&self, transactional_id: &str, marker_partition: i32) -> Result<Option<Marker>, Error> {
         let settings = self.0.settings.clone();
@@ -258,8 +258,8 @@ impl Kafka {
         Q: Future<Output = Result<T, Error>>,
     {
         let client = Arc::clone(&self.metadata_client().0);
-        let answer = call(Arc::clone(&client)).await;
-        if answer.is_err() {
+        let result = call(Arc::clone(&client)).await;
+        if result.is_err() {
             self.replace_metadata_client(&client);
         }
         let is_current = Arc::ptr_eq(&self.metadata_client().0, &client);
@@ -267,7 +267,7 @@ impl Kafka {
             // This may be the last reference, and destroying the client blocks.
             drop_blocking(client);
         }
-        answer
+        result
     }
 
     fn metadata_client(&self) -> MutexGuard<'_, (MetadataClient, Instant)> {
@@ -299,13 +299,13 @@ impl Kafka {
     {
         let started = Instant::now();
         let inner = Arc::clone(&self.0);
-        let answer = async move {
+        let result = async move {
             let _permit = inner.query_permits.acquire().await.expect("the semaphore is never closed");
             let time_left = REQUEST_TIMEOUT.saturating_sub(started.elapsed());
             run_blocking(move || query(time_left)).await
         };
         let timed_out = || Error::Unreachable(format!("no answer within {} ms", REQUEST_TIMEOUT.as_millis()));
-        tokio::time::timeout(REQUEST_TIMEOUT, answer).await.unwrap_or_else(|_| Err(timed_out()))
+        tokio::time::timeout(REQUEST_TIMEOUT, result).await.unwrap_or_else(|_| Err(timed_out()))
     }
 }
 

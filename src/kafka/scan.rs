@@ -143,9 +143,9 @@ impl Kafka {
         let Ok(admin) = run_blocking(move || client::admin(&settings)).await else { return false };
         let options = AdminOptions::new().request_timeout(Some(CONFIG_TIMEOUT));
         let query = [ResourceSpecifier::Topic(topic)];
-        let answer = tokio::time::timeout(CONFIG_TIMEOUT, admin.describe_configs(&query, &options)).await;
+        let described = tokio::time::timeout(CONFIG_TIMEOUT, admin.describe_configs(&query, &options)).await;
         drop_blocking(admin);
-        let Ok(Ok(resources)) = answer else { return false };
+        let Ok(Ok(resources)) = described else { return false };
         let policy = resources.into_iter().flatten().find_map(|resource| resource.get("cleanup.policy")?.value.clone());
         policy.is_some_and(|policy| policy.contains("compact"))
     }

@@ -68,7 +68,7 @@ pub enum PublishError {
 }
 
 impl From<InjectedError> for PublishError {
-    /// An injected error stands for a commit whose answer is lost.
+    /// An injected error stands for a commit whose response is lost.
     fn from(error: InjectedError) -> Self {
         Self::OutcomeUnknown(error.to_string())
     }
@@ -158,7 +158,7 @@ impl ShardProducer {
         if let Err(error) = failpoint::reach("relay.listed").await {
             return Err(self.abort(PublishError::Retry(error.to_string())).await);
         }
-        // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the answer
+        // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the response
         // and started a new epoch. Only the marker shows whether the transaction was committed.
         self.step(|producer| producer.commit_transaction(STEP_TIMEOUT)).await.map_err(|error| self.step_failure(&error))?;
         failpoint::reach("relay.committed").await?;
@@ -167,7 +167,7 @@ impl ShardProducer {
 
     async fn publish_at_least_once(&self, batch: i64, records: &[Record]) -> Result<Vec<RecordMetadata>, PublishError> {
         // The marker goes first. So Kafka always has the number of every batch of which a record was sent, and a restored
-        // database is detected. Which records were published, this marker cannot list.
+        // database is detected. This marker cannot list the published records.
         if let Err(failed) = self.send_marker(Marker { batch, published: Vec::new() }).await {
             // After an outage of Kafka, leaders may have moved. `assign_partitions` then needs fresh metadata.
             records.iter().for_each(|record| self.kafka.invalidate_topic(&record.topic));
@@ -286,7 +286,7 @@ impl ShardProducer {
             let at_fault = failed.iter().filter(|(_, error)| rejection_cause(error).is_some());
             return reject(at_fault.map(|(record, error)| self.rejection(record, records, error)).collect());
         }
-        // A leader may be gone. `assign_partitions` then needs fresh metadata.
+        // A leader may have moved. `assign_partitions` then needs fresh metadata.
         failed.iter().for_each(|(record, _)| self.kafka.invalidate_topic(&record.topic));
         // If the whole transaction fails, librdkafka purges its records, and only the transaction has the cause. Kafka names
         // the topic to librdkafka, but librdkafka does not pass it on, so any record may be the cause.
@@ -368,7 +368,7 @@ impl ShardProducer {
             loop {
                 match call(&producer) {
                     Err(KafkaError::Transaction(error)) if error.is_retriable() && Instant::now() < deadline => {
-                        // The error may be an answer that comes at once, so pause to avoid a busy loop.
+                        // Kafka may return the error at once, so pause to avoid a busy loop.
                         std::thread::sleep(Duration::from_millis(20));
                     }
                     result => return result,
@@ -389,7 +389,7 @@ impl ShardProducer {
         }
     }
 
-    /// The error after which librdkafka's producer does nothing any more.
+    /// The fatal error of librdkafka's producer, after which it accepts no more calls.
     fn fatal_error(&self) -> Option<PublishError> {
         let (code, reason) = self.producer().client().fatal_error()?;
         Some(if is_fencing_code(code) { PublishError::Fenced(reason) } else { PublishError::OutcomeUnknown(reason) })

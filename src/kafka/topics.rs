@@ -22,8 +22,8 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long it may take until a new topic is visible in the metadata.
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the metadata of a complete topic is fresh.
-const CACHE_TTL: Duration = Duration::from_secs(10);
+/// How long the metadata of a complete topic, and a topic's configuration, are fresh.
+pub(super) const CACHE_TTL: Duration = Duration::from_secs(10);
 /// The same for a topic that is missing or has a partition without a leader.
 const MISSING_TTL: Duration = Duration::from_secs(1);
 /// How long the metadata of an existing topic is used while Kafka does not answer.
@@ -32,8 +32,8 @@ const STALE_TTL: Duration = Duration::from_secs(600);
 /// While Kafka does not answer, one request in this time queries it, and all others use the cache.
 const UNANSWERED_PAUSE: Duration = Duration::from_secs(1);
 
-/// The cache is limited, because topic names come from requests.
-const MAX_CACHED_TOPICS: usize = 10_000;
+/// The caches are limited, because topic names come from requests.
+pub(super) const MAX_CACHED_TOPICS: usize = 10_000;
 
 /// The metadata of a topic.
 #[derive(Debug, Clone)]
@@ -155,8 +155,8 @@ impl Kafka {
     /// Logs a warning if another Kafka cluster answers than before.
     async fn warn_if_cluster_changed(&self) {
         let fetch = |client: MetadataClient, time_left| Ok(client.client().fetch_cluster_id(time_left));
-        let answer = self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left)));
-        let Ok(Some(found)) = answer.await else { return };
+        let cluster_id = self.with_metadata_client(|client| self.query(move |time_left| fetch(client, time_left)));
+        let Ok(Some(found)) = cluster_id.await else { return };
         let known = self.0.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
         if let Some(known) = known.filter(|known| *known != found) {
             tracing::warn!(
@@ -207,9 +207,9 @@ impl Kafka {
         // librdkafka's mock cluster and most Kafka clusters create a topic when a client asks for it and allows this.
         // The mock cluster has no other way.
         let (settings, name) = (self.0.settings.clone(), topic.to_owned());
-        let answer =
+        let created =
             self.query(move |time_left| fetch_topic_metadata(&client::metadata_client(&settings, true)?, &name, time_left));
-        if let Ok(Some(metadata)) = answer.await {
+        if let Ok(Some(metadata)) = created.await {
             return Ok(metadata);
         }
         if let Ok(metadata) = self.await_topic(topic, APPEAR_TIMEOUT / 4).await {

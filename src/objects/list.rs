@@ -3,11 +3,11 @@
 use time::OffsetDateTime;
 
 use super::connect::{CallTimeouts, timeout_override};
-use super::remove::is_unsupported;
-use super::{Error, ObjectLocation, Objects, call_error};
+use super::{Error, ObjectLocation, Objects, call_error, is_unsupported};
 
-/// A key of the broker has one multipart upload, or a few after a race. More than ten pages mean a fault of the store.
-const MAX_PAGES: usize = 10;
+/// A key of the broker has one version and one multipart upload, or a few after a race. More than ten pages of 1,000 mean a
+/// fault of the store.
+pub(super) const MAX_PAGES_OF_KEY: usize = 10;
 
 /// A page of a list and the marker of the next page.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl Objects {
     /// If S3 does not answer or denies access.
     pub async fn multipart_uploads_of_key(&self, location: &ObjectLocation) -> Result<Vec<OpenMultipartUpload>, Error> {
         let (mut uploads, mut marker) = (Vec::new(), UploadMarker::default());
-        for _ in 0..MAX_PAGES {
+        for _ in 0..MAX_PAGES_OF_KEY {
             let page = self.list_multipart_uploads(&location.bucket, &location.key, marker).await?;
             uploads.extend(page.items.into_iter().filter(|upload| upload.key == location.key));
             match page.next {
@@ -108,6 +108,10 @@ impl Objects {
                 None => return Ok(uploads),
             }
         }
-        Err(Error::Unavailable(format!("ListMultipartUploads: more than {MAX_PAGES} pages for one key")))
+        Err(too_many_pages("ListMultipartUploads"))
     }
+}
+
+pub(super) fn too_many_pages(operation: &str) -> Error {
+    Error::Unavailable(format!("{operation}: more than {MAX_PAGES_OF_KEY} pages for one key"))
 }

@@ -8,7 +8,7 @@ use super::{Error, ObjectLocation, Objects, call_error, http_status};
 
 impl Objects {
     /// Whether the bucket has a default retention. If the broker may not read the bucket's configuration, the lock of
-    /// `undeleted`, an object that an earlier probe could not delete, gives the answer.
+    /// `undeleted`, an object that an earlier probe could not delete, shows it.
     pub(super) async fn has_default_retention(&self, bucket: &str, undeleted: &ObjectLocation) -> Result<bool, Error> {
         match self.0.client.get_object_lock_configuration().bucket(bucket).send().await {
             Ok(output) => {

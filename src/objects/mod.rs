@@ -1,7 +1,7 @@
 //! Object storage: the only module that speaks S3.
 //!
 //! It hides two endpoints (the broker's own, and the public one that URLs are signed for), two credentials, and the
-//! differences between S3 stores. An answer to a write proves nothing here: the caller verifies with a HEAD afterwards.
+//! differences between S3 stores. A response to a write proves nothing here: the caller verifies with a HEAD afterwards.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use time::OffsetDateTime;
 
 use crate::failpoint::InjectedError;
 use crate::session::{Object, Session};
+use crate::telemetry::error_chain;
 
 mod connect;
 mod download;
@@ -79,7 +80,7 @@ impl fmt::Display for ObjectLocation {
 /// Why a call to S3 failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// No answer, or an answer that asks for a retry. The outcome is unknown, and the same call may succeed later.
+    /// No response, or a response that asks for a retry. The outcome is unknown, and the same call may succeed later.
     #[error("s3 is unavailable: {0}")]
     Unavailable(String),
     /// A final answer that a retry does not change: permissions, a bucket that does not exist, the settings.
@@ -113,14 +114,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the store gave a final answer: a retry helps only after an operator has changed something.
+    /// Whether the store's response is final: a retry helps only after an operator has changed something.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(self, Self::Refused { .. } | Self::Settings(_) | Self::UnsignedHeader { .. })
     }
 }
 
 impl From<InjectedError> for Error {
-    /// A failpoint acts like a lost answer of S3.
+    /// A failpoint acts like a lost response of S3.
     fn from(error: InjectedError) -> Self {
         Self::Unavailable(error.to_string())
     }
@@ -341,7 +342,13 @@ fn code_and_message<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) 
     }
 }
 
-/// Classifies a failed call: a retry may help ([`Error::Unavailable`]) or cannot help (the other variants).
+/// Whether the store does not implement this operation.
+fn is_unsupported<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
+    matches!(http_status(error), Some(405 | 501)) || matches!(error_code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
+}
+
+/// Classifies a failed call: a retry may help ([`Error::Unavailable`]) or cannot help (the other variants). The SDK's debug
+/// output is not used, because it contains requests and their URLs.
 fn call_error<E>(operation: &str, error: &SdkError<E, HttpResponse>) -> Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
@@ -360,20 +367,6 @@ where
         SdkError::ConstructionFailure(_) => Error::Settings(format!("{operation}: {}", error_chain(error))),
         _ => Error::Unavailable(format!("{operation}: {}", error_chain(error))),
     }
-}
-
-/// The error and its causes in one line. The SDK's debug output is not used, because it contains requests and their URLs.
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    // Real chains are much shorter than sixteen; the limit protects against a cycle.
-    for _ in 0..16 {
-        let Some(error) = cause else { break };
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ impl Objects {
     /// With `part_hashes` S3 requires a signed SHA-256 for each part; without them S3 accepts any bytes.
     ///
     /// # Errors
-    /// If S3 refuses or does not answer. A lost answer may leave a multipart upload whose id the broker does not know.
+    /// If S3 refuses or does not answer. A lost response may leave a multipart upload whose id the broker does not know.
     pub async fn create_multipart_upload(&self, object: &NewObject<'_>, part_hashes: bool) -> Result<String, Error> {
         let id = self.create_multipart_upload_for_probe(object, part_hashes).await?;
         failpoint::reach("s3.begun").await?;

@@ -15,10 +15,12 @@ use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
 use tokio::sync::Mutex;
 
 use super::download::{content_disposition, safe_content_type};
-use super::{Error, ObjectLocation, Objects, TOKEN_KEY, call_error, error_chain};
+use super::{Error, ObjectLocation, Objects, TOKEN_KEY, call_error};
+use crate::policy;
+use crate::telemetry::error_chain;
 
-/// The longest lifetime of a presigned URL (Amazon S3 User Guide).
-const MAX_URL_LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The longest lifetime of a presigned URL.
+const MAX_URL_LIFETIME: Duration = Duration::from_secs(policy::MAX_LIFETIME_SECONDS);
 /// A URL expires this long before its credential, because clocks differ and a slow PUT must start before the expiry.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(30);
 /// New credentials are available five minutes before the old ones expire (Amazon EC2 instance metadata), so renew from then on.

@@ -1,7 +1,7 @@
 //! The probe: does this S3 store enforce the signed headers of a presigned URL?
 //!
-//! The probe acts as a dishonest client: it misuses real presigned URLs under a prefix of its own, and then cleans up.
-//! Stores differ, and the broker's guarantees depend on the answers, so `serve` and `doctor` run the probe first.
+//! The probe acts like an attacker: it misuses real presigned URLs under its own prefix, and then cleans up. Stores differ,
+//! and the broker's guarantees depend on the results, so `serve` and `doctor` run the probe first.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,9 +18,12 @@ use uuid::Uuid;
 
 use super::presign::Signer;
 use super::put_response::PutResponse;
-use super::{Error, NewObject, ObjectLocation, Objects, PresignedUrl, error_chain};
+use super::{Error, NewObject, ObjectLocation, Objects, PresignedUrl};
 use crate::session::Object;
+use crate::telemetry::error_chain;
 
+/// The last segment of the valid object's key, and its write token. Buckets with Object Lock keep objects of this name.
+const VALID_OBJECT: &str = "honest";
 /// The bytes that the probe declares and sends.
 const VALID_BYTES: &[u8] = b"hello";
 /// Other bytes of the same length.
@@ -31,7 +34,7 @@ const URL_LIFETIME: Duration = Duration::from_secs(900);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// A public endpoint that takes longer to connect counts as unreachable for the broker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// The longest run of a probe. Older probe objects belong to a probe that no longer runs.
+/// The longest duration of a probe. Older probe objects belong to a probe that no longer runs.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(60);
 /// One PUT and its HEAD on a slow endpoint.
 const PUT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -111,7 +114,7 @@ impl Objects {
         probe.kms_key_id = kms_key_id;
         let put = with_timeout(PUT_TIMEOUT, Box::pin(probe.put_only())).await;
         if !probe.is_undeletable {
-            let removed = with_timeout(PUT_TIMEOUT, self.delete_versions(&probe.location("honest"))).await;
+            let removed = with_timeout(PUT_TIMEOUT, self.delete_versions(&probe.location(VALID_OBJECT))).await;
             match removed {
                 Ok(_) => {}
                 // The next probes use fixed keys, so that the number of undeletable objects does not grow.
@@ -126,7 +129,7 @@ impl Objects {
     }
 
     async fn new_probe<'a>(&'a self, bucket: &'a str) -> Result<Probe<'a>, Error> {
-        let undeleted = ObjectLocation { bucket: bucket.to_owned(), key: format!("{UNDELETABLE_PREFIX}/honest") };
+        let undeleted = ObjectLocation { bucket: bucket.to_owned(), key: format!("{UNDELETABLE_PREFIX}/{VALID_OBJECT}") };
         let is_locked = self.0.bucket_defaults.accepts_any(bucket) || self.has_default_retention(bucket, &undeleted).await?;
         let is_undeletable = is_locked || self.0.bucket_defaults.is_undeletable(bucket);
         let prefix = if is_undeletable { UNDELETABLE_PREFIX.to_owned() } else { format!("{PROBE_PREFIX}{}", Uuid::new_v4()) };
@@ -198,7 +201,7 @@ const KEYS: [&str; 10] = [
     "content-encoding",
     "other-size",
     "wrong-bytes",
-    "honest",
+    VALID_OBJECT,
 ];
 
 impl<'a> Probe<'a> {
@@ -206,7 +209,7 @@ impl<'a> Probe<'a> {
         let digest = Digest::from(Sha256::of(VALID_BYTES));
         let (signer, answers_cors) = self.reachable_signer().await?;
         let found = self.put_valid_and_detect_lock(signer, &digest).await?;
-        let valid = self.location("honest");
+        let valid = self.location(VALID_OBJECT);
         let (longer, source) = ([VALID_BYTES, VALID_BYTES].concat(), format!("/{valid}"));
         let (class, algorithm) = (("x-amz-storage-class", "REDUCED_REDUNDANCY"), ("x-amz-checksum-algorithm", "CRC32"));
         // The tests run concurrently, because each has its own key. They are boxed, because ten SDK calls are too large for
@@ -241,7 +244,7 @@ impl<'a> Probe<'a> {
             refuses_unsigned_storage_class: unsigned_headers.2,
             refuses_unsigned_checksum_algorithm: unsigned_headers.3,
             refuses_unsigned_acl: unsigned_headers.4,
-            keeps_token: found.token.as_deref() == Some("honest"),
+            keeps_token: found.token.as_deref() == Some(VALID_OBJECT),
             returns_sha256_on_head: found.sha256 == digest.sha256(),
             answers_cors,
             versioned: found.version_id.is_some(),
@@ -268,7 +271,7 @@ impl<'a> Probe<'a> {
 
     /// The signer whose endpoint the broker can reach, and whether the public endpoint answers CORS requests.
     async fn reachable_signer(&self) -> Result<(&'a Signer, Option<bool>), Error> {
-        Ok(match self.preflight(&self.location("honest")).await? {
+        Ok(match self.preflight(&self.location(VALID_OBJECT)).await? {
             Some(answers_cors) => (&self.objects.0.upload_signer, Some(answers_cors)),
             None => (&self.objects.0.internal_upload_signer, None),
         })
@@ -277,14 +280,14 @@ impl<'a> Probe<'a> {
     /// Puts the valid object. If Object Lock retains it, the object remains, and the probe changes to the shared keys of
     /// such buckets and puts it again.
     async fn put_valid_and_detect_lock(&mut self, signer: &Signer, digest: &Digest) -> Result<Object, Error> {
-        let found = self.put_valid(signer, &self.location("honest"), digest).await?;
+        let found = self.put_valid(signer, &self.location(VALID_OBJECT), digest).await?;
         let is_locked = found.undeclared_headers.iter().any(|(name, _)| name == "x-amz-object-lock-mode");
         if self.is_undeletable || !is_locked {
             return Ok(found);
         }
         (self.is_undeletable, self.is_locked) = (true, true);
         UNDELETABLE_PREFIX.clone_into(&mut self.prefix);
-        self.put_valid(signer, &self.location("honest"), digest).await
+        self.put_valid(signer, &self.location(VALID_OBJECT), digest).await
     }
 
     fn learn_bucket_defaults(&self, valid: &Object) {
@@ -473,7 +476,7 @@ impl<'a> Probe<'a> {
 fn valid_object<'a>(location: &'a ObjectLocation, digest: Option<&'a Digest>) -> NewObject<'a> {
     NewObject {
         location,
-        token: "honest",
+        token: VALID_OBJECT,
         content_type: "application/octet-stream",
         size_bytes: VALID_BYTES.len() as u64,
         digest,

@@ -1,14 +1,12 @@
 //! Removal of objects and multipart uploads. Every function is idempotent: a repeated call finds nothing to remove.
 
 use aws_sdk_s3::config::http::HttpResponse;
-use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::SdkError;
 
 use super::connect::{CallTimeouts, timeout_override};
+use super::list::{MAX_PAGES_OF_KEY, UploadMarker, too_many_pages};
 use super::lock::ObjectLock;
-use super::{Error, ObjectLocation, Objects, call_error, error_code, http_status};
-
-/// A key of the broker has one version, or a few after a race. More than ten pages of 1,000 mean a fault of the store.
-const MAX_PAGES: usize = 10;
+use super::{Error, ObjectLocation, Objects, call_error, error_code, http_status, is_unsupported};
 
 type DeleteError = SdkError<aws_sdk_s3::operation::delete_object::DeleteObjectError, HttpResponse>;
 
@@ -29,37 +27,18 @@ impl Objects {
         if let Some(s3_upload_id) = known_s3_upload_id {
             aborted += self.abort_multipart_upload(location, s3_upload_id).await?;
         }
-        let (mut key_marker, mut id_marker) = (None, None);
-        for _ in 0..MAX_PAGES {
-            let result = self
-                .0
-                .client
-                .list_multipart_uploads()
-                .bucket(&location.bucket)
-                .prefix(&location.key)
-                .set_key_marker(key_marker)
-                .set_upload_id_marker(id_marker)
-                .customize()
-                .config_override(timeout_override(CallTimeouts::DELETE))
-                .send()
-                .await;
-            let page = match result {
-                Ok(page) => page,
-                Err(error) if is_unsupported(&error) => return Ok(aborted),
-                Err(error) => return Err(call_error("ListMultipartUploads", &error)),
-            };
-            for upload in page.uploads().iter().filter(|upload| upload.key() == Some(&location.key)) {
-                if let Some(s3_upload_id) = upload.upload_id() {
-                    aborted += self.abort_multipart_upload(location, s3_upload_id).await?;
-                }
+        let mut marker = UploadMarker::default();
+        for _ in 0..MAX_PAGES_OF_KEY {
+            let page = self.list_multipart_uploads(&location.bucket, &location.key, marker).await?;
+            for upload in page.items.iter().filter(|upload| upload.key == location.key) {
+                aborted += self.abort_multipart_upload(location, &upload.s3_upload_id).await?;
             }
-            if page.is_truncated() != Some(true) {
-                return Ok(aborted);
+            match page.next {
+                Some(next) => marker = next,
+                None => return Ok(aborted),
             }
-            key_marker = page.next_key_marker().map(str::to_owned);
-            id_marker = page.next_upload_id_marker().map(str::to_owned);
         }
-        Err(Error::Unavailable(format!("ListMultipartUploads: more than {MAX_PAGES} pages for one key")))
+        Err(too_many_pages("ListMultipartUploads"))
     }
 
     /// Aborts one multipart upload. Returns 0 if S3 knows no upload with this id.
@@ -83,7 +62,7 @@ impl Objects {
     pub async fn delete_versions(&self, location: &ObjectLocation) -> Result<u32, Error> {
         let (mut deleted, mut lock) = (0, None);
         let (mut key_marker, mut version_marker) = (None, None);
-        for _ in 0..MAX_PAGES {
+        for _ in 0..MAX_PAGES_OF_KEY {
             let result = self
                 .0
                 .client
@@ -120,7 +99,7 @@ impl Objects {
             key_marker = page.next_key_marker().map(str::to_owned);
             version_marker = page.next_version_id_marker().map(str::to_owned);
         }
-        Err(Error::Unavailable(format!("ListObjectVersions: more than {MAX_PAGES} pages for one key")))
+        Err(too_many_pages("ListObjectVersions"))
     }
 
     async fn delete_version(&self, location: &ObjectLocation, version_id: Option<&str>) -> Result<u32, Error> {
@@ -165,9 +144,4 @@ impl Objects {
             Err(error) => Err(self.delete_error(location, None, &error).await),
         }
     }
-}
-
-/// Whether the store does not implement this operation.
-pub(super) fn is_unsupported<E: ProvideErrorMetadata>(error: &SdkError<E, HttpResponse>) -> bool {
-    matches!(http_status(error), Some(405 | 501)) || matches!(error_code(error).as_str(), "NotImplemented" | "MethodNotAllowed")
 }

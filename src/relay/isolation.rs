@@ -2,7 +2,8 @@
 //!
 //! A transaction fails as a whole, and Kafka often does not say which record caused this. A batch that fails is therefore
 //! halved until one topic, and then one record, is left. This takes about `log2(batch)` transactions for each bad record.
-//! A topic that Kafka rejects is remembered. Its records are deferred without being sent, and one of them is retried later.
+//! The isolation stores each topic that Kafka rejects. Records of these topics are deferred without being sent, and one of
+//! them is retried later.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,7 +16,7 @@ use crate::store::OutboxRow;
 
 /// A rejected topic is retried after 1, 2, 4, ... seconds, and at most this many.
 const MAX_RETRY_SECONDS: u64 = 60;
-/// How many rejected topics are remembered. Records of any other topic are isolated one by one.
+/// How many rejected topics are stored. Records of any other topic are isolated one by one.
 const MAX_REJECTED_TOPICS: usize = 10_000;
 /// How many batches of a shard may fail in a row without a known cause before the next batch is halved.
 const FAILURES_BEFORE_HALVING: u32 = 2;
@@ -134,7 +135,7 @@ impl Isolation {
         row.is_some_and(|row| self.inner().topics.contains_key(&row.topic))
     }
 
-    /// Forgets a shard, because none of its rows is due.
+    /// Drops the state of a shard, because none of its rows is due.
     pub(super) fn clear_shard(&self, shard: i32) {
         self.inner().shards.remove(&shard);
     }

@@ -56,14 +56,14 @@ impl ShardPublisher {
         }
         let published = listed.iter().filter(|record| claimed.iter().any(|row| row.session_id == record.upload_id)).count();
         if !claimed.is_empty() {
-            failpoint::reach("relay.settled").await.map_err(store::Error::from)?;
+            failpoint::reach("relay.recovered").await.map_err(store::Error::from)?;
             let mut batches: Vec<i64> = claimed.iter().filter_map(|row| row.batch).collect();
             batches.sort_unstable();
             batches.dedup();
             self.release_batch(lease, &batches, &listed).await?;
             info!(
                 shard = lease.shard,
-                stamped = claimed.len(),
+                claimed = claimed.len(),
                 published,
                 "took over shard {}: {published} of {} claimed pointers were published, the others are sent again",
                 lease.shard,
@@ -140,7 +140,7 @@ impl ShardPublisher {
                 warn!(shard, %error, "shard {shard} was taken over by another relay, which publishes it from now on: {error}");
                 return Err(Error::ShardLost);
             }
-            // The rows stay claimed here too. The next owner may be this relay.
+            // The rows stay claimed here too. The next owner may be this relay again.
             Err(PublishError::OutcomeUnknown(why)) => {
                 self.log_failure(shard, &why);
                 if self.isolation.record_failure(shard, &sent, true, &why) {
@@ -223,7 +223,7 @@ impl ShardPublisher {
         if self.store.release_batch(lease, batches, published).await? { Ok(()) } else { Err(Error::ShardLost) }
     }
 
-    /// Records in the database what Kafka holds. If the database no longer knows some of the sessions, this fails and the
+    /// Marks the sessions published whose records Kafka holds. If the database no longer knows some of the sessions, this fails and the
     /// batch's other rows stay claimed: the next owner of the shard applies the marker.
     pub(super) async fn mark_published(
         &self,

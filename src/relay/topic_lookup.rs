@@ -1,7 +1,7 @@
 //! Reads the topics themselves to find out which claimed rows were published, if no marker says so.
 //!
-//! Somebody may delete or empty the marker topic while a batch is claimed. A record that is not in its topic either was
-//! not published, or was deleted with its topic: it is sent again.
+//! An operator may delete or empty the marker topic while a batch is claimed. If a claimed row has no record in its topic
+//! either, the record was not published, or was deleted with the topic. The row is sent again.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -54,7 +54,7 @@ impl ShardPublisher {
     }
 }
 
-/// Adds the topic and the missing right to the error: only this recovery reads a topic, publishing never does.
+/// Adds the topic and the required permission to the error: only this recovery reads a topic, publishing never does.
 fn unreadable(topic: &str, error: kafka::Error) -> kafka::Error {
     let explain = |reason: &str| {
         format!("cannot read topic {topic} to find out which pointers were published there (needs ACL Read): {reason}")

@@ -3,14 +3,14 @@
 use lfs_broker_client::api::{ErrorCode, FieldError, UploadState};
 use time::OffsetDateTime;
 
-/// The most missing parts that an answer lists one by one. They are enough to continue with; `missing_parts` of GET has
-/// them all.
+/// The most missing parts that an error response lists one by one. A client can continue with these; `missing_parts` of GET
+/// has all of them.
 const MAX_LISTED_PARTS: usize = 100;
 
 /// The most characters of a header's value that an error shows: enough to recognise the value.
 const MAX_SHOWN_CHARACTERS: usize = 100;
 
-/// Why an upload failed: the answer to the client, in the form that is stored too.
+/// Why an upload failed. The response to the client and the stored row have this form.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Failure {
     /// The error code.
@@ -57,7 +57,7 @@ pub enum SessionError {
     /// S3 refuses the completion, and would refuse a retry: the bucket does not exist, or a permission is missing.
     #[error("object storage refused the completion: {s3_code}")]
     StorageRefused {
-        /// The error code of the answer.
+        /// The error code of the response.
         code: ErrorCode,
         /// S3's error code.
         s3_code: String,
@@ -82,7 +82,7 @@ pub enum SessionError {
     /// The upload was aborted.
     #[error("the upload was aborted")]
     Aborted,
-    /// The upload was rejected before; the answer is the same as then.
+    /// The upload was rejected before; the response is the same as then.
     #[error("{}", .0.detail)]
     Rejected(Box<Failure>),
     /// Kafka refuses the pointer permanently, and an operator discarded the upload.

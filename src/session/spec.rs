@@ -1,9 +1,9 @@
-//! What the client declared at open, and how the bytes are split into parts.
+//! The client's declaration at open, and how the bytes are split into parts.
 
 use lfs_broker_client::api::Integrity;
 use lfs_broker_client::checksum::{Algorithm, Digest};
 
-/// What the client declared at open. It never changes, except that complete may add a sha256.
+/// The client's declaration at open. It never changes, except that complete may add a sha256.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct UploadSpec {
     pub(crate) topic: String,

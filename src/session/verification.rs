@@ -1,4 +1,4 @@
-//! Which integrity S3's answer proves, and which object headers do not matter to readers.
+//! Which integrity S3's response proves, and which object headers do not matter to readers.
 
 use lfs_broker_client::api::Integrity;
 use lfs_broker_client::checksum::{Algorithm, Sha256, composite};

@@ -33,7 +33,7 @@ pub use sessions::Quota;
 pub(crate) use sessions::{CreateOutcome, Filter, SessionPage, Transition};
 pub(crate) use tenant_limiter::TenantLimiter;
 
-/// The default timeout of one call. A client gets an answer within two seconds, also when the database does not respond.
+/// The default timeout of one call. A client gets a response within two seconds, even if the database does not respond.
 pub const CALL_TIMEOUT: Duration = Duration::from_millis(1700);
 
 /// How to reach PostgreSQL, and how many connections and how much time one replica may use.
@@ -145,7 +145,7 @@ impl From<sqlx::Error> for Error {
 }
 
 impl From<InjectedError> for Error {
-    /// The caller sees the same error as after a COMMIT whose answer was lost.
+    /// The caller sees the same error as after a COMMIT whose response was lost.
     fn from(error: InjectedError) -> Self {
         Self::Database(sqlx::Error::Io(std::io::Error::other(error)))
     }
@@ -275,7 +275,7 @@ fn connect_options(url: &str) -> Result<PgConnectOptions, Error> {
         None => options,
     };
     Ok(options.application_name("lfs-broker").options([
-        // Limits: a client gets an answer within 2 s, and a transaction of a stalled process releases its locks.
+        // Limits: a client gets a response within 2 s, and a transaction of a stalled process releases its locks.
         ("lock_timeout", "1500ms"),
         ("idle_in_transaction_session_timeout", "10s"),
         // A stricter level fails concurrent statements. No statement here needs it, because each names its conditions in `where`.

@@ -37,8 +37,8 @@ pub(crate) enum Claim {
     Idle,
     /// Another owner or a later epoch has the shard.
     ShardLost,
-    /// The shard's state is not the one that its owner wrote last, so no row was claimed. The database lost commits, or another
-    /// process wrote to the shard.
+    /// The shard's state differs from the state that its owner wrote last, so no row was claimed. The database lost commits, or
+    /// another process wrote to the shard.
     Changed {
         last_batch: i64,
         /// Whether rows are claimed although the owner left none claimed.
@@ -46,7 +46,7 @@ pub(crate) enum Claim {
     },
 }
 
-/// A pointer that Kafka refused, with the error and the time of the next try.
+/// A pointer that Kafka refused, with the error and the time of the next attempt.
 #[derive(Debug)]
 pub(crate) struct Deferred {
     pub(crate) session_id: Uuid,
@@ -140,14 +140,14 @@ impl Store {
         })
         .await?;
         if matches!(claim, Claim::Claimed { .. }) {
-            failpoint::reach("relay.stamped").await?;
+            failpoint::reach("relay.claimed").await?;
         }
         Ok(claim)
     }
 
     /// Releases the rows of these batches, except those in `published`, which Kafka holds. Their state in the database does not
-    /// matter, because the database may have lost it again. `false`: the lease was lost, and no row was released, because the
-    /// rows may now belong to the next owner.
+    /// matter, because the database may have lost it again. Returns `false` if the lease was lost: then no row was released,
+    /// because the rows may now belong to the next owner.
     pub(crate) async fn release_batch(
         &self,
         lease: ShardLease,

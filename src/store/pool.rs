@@ -22,7 +22,7 @@ use tokio::time::timeout;
 /// Timeout of one worker call. It is longer than a request's timeout, because no client waits for a worker's batch.
 pub(super) const WORKER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of opening a connection. It is longer than a caller waits: a connection that a busy server opens late serves the
-/// next caller, so the attempt is not repeated again and again.
+/// next caller, so the attempt need not be repeated.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long the server may take to confirm that a cancelled statement has ended. It normally takes milliseconds. A server
 /// that stays silent for this long has ended the statement by its own `statement_timeout`.
@@ -414,6 +414,7 @@ macro_rules! with_timeout {
         }
     }};
 }
+
 impl<'p> Executor<'p> for &'_ Pool {
     type Database = Postgres;
 

@@ -16,7 +16,7 @@ pub(crate) enum FindingKind {
     Lost,
     /// More than one record of one upload.
     Duplicate,
-    /// Different from what was acknowledged, or never acknowledged.
+    /// Different from the acknowledged upload, or never acknowledged.
     Wrong,
     /// Not finished at the end of the run.
     Stuck,

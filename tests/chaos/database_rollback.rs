@@ -1,8 +1,8 @@
-//! PostgreSQL goes back: its data is replaced by a copy of some seconds ago while the replicas run and clients upload.
+//! PostgreSQL is restored: its data is replaced by a copy of some seconds ago while the replicas run and clients upload.
 //! Until `audit --fix` has compared the database with Kafka, the replicas publish nothing of the affected shards.
 //!
-//! No broker can restore what such a loss removes. So the checker ignores what was acknowledged between the copy and its
-//! return and is not in Kafka. Each record in Kafka must still exist once, in order, with its bytes in S3.
+//! No broker can recover commits that such a restore removes. So the checker ignores uploads that were acknowledged between
+//! the copy and its restore and are not in Kafka. Each record in Kafka must still exist once, in order, with its bytes in S3.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub(crate) const SETTINGS: &[(&str, &str)] = &[
     ("LFS_BROKER_LONGEST_PUT_SECONDS", "4"),
 ];
 
-/// What the audit reports of uploads whose rows are lost, without repairing it.
+/// The findings of the audit about uploads whose rows are lost. The audit does not repair them.
 const UNKNOWN: [&str; 3] = ["record-unknown", "object-unknown", "upload-unknown"];
 /// How long after the stop of the database a response may still arrive that was sent before.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
@@ -38,12 +38,12 @@ const MAX_AUDITS: usize = 20;
 /// Longer than a relay's leases: then the shards are acquired again, under an epoch that the copy may give out again.
 const AFTER_LEASE: Duration = Duration::from_millis(3500);
 
-/// What was lost, and what the audit did about it.
+/// The lost commits, and the results of the audits.
 #[derive(Debug, Default)]
 pub(crate) struct LostCommits {
     /// When the run started, since 1970.
     pub(crate) run_started: Duration,
-    /// The times of each copy and of its return, since the start of the run.
+    /// The times of each copy and of its restore, since the start of the run.
     pub(crate) intervals: Vec<(Duration, Duration)>,
     /// How many shards had to wait for an audit.
     pub(crate) shards: u64,
@@ -79,7 +79,7 @@ pub(crate) async fn run(cluster: &Cluster, journal: &Journal, seed: u64, times: 
         // Now the replicas try to publish.
         tokio::time::sleep(Duration::from_millis(random.u64(500..2500))).await;
         lost.audit(cluster).await?;
-        eprintln!("PostgreSQL has gone back {} of {times} times", number + 1);
+        eprintln!("restored PostgreSQL {} of {times} times", number + 1);
     }
     Ok(lost)
 }
@@ -118,7 +118,7 @@ impl LostCommits {
     pub(crate) fn summary(&self) -> String {
         let Self { intervals, shards, records, .. } = self;
         format!(
-            "PostgreSQL went back {} times: {shards} shards waited for the audit, which restored {records} records",
+            "PostgreSQL was restored {} times: {shards} shards waited for the audit, which saved {records} records again",
             intervals.len()
         )
     }

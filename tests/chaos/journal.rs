@@ -1,4 +1,4 @@
-//! What the clients know: which uploads they declared, and which were acknowledged or reported as failed.
+//! The clients' knowledge: the uploads that they declared, and which of them were acknowledged or reported as failed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use uuid::Uuid;
 
-/// What a client declared an upload to be.
+/// A client's declaration of an upload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DeclaredUpload {
     pub(crate) topic: String,

@@ -43,7 +43,7 @@ const MAX_PRINTED_FINDINGS: usize = 40;
 /// How often a run is repeated that Kafka has made invalid.
 const ATTEMPTS: usize = 3;
 
-/// What Kafka logs when it never finishes a transaction. A node that is its only cluster member and is killed between
+/// The text that Kafka logs when it never finishes a transaction. A node that is its only cluster member and is killed between
 /// "commit" and the last marker finds its partitions without a leader while it registers again. It treats them as deleted
 /// and calls the transaction complete (seen with 4.3.1). Committed records behind that transaction cannot be read until
 /// an operator aborts it with Kafka's own tool. No broker can publish on such a partition.
@@ -64,8 +64,8 @@ struct Arguments {
     /// Clients that upload at the same time
     #[arg(long, default_value_t = 8)]
     clients: usize,
-    /// Instead of kills: how often PostgreSQL goes back to a copy of some seconds ago while the replicas keep running; then
-    /// `lfs-broker audit --fix` lets them publish again
+    /// Instead of kills: how often PostgreSQL is restored from a copy of some seconds ago while the replicas keep running;
+    /// then `lfs-broker audit --fix` lets them publish again
     #[arg(long, value_name = "N")]
     goes_back: Option<usize>,
     /// How long the system may take to come to rest after the last fault: the last session expires, the last lease ends,
@@ -138,7 +138,7 @@ async fn run(arguments: &Arguments) -> Result<bool, Failure> {
         return Ok(true);
     }
     let (faults, option) = match arguments.goes_back {
-        Some(times) => (format!("PostgreSQL goes back {times} times"), format!("--goes-back {times}")),
+        Some(times) => (format!("PostgreSQL is restored {times} times"), format!("--goes-back {times}")),
         None => (format!("{kills} kills"), format!("--kills {kills}")),
     };
     println!(

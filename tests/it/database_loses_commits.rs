@@ -85,7 +85,7 @@ async fn a_relay_resolves_its_shard_again_when_the_database_loses_a_publication(
     // Its outbox row is claimed by a batch, so it may have been sent.
     let after = wait_for_state(&broker, &process, &first, "published").await;
     process.wait_for_log(NOTICED).await;
-    assert!(process.log().contains("and is unsettled"), "{}", process.log());
+    assert!(process.log().contains("and has claimed rows"), "{}", process.log());
     let second = put(&broker, &process, b"second").await;
     complete(&broker, &process, &second).await;
     wait_for_state(&broker, &process, &second, "published").await;
@@ -162,12 +162,12 @@ async fn a_relay_drops_its_shards_when_the_database_does_not_know_the_pointer_it
 #[tokio::test]
 async fn a_pointer_in_the_marker_stays_claimed_when_the_database_loses_that_it_was_published() {
     // The relay pauses after it has marked the marker's pointers published, before it releases the other rows.
-    let (broker, process) = start_process(&[("FAILPOINTS", "relay.settled=1*return(3000)")]).await;
+    let (broker, process) = start_process(&[("FAILPOINTS", "relay.recovered=1*return(3000)")]).await;
     let first = put(&broker, &process, b"first").await;
     complete(&broker, &process, &first).await;
     let before = wait_for_state(&broker, &process, &first, "published").await;
     lose_publications(&broker, LostCommits { claimed_batch: false }).await;
-    process.wait_for_log("reached failpoint relay.settled").await;
+    process.wait_for_log("reached failpoint relay.recovered").await;
     if broker.is_exactly_once() {
         lose_publications(&broker, LostCommits { claimed_batch: false }).await;
     }

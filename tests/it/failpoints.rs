@@ -189,12 +189,12 @@ async fn an_upload_survives_a_failure_after_s3_joins_the_parts() {
 
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_its_object_is_verified() {
-    hashed_upload_with_failpoint("complete.proved", "").await;
+    hashed_upload_with_failpoint("complete.checked", "").await;
 }
 
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_its_bytes_are_read_back() {
-    upload_with_failpoint("complete.proved", "1*off->", &json!({"part_size": PART_BYTES})).await;
+    upload_with_failpoint("complete.checked", "1*off->", &json!({"part_size": PART_BYTES})).await;
 }
 
 #[tokio::test]
@@ -209,12 +209,12 @@ async fn an_upload_survives_a_failure_after_the_previous_owner_is_fenced() {
 
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_its_batch_is_claimed() {
-    hashed_upload_with_failpoint("relay.stamped", "").await;
+    hashed_upload_with_failpoint("relay.claimed", "").await;
 }
 
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_a_dead_owners_batch_is_resolved() {
-    hashed_upload_with_failpoint("relay.settled", "relay.stamped=1*return(error);relay.settled=").await;
+    hashed_upload_with_failpoint("relay.recovered", "relay.claimed=1*return(error);relay.recovered=").await;
 }
 
 #[tokio::test]
@@ -376,7 +376,7 @@ async fn a_shard_that_hangs_delays_no_other_shard() {
     let mut broker = TestBroker::start().await;
     broker.log_outbox_inserts().await;
     broker.stop().await;
-    let process = broker.spawn_process(&[("FAILPOINTS", "relay.stamped=1*return(20000)")]).await;
+    let process = broker.spawn_process(&[("FAILPOINTS", "relay.claimed=1*return(20000)")]).await;
     let mut opened = Vec::new();
     for number in 0..12 {
         let body = json!({"topic": broker.topic, "size": 5, "sha256": sha256(b"hello"), "key": format!("k{number}")});
@@ -393,7 +393,7 @@ async fn a_shard_that_hangs_delays_no_other_shard() {
     };
     let (before, first) = tokio::join!(
         async {
-            process.wait_for_log("reached failpoint relay.stamped").await;
+            process.wait_for_log("reached failpoint relay.claimed").await;
             let before = epochs().await;
             let begun = std::time::Instant::now();
             join_all(opened[1..].iter().map(|id| complete(id))).await;

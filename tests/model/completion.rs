@@ -53,7 +53,7 @@ pub(crate) enum Layout {
     Multipart,
 }
 
-pub(crate) const SAME_BYTES: &str = "the object of a verified session is the one that was verified";
+pub(crate) const SAME_BYTES: &str = "the object of a verified session is the verified object";
 pub(crate) const NOTHING_LEFT: &str = "at rest a failed session has no object and no multipart upload";
 pub(crate) const ONLY_WRONG_REJECTED: &str = "only wrong bytes are rejected";
 pub(crate) const ONE_END: &str = "no session ends twice";

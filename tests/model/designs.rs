@@ -37,31 +37,31 @@ fn pointers_of_two_keys_are_published_once_and_in_order() {
 }
 
 #[test]
-fn pointers_are_published_once_when_the_database_goes_back_to_a_backup() {
+fn pointers_are_published_once_when_the_database_is_restored_from_a_backup() {
     check("a backup", Publication::current(b"aa", 0, 1).with_backup());
     check("a backup and a crash", Publication::current(b"aa", 1, 0).with_backup());
 }
 
 #[test]
-fn a_relay_that_does_not_check_its_batch_number_publishes_twice_when_the_database_goes_back() {
+fn a_relay_that_does_not_check_its_batch_number_publishes_twice_when_the_database_is_restored() {
     let design = publication(b"aa", |design| design.checks_batch_number = false);
     refute("no check of the batch number", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn a_relay_that_claims_beside_unresolved_claims_loses_a_pointer_when_the_database_goes_back() {
+fn a_relay_that_claims_beside_unresolved_claims_loses_a_pointer_when_the_database_is_restored() {
     let design = publication(b"aa", |design| design.claims_only_when_resolved = false);
     refute("claims beside unresolved claims", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_LOST);
 }
 
 #[test]
-fn a_relay_that_continues_behind_the_marker_publishes_twice_when_the_database_goes_back() {
+fn a_relay_that_continues_behind_the_marker_publishes_twice_when_the_database_is_restored() {
     let design = publication(b"aa", |design| design.refuses_when_behind_marker = false);
     refute("continues behind the marker", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);
 }
 
 #[test]
-fn an_epoch_that_is_reused_after_the_database_goes_back_publishes_twice() {
+fn an_epoch_that_is_reused_after_the_database_is_restored_publishes_twice() {
     let design = publication(b"a", |design| design.has_unique_epochs = false);
     refute("reused epochs", marks_claimed_only(Publication { crashes: 0, faults: 1, ..design }).with_backup(), NEVER_TWICE);
 }
@@ -73,7 +73,7 @@ fn releasing_a_published_row_whose_publication_was_lost_publishes_twice() {
 }
 
 #[test]
-fn deferring_a_row_by_its_claim_alone_publishes_twice_when_the_database_goes_back() {
+fn deferring_a_row_by_its_claim_alone_publishes_twice_when_the_database_is_restored() {
     let design = publication(b"a", |design| design.only_owner_defers = false);
     refute("defers by claim alone", marks_claimed_only(Publication { faults: 1, ..design }).with_backup(), NEVER_TWICE);
 }

@@ -364,8 +364,8 @@ impl Publication {
     fn read_claims(&self, system: &SystemState, marker: Option<Marker>) -> Step {
         let claims = system.claims();
         let listed = self.listed(claims, marker);
-        let is_settled = |(state, is_listed): (&Pointer, bool)| !is_listed || *state == Pointer::Published;
-        if claims == [None; POINTERS] && system.pointers.iter().zip(listed).all(is_settled) {
+        let is_resolved = |(state, is_listed): (&Pointer, bool)| !is_listed || *state == Pointer::Published;
+        if claims == [None; POINTERS] && system.pointers.iter().zip(listed).all(is_resolved) {
             Step::Ready
         } else {
             Step::Resolving(claims, listed)

@@ -1,4 +1,4 @@
-// What Uppy asks only when an upload is paused, cancelled or fails, asked of the adapter itself: adapter.mjs DIRECTORY
+// Calls the adapter's options that Uppy calls only if an upload is paused, cancelled or fails: adapter.mjs DIRECTORY
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -25,54 +25,55 @@ await assert.rejects(options.completeMultipartUpload(file, { ...upload, parts: [
 await options.abortMultipartUpload(file, upload);
 assert.equal((await broker.call("GET", `/lfs/uploads/${upload.uploadId}`)).state, "aborted");
 
-/** A file that gives its bytes, or fails to, only when it is told to. */
-class Slow extends Blob {
+/** A blob whose reads wait until `allow` or `fail` is called. */
+class BlockedBlob extends Blob {
   reads = 0;
   constructor() {
     super([new Uint8Array((16 << 20) + 1)]);
-    this.gate = new Promise((give, fail) => Object.assign(this, { give, fail }));
+    this.result = new Promise((allow, fail) => Object.assign(this, { allow, fail }));
   }
   slice(...range) {
     this.reads++;
-    return { arrayBuffer: () => this.gate.then(() => super.slice(...range).arrayBuffer()) };
+    return { arrayBuffer: () => this.result.then(() => super.slice(...range).arrayBuffer()) };
   }
 }
-const settled = () => new Promise((done) => setTimeout(done, 50));
-const slowly = async (name) => {
-  const slow = new Slow();
-  const file = uppy.getFile(uppy.addFile({ name, type: "application/x-test", data: slow }));
-  return { slow, file, upload: await options.createMultipartUpload(file) };
+/** Waits until the callbacks of a finished read have run. */
+const callbacksRun = () => new Promise((done) => setTimeout(done, 50));
+const openBlocked = async (name) => {
+  const blob = new BlockedBlob();
+  const file = uppy.getFile(uppy.addFile({ name, type: "application/x-test", data: blob }));
+  return { blob, file, upload: await options.createMultipartUpload(file) };
 };
 
-// A file that cannot be read for a while fails when it is asked for, not before, and not for ever.
-const unread = await slowly("unread.bin");
-unread.slow.fail(new Error("the disk is gone"));
-await settled();
-await assert.rejects(options.completeMultipartUpload(unread.file, { ...unread.upload, parts: [] }), { message: "the disk is gone" });
-unread.slow.gate = Promise.resolve();
-await assert.rejects(options.completeMultipartUpload(unread.file, { ...unread.upload, parts: [] }), { code: "parts-incomplete" });
+// A read error is reported by complete, not before. The next complete reads the file again.
+const unreadable = await openBlocked("unreadable.bin");
+unreadable.blob.fail(new Error("the disk is gone"));
+await callbacksRun();
+await assert.rejects(options.completeMultipartUpload(unreadable.file, { ...unreadable.upload, parts: [] }), { message: "the disk is gone" });
+unreadable.blob.result = Promise.resolve();
+await assert.rejects(options.completeMultipartUpload(unreadable.file, { ...unreadable.upload, parts: [] }), { code: "parts-incomplete" });
 
-// An upload that was aborted is not read on.
-const stopped = await slowly("stopped.bin");
-assert.equal(stopped.slow.reads, 1);
+// Hashing stops when the upload is aborted.
+const stopped = await openBlocked("stopped.bin");
+assert.equal(stopped.blob.reads, 1);
 await options.abortMultipartUpload(stopped.file, stopped.upload);
-stopped.slow.give();
-await settled();
-assert.equal(stopped.slow.reads, 1);
+stopped.blob.allow();
+await callbacksRun();
+assert.equal(stopped.blob.reads, 1);
 
-// Files of one PUT, with Uppy's own steps around them: one whose bytes never go up, one that fails before, and good ones between.
+// Single PUTs in Uppy's own sequence: the bytes of one file are never sent, one file fails before its PUT, and the others succeed.
 const batch = new Uppy();
 const single = lfsBroker(batch, broker, "adapter");
 const uploads = new Map();
-const odd = { "failed.bin": "error", "missing.bin": "nothing", [`${"ä".repeat(128)}\\.bin`]: "put" };
-for (const name of [...Object.keys(odd), "first.bin", "last.bin"]) batch.addFile({ name, type: "", data: new Blob([name]) });
+const outcomes = { "failed.bin": "error", "missing.bin": "skip", [`${"ä".repeat(128)}\\.bin`]: "put" };
+for (const name of [...Object.keys(outcomes), "first.bin", "last.bin"]) batch.addFile({ name, type: "", data: new Blob([name]) });
 batch.addUploader(async (ids) => {
   for (const id of ids) {
     const file = batch.getFile(id);
     const { method, url, headers } = await single.getUploadParameters(file);
     uploads.set(file.name, headers["x-amz-meta-lfs-upload-id"]);
-    if (odd[file.name] === "error") batch.emit("upload-error", file, new Error("the network is gone"));
-    else if (odd[file.name] === "nothing") continue;
+    if (outcomes[file.name] === "error") batch.emit("upload-error", file, new Error("the network is gone"));
+    else if (outcomes[file.name] === "skip") continue;
     else assert.equal((await fetch(url, { method, headers, body: file.data })).status, 200);
   }
 });

@@ -66,9 +66,9 @@ func put(method, url string, headers map[string]string, value []byte) {
 			request.Header.Set(name, text)
 		}
 	}
-	answer := ok(http.DefaultClient.Do(request))
-	defer answer.Body.Close()
-	check(answer.StatusCode == http.StatusOK, answer.Status)
+	response := ok(http.DefaultClient.Do(request))
+	defer response.Body.Close()
+	check(response.StatusCode == http.StatusOK, response.Status)
 }
 
 func putPart(part contract.SignedPart, value []byte) {
@@ -130,7 +130,7 @@ func parts() {
 	upload := open(request)
 	check(upload.Mode == contract.MULTIPART && *upload.PartCount == 3, upload)
 	putPart(upload.Parts[0], value)
-	// As after a crash: the broker knows which parts S3 lacks.
+	// A client that has crashed can ask the broker which parts are missing in S3.
 	now := must(uploads.GetUpload(ctx, upload.Id).Execute())
 	check(*now.Next == contract.PARTS && reflect.DeepEqual(now.MissingParts, [][]int32{{2, 3}}), now)
 	signed := must(uploads.SignParts(ctx, upload.Id).SignParts(contract.SignParts{PartNumbers: []int32{2, 3}}).Execute())
@@ -155,8 +155,8 @@ func aborted() {
 	check(reflect.DeepEqual(states, []contract.UploadState{contract.OPEN, contract.ABORTED}), states)
 }
 
-// tellApart reads the answer that a fast broker seldom gives.
-func tellApart() {
+// decodeCompleting decodes the `completing` response, which a fast broker seldom returns.
+func decodeCompleting() {
 	var completed contract.Completed
 	completing := `{"id":"01934d2e-7c00-7000-8000-5f2b8c1d9e3a","state":"completing"}`
 	check(json.Unmarshal([]byte(completing), &completed) == nil && completed.Completing != nil, completed)
@@ -171,6 +171,6 @@ func main() {
 	single()
 	parts()
 	aborted()
-	tellApart()
+	decodeCompleting()
 	fmt.Println("Go, openapi-generator: one PUT and three parts were uploaded, completed, resolved and compared by a generated client")
 }

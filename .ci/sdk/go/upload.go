@@ -117,7 +117,7 @@ func single() {
 	check(problem != nil && problem.Code == contract.ObjectMissing && problem.Retryable, string(early.Body))
 	put(upload.Upload.Method, upload.Upload.Url, upload.Upload.Headers, value)
 	pointer := complete(upload.Id, contract.CompleteUpload{})
-	// Go writes the members in another order than the broker: both are the same pointer.
+	// Go writes the members in another order than the broker. The broker must accept this order too.
 	check(bytes.HasPrefix(must(json.Marshal(pointer)), []byte(`{"bucket":`)), pointer)
 	check(bytes.Equal(download(pointer), value), "other bytes")
 }
@@ -128,7 +128,7 @@ func parts() {
 	upload := open(contract.OpenUpload{Topic: "sdk-go", Key: &key, Size: int64(len(value)), PartSize: &size})
 	check(upload.Mode == contract.Multipart && *upload.PartCount == 3, upload)
 	putPart((*upload.Parts)[0], value)
-	// As after a crash: the broker knows which parts S3 lacks.
+	// A client that has crashed can ask the broker which parts are missing in S3.
 	now := must(api.GetUploadWithResponse(ctx, upload.Id, nil)).JSON200
 	check(*now.Next == contract.PARTS && reflect.DeepEqual(*now.MissingParts, [][]int32{{2, 3}}), now)
 	signed := must(api.SignPartsWithResponse(ctx, upload.Id, contract.SignParts{PartNumbers: &[]int32{2, 3}})).JSON200

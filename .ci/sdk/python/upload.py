@@ -29,7 +29,7 @@ from lfs_broker_client.models import Upload
 from lfs_broker_client.types import UNSET
 
 PART_SIZE = 5 << 20
-client = AuthenticatedClient(base_url=os.environ["LFS_BROKER_URL"], token="dev asks for none")
+client = AuthenticatedClient(base_url=os.environ["LFS_BROKER_URL"], token="dev needs no token")
 
 
 def sha256(value: bytes) -> str:
@@ -47,7 +47,7 @@ def put(request: SignedRequest | SignedPart, value: bytes) -> None:
 
 
 def completed(id: UUID, request: CompleteUpload | None = None) -> Pointer:
-    """Completes, and where the broker needs more time, waits for the record."""
+    """Completes. If the broker needs more time, waits until the pointer is published."""
     answer = complete_upload.sync(id, client=client, body=request or UNSET)
     match answer:
         case Published():
@@ -69,7 +69,7 @@ def published(id: UUID) -> Pointer:
     raise AssertionError(f"{id} is not published after a minute")
 
 
-def fetched(pointer: Pointer) -> bytes:
+def download(pointer: Pointer) -> bytes:
     resolved = resolve_pointer.sync(client=client, body=pointer)
     assert isinstance(resolved, Resolved), resolved
     return httpx.request(resolved.method, resolved.url).raise_for_status().content
@@ -84,23 +84,23 @@ def single() -> None:
     early = complete_upload.sync(upload.id, client=client)
     assert isinstance(early, Problem) and early.code == "object-missing" and early.retryable, early
     put(upload.upload, value)
-    assert fetched(completed(upload.id)) == value
+    assert download(completed(upload.id)) == value
 
 
 def parts() -> None:
     value = os.urandom(2 * PART_SIZE + 17)
-    pieces = [value[at : at + PART_SIZE] for at in range(0, len(value), PART_SIZE)]
+    chunks = [value[at : at + PART_SIZE] for at in range(0, len(value), PART_SIZE)]
     upload = opened(OpenUpload(topic="sdk-python", key="parts", size=len(value), part_size=PART_SIZE))
     assert upload.mode is Mode.MULTIPART and isinstance(upload.parts, list)
-    put(upload.parts[0], pieces[0])
-    # As after a crash: the broker knows which parts S3 lacks.
+    put(upload.parts[0], chunks[0])
+    # A client that has crashed can ask the broker which parts are missing in S3.
     now = get_upload.sync(upload.id, client=client)
     assert isinstance(now, Upload) and now.next_ is Next.PARTS and now.missing_parts == [[2, 3]], now
     signed = sign_parts.sync(upload.id, client=client, body=SignParts(part_numbers=[2, 3]))
     assert signed is not None and not isinstance(signed, Problem), signed
     for part in signed.parts:
         put(part, value[part.offset : part.offset + part.size])
-    assert fetched(completed(upload.id, CompleteUpload(sha256=sha256(value)))) == value
+    assert download(completed(upload.id, CompleteUpload(sha256=sha256(value)))) == value
 
 
 def aborted() -> None:

@@ -59,7 +59,7 @@ async function verified(id: string): Promise<Pointer> {
 
 async function download(pointer: Pointer): Promise<Uint8Array> {
   const resolved = await pointers.resolvePointer({ pointer, topic: TOPIC });
-  assert("url" in resolved, "a verdict in place of a request");
+  assert("url" in resolved, "the broker returned a verdict instead of a signed request");
   const answer = await fetch(resolved.url, { method: resolved.method, headers: resolved.headers });
   return new Uint8Array(await answer.arrayBuffer());
 }
@@ -77,18 +77,18 @@ async function single(): Promise<void> {
 
 async function parts(): Promise<void> {
   const value = Uint8Array.from(randomBytes(2 * PART_SIZE + 17));
-  const piece = (part: SignedPart) => value.slice(part.offset, part.offset + part.size);
+  const bytesOf = (part: SignedPart) => value.slice(part.offset, part.offset + part.size);
   const upload = await open({ topic: TOPIC, key: "parts", size: value.length, partSize: PART_SIZE });
   const first = upload.parts?.[0];
   assert(upload.mode === Mode.Multipart && first);
-  await put(first, piece(first));
-  // As after a crash: the broker knows which parts S3 lacks.
+  await put(first, bytesOf(first));
+  // A client that has crashed can ask the broker which parts are missing in S3.
   const now = await uploads.getUpload({ id: upload.id });
   assert.equal(now.next, Next.PARTS);
   assert.deepEqual(now.missingParts, [[2, 3]]);
   const signed = await uploads.signParts({ id: upload.id, signParts: { partNumbers: [2, 3] } });
   assert.equal(signed.parts.length, 2);
-  for (const part of signed.parts) await put(part, piece(part));
+  for (const part of signed.parts) await put(part, bytesOf(part));
   assert.deepEqual(await download(await complete(upload.id, { sha256: sha256(value) })), value);
 }
 
@@ -102,8 +102,8 @@ async function aborted(): Promise<void> {
   assert.equal(page.nextCursor, null);
 }
 
-/** The answer that a fast broker seldom gives. */
-function tellApart(): void {
+/** Decodes the `completing` response, which a fast broker seldom returns. */
+function decodeCompleting(): void {
   const completed = CompletedFromJSON({ id: "01934d2e-7c00-7000-8000-5f2b8c1d9e3a", state: "completing" });
   assert.equal(completed.state, "completing");
 }
@@ -112,7 +112,7 @@ async function main(): Promise<void> {
   await single();
   await parts();
   await aborted();
-  tellApart();
+  decodeCompleting();
   console.log("typescript-fetch: one PUT and three parts were uploaded, completed, resolved and compared by a generated client");
 }
 

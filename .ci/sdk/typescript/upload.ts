@@ -24,7 +24,7 @@ async function put(request: Schemas["SignedRequest"], value: Uint8Array<ArrayBuf
   assert(answer.ok, `S3 answered ${answer.status}`);
 }
 
-/** Completes, and where the broker needs more time, waits for the record. */
+/** Completes. If the broker needs more time, waits until the bytes are verified. */
 async function complete(id: string, body?: Schemas["CompleteUpload"]): Promise<Schemas["Pointer"]> {
   const { data, error } = await api.POST("/lfs/uploads/{id}/complete", { params: { path: { id } }, ...(body && { body }) });
   if (error) throw new Error(`${error.code}: ${error.detail}`);
@@ -35,23 +35,23 @@ async function complete(id: string, body?: Schemas["CompleteUpload"]): Promise<S
     case "verified":
       return data.pointer;
     case "completing":
-      return published(id);
+      return verified(id);
   }
 }
 
-async function published(id: string): Promise<Schemas["Pointer"]> {
+async function verified(id: string): Promise<Schemas["Pointer"]> {
   for (let tries = 0; tries < 6; tries++) {
     const { data, error } = await api.GET("/lfs/uploads/{id}", { params: { path: { id }, query: { wait: 10 } } });
     if (error) throw new Error(`${error.code}: ${error.detail}`);
     if (data.pointer) return data.pointer;
   }
-  throw new Error(`${id} is not verified after a minute`);
+  throw new Error(`upload ${id} is not verified after a minute`);
 }
 
-async function fetched(pointer: Schemas["Pointer"]): Promise<Uint8Array> {
+async function download(pointer: Schemas["Pointer"]): Promise<Uint8Array> {
   const { data, error } = await api.POST("/lfs/resolve", { body: pointer });
   if (error) throw new Error(`${error.code}: ${error.detail}`);
-  assert("url" in data, "a verdict in place of a request");
+  assert("url" in data, "the broker returned a verdict instead of a signed request");
   const answer = await fetch(data.url, { method: data.method, headers: data.headers });
   return new Uint8Array(await answer.arrayBuffer());
 }
@@ -63,24 +63,24 @@ async function single(): Promise<void> {
   const early = await api.POST("/lfs/uploads/{id}/complete", { params: { path: { id: upload.id } } });
   assert.equal(early.error?.code, "object-missing");
   await put(upload.upload, value);
-  assert.deepEqual(await fetched(await complete(upload.id)), value);
+  assert.deepEqual(await download(await complete(upload.id)), value);
 }
 
 async function parts(): Promise<void> {
   const value = Uint8Array.from(randomBytes(2 * PART_SIZE + 17));
-  const piece = (part: Schemas["SignedPart"]) => value.slice(part.offset, part.offset + part.size);
+  const bytesOf = (part: Schemas["SignedPart"]) => value.slice(part.offset, part.offset + part.size);
   const upload = await open({ topic: "sdk-typescript", key: "parts", size: value.length, part_size: PART_SIZE });
   const first = upload.parts?.[0];
   assert(upload.mode === "multipart" && first);
-  await put(first, piece(first));
-  // As after a crash: the broker knows which parts S3 lacks.
+  await put(first, bytesOf(first));
+  // A client that has crashed can ask the broker which parts are missing in S3.
   const now = await api.GET("/lfs/uploads/{id}", { params: { path: { id: upload.id } } });
   assert.equal(now.data?.next, "parts");
   assert.deepEqual(now.data?.missing_parts, [[2, 3]]);
   const signed = await api.POST("/lfs/uploads/{id}/parts", { params: { path: { id: upload.id } }, body: { part_numbers: [2, 3] } });
   assert.equal(signed.data?.parts.length, 2);
-  for (const part of signed.data?.parts ?? []) await put(part, piece(part));
-  assert.deepEqual(await fetched(await complete(upload.id, { sha256: sha256(value) })), value);
+  for (const part of signed.data?.parts ?? []) await put(part, bytesOf(part));
+  assert.deepEqual(await download(await complete(upload.id, { sha256: sha256(value) })), value);
 }
 
 async function aborted(): Promise<void> {

@@ -24,7 +24,7 @@ pub struct Problem {
     pub title: String,
     /// The HTTP status.
     pub status: u16,
-    /// What happened in this request.
+    /// A description of the error in this request.
     pub detail: String,
     // A string, because a newer broker may send a code that `ErrorCode` does not have.
     /// The error code. Clients should decide by it.
@@ -55,7 +55,7 @@ impl Problem {
 pub struct FieldError {
     /// A JSON pointer (RFC 6901) to the member.
     pub pointer: String,
-    /// What is wrong with it.
+    /// The error in this member.
     pub detail: String,
 }
 
@@ -122,7 +122,7 @@ pub struct Dependencies {
 pub struct Dependency {
     /// Whether it answers.
     pub ok: bool,
-    /// What is wrong, if the dependency does not answer.
+    /// The reason, if the dependency does not answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }

@@ -10,12 +10,12 @@ pub const MAX_PUT_BYTES: u64 = 5 << 30;
 pub const MAX_PART_BYTES: u64 = MAX_PUT_BYTES;
 /// The largest object, in bytes (Amazon S3: 5 TiB).
 pub const MAX_OBJECT_BYTES: u64 = 5 << 40;
-/// The size of a part when nobody asked for another, in bytes. It grows with the file.
+/// The size of a part if the caller sets none, in bytes. It grows with the file.
 pub const DEFAULT_PART_BYTES: u64 = 16 << 20;
 /// The most part numbers in one `/parts` call, and the most part URLs in one response.
 pub const PARTS_PER_CALL: usize = 100;
 
-/// The longest file name, in bytes: what most file systems store.
+/// The longest file name, in bytes: the limit of most file systems.
 const MAX_FILENAME_BYTES: usize = 255;
 
 /// The size of a part of an upload of `size` bytes: the preferred size, or as many whole MiB as are needed to stay within

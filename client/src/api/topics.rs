@@ -1,4 +1,4 @@
-//! The policy of a topic: what uploads it allows.
+//! The policy of a topic: the rules for its uploads.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use crate::checksum::Algorithm;
 #[cfg(feature = "openapi")]
 use utoipa::{IntoParams, ToSchema};
 
-/// The policy of a topic: what uploads it allows.
+/// The policy of a topic: the rules for its uploads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[cfg_attr(feature = "openapi", schema(example = json!({"enabled": true, "min_bytes": 8388608, "max_bytes": 1073741824_u64,
@@ -45,11 +45,11 @@ pub struct Policy {
     /// The KMS key that S3 encrypts with. When null, the bucket's default encryption applies.
     #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048, pattern = "^[!-~]*$"))]
     pub kms_key_id: Option<String>,
-    /// What happens to published objects: they are kept.
+    /// The retention of published objects: they are kept.
     pub retention: Retention,
 }
 
-/// What happens to published objects.
+/// The retention of published objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]

@@ -106,7 +106,7 @@ impl Integrity {
     }
 }
 
-/// What the client does next.
+/// The next step of the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -210,7 +210,7 @@ pub struct Record {
 pub struct UploadError {
     /// A code of the error table.
     pub code: String,
-    /// What happened.
+    /// A description of the error.
     pub detail: String,
 }
 
@@ -268,7 +268,7 @@ pub struct Upload {
     /// The parts that S3 lacks, as inclusive ranges `[from, to]`, while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_parts: Option<Vec<[u32; 2]>>,
-    /// What to do next. Absent if S3 was not queried: in the response of open, and in lists while open.
+    /// The next step. Absent if S3 was not queried: in the response of open, and in lists while open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Next>,
     /// The pointer, once the bytes are verified.

@@ -15,7 +15,7 @@ use super::fallback::{self, FALLBACK_PARENT, Fallback};
 /// How many lines of the log an error shows.
 const LOG_TAIL_LINES: usize = 8;
 
-/// How often the removal of the data is tried, and the pause between two attempts.
+/// The number of attempts to remove the data, and the pause between two attempts.
 const REMOVE_ATTEMPTS: usize = 10;
 const REMOVE_PAUSE: Duration = Duration::from_millis(10);
 

@@ -12,7 +12,7 @@
 //!
 //! The hard link shows whether the requested directory still exists. If the directory is removed, one link remains. If it is
 //! moved within its file system, both links remain. On another file system a hard link is impossible. Such a fallback
-//! directory is never removed without a request, because a moved directory cannot be told from a removed one.
+//! directory is never removed without a request, because a moved directory and a removed directory look the same.
 
 use std::fs::{self, File};
 use std::io;
@@ -90,7 +90,7 @@ impl Fallback {
 }
 
 /// Removes every fallback directory whose requested directory no longer exists. Errors are ignored, because what remains
-/// does no harm, and the next start tries again.
+/// does no harm, and the next start removes it.
 pub(super) fn remove_orphans(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -233,7 +233,7 @@ mod tests {
         fs::rename(&requested, &moved).unwrap();
         remove_orphans(&parent);
         assert_eq!(use_fallback(&parent, &moved), path);
-        // Also where the server's user can reach the new place: the data is in the fallback.
+        // This also applies if the server's user can enter the new directory, because the data is in the fallback.
         assert_eq!(Fallback::find(&parent, &moved, true).unwrap().unwrap().path(), path);
         assert_eq!(fs::read_to_string(path.join(OWNER)).unwrap().trim(), moved.to_str().unwrap());
         fs::remove_dir_all(&moved).unwrap();

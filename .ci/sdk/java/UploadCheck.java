@@ -20,25 +20,25 @@ import lfsbroker.generated.api.UploadsApi;
 import lfsbroker.generated.model.*;
 
 /** Uploads through the generated client: one PUT, then parts; reads the state, completes, resolves, compares. */
-public final class Drive {
+public final class UploadCheck {
     private static final int PART_SIZE = 5 << 20;
 
     private final HttpClient s3 = HttpClient.newHttpClient();
     private final UploadsApi uploads;
     private final PointersApi pointers;
 
-    private Drive(ApiClient broker) {
+    private UploadCheck(ApiClient broker) {
         uploads = new UploadsApi(broker);
         pointers = new PointersApi(broker);
     }
 
     public static void main(String[] arguments) throws Exception {
         ApiClient broker = new ApiClient().setBasePath(System.getenv("LFS_BROKER_URL")).setReadTimeout(60_000);
-        Drive drive = new Drive(broker);
-        drive.single();
-        drive.parts();
-        drive.aborted();
-        tellApart();
+        UploadCheck check = new UploadCheck(broker);
+        check.single();
+        check.parts();
+        check.aborted();
+        decodeCompleting();
         System.out.println("Java: one PUT and three parts were uploaded, completed, resolved and compared by a generated client");
     }
 
@@ -63,15 +63,15 @@ public final class Drive {
         check(status == 200, status);
     }
 
-    private byte[] fetched(Pointer pointer) throws ApiException, IOException, InterruptedException {
+    private byte[] download(Pointer pointer) throws ApiException, IOException, InterruptedException {
         Resolved resolved = pointers.resolvePointer(pointer, null, "sdk-java", null).getResolved();
         check(resolved.getSize().equals(pointer.getSize()), resolved);
         HttpRequest request = HttpRequest.newBuilder(URI.create(resolved.getUrl())).build();
         return s3.send(request, BodyHandlers.ofByteArray()).body();
     }
 
-    /** Completes, and where the broker needs more time, waits until the bytes are proved. */
-    private Pointer completed(UUID id, CompleteUpload request) throws ApiException {
+    /** Completes. If the broker needs more time, waits until the bytes are verified. */
+    private Pointer complete(UUID id, CompleteUpload request) throws ApiException {
         Object answer = uploads.completeUpload(id, request).getActualInstance();
         if (answer instanceof Published published) {
             check(published.getRecord().getOffset() >= 0, published);
@@ -103,7 +103,7 @@ public final class Drive {
         }
         SignedRequest signed = upload.getUpload();
         put(signed.getMethod(), signed.getUrl(), signed.getHeaders(), value);
-        check(Arrays.equals(value, fetched(completed(upload.getId(), null))), "other bytes");
+        check(Arrays.equals(value, download(complete(upload.getId(), null))), "other bytes");
     }
 
     private void put(SignedPart part, byte[] value) throws IOException, InterruptedException {
@@ -119,14 +119,14 @@ public final class Drive {
                 new OpenUpload().topic("sdk-java").key("parts").size((long) value.length).partSize((long) PART_SIZE), null);
         check(upload.getMode() == Mode.MULTIPART && upload.getPartCount() == 3, upload);
         put(upload.getParts().get(0), value);
-        // As after a crash: the broker knows which parts S3 lacks.
+        // A client that has crashed can ask the broker which parts are missing in S3.
         Upload now = uploads.getUpload(upload.getId(), null, null);
         check(now.getNext() == Next.PARTS && now.getMissingParts().equals(List.of(List.of(2, 3))), now);
         for (SignedPart part : uploads.signParts(upload.getId(), new SignParts().partNumbers(List.of(2, 3))).getParts()) {
             put(part, value);
         }
-        Pointer pointer = completed(upload.getId(), new CompleteUpload().sha256(sha256(value)));
-        check(Arrays.equals(value, fetched(pointer)), "other bytes");
+        Pointer pointer = complete(upload.getId(), new CompleteUpload().sha256(sha256(value)));
+        check(Arrays.equals(value, download(pointer)), "other bytes");
     }
 
     private void aborted() throws Exception {
@@ -136,8 +136,8 @@ public final class Drive {
         check(steps.equals(List.of(UploadState.OPEN, UploadState.ABORTED)), steps);
     }
 
-    /** The answer that a fast broker seldom gives. */
-    private static void tellApart() {
+    /** Decodes the `completing` response, which a fast broker seldom returns. */
+    private static void decodeCompleting() {
         String completing = "{\"id\":\"01934d2e-7c00-7000-8000-5f2b8c1d9e3a\",\"state\":\"completing\"}";
         Object answer = JSON.getGson().fromJson(completing, Completed.class).getActualInstance();
         check(answer instanceof Completing, answer);
