@@ -146,6 +146,7 @@ impl TestBroker {
                 region: Some("us-east-1".into()),
                 access_key_id: Some(servers.s3.access_key_id.clone()),
                 secret_access_key: Some(servers.s3.secret_access_key.clone()),
+                call_timeout: Some(Duration::from_secs(15)),
                 ..objects::Settings::default()
             },
             kafka: kafka::Settings {
@@ -311,15 +312,14 @@ impl TestBroker {
         panic!("{id} never became {state}: {}", found.text);
     }
 
-    /// Waits up to 15 s until the condition holds, else fails the test.
+    /// Waits up to 25 s until the condition holds, else fails the test. A lease lasts longer: what happens only after a
+    /// lease has expired comes too late.
     pub(crate) async fn eventually<F: Future<Output = bool>>(&self, description: &str, mut holds: impl FnMut() -> F) {
-        for _ in 0..150 {
-            if holds().await {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        let deadline = Instant::now() + Duration::from_secs(25);
+        while !holds().await {
+            assert!(Instant::now() < deadline, "did not happen within 25 s: {description}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        panic!("never happened: {description}");
     }
 
     /// Advances the broker's clock.
@@ -328,7 +328,8 @@ impl TestBroker {
         self.running.as_ref().expect("the broker runs").advance_clock(duration);
     }
 
-    fn clock_advance(&self) -> Duration {
+    /// How far the broker's clock is ahead.
+    pub(crate) fn clock_advance(&self) -> Duration {
         Duration::from_millis(self.clock_advance_ms.load(Ordering::Relaxed))
     }
 
