@@ -408,8 +408,9 @@ async fn a_shard_that_hangs_delays_no_other_shard() {
                     all == published
                 })
                 .await;
+            // The failpoint ends after 20 s, and a shard that waited for it would publish after that.
             let elapsed = begun.elapsed();
-            assert!(elapsed < Duration::from_secs(10), "the other shards waited {elapsed:?}");
+            assert!(elapsed < Duration::from_secs(20), "the other shards waited {elapsed:?}");
             before
         },
         first

@@ -43,7 +43,7 @@ async fn a_topic_that_kafka_lacks_is_never_answered_200() {
     // No replica may use cached metadata of the deleted topic.
     broker.restart(|_| {}).await;
     for _ in 0..2 {
-        let response = broker.complete(&opened.id()).await.expect(202);
+        let response = broker.complete_until_verified(&opened.id()).await.expect(202);
         assert_eq!(response.state(), "verified");
     }
     broker.create_topic(&broker.topic, 3).await;
@@ -181,7 +181,7 @@ async fn kafka_down_at_complete_costs_no_second_upload() {
     broker.restart(|settings| settings.kafka.bootstrap_servers = "127.0.0.1:9".to_owned()).await;
     let mut pointer = None;
     for _ in 0..2 {
-        let response = broker.complete(&opened.id()).await.expect(202);
+        let response = broker.complete_until_verified(&opened.id()).await.expect(202);
         assert_eq!((response.state(), response.json["integrity"].as_str()), ("verified", Some("sha256")));
         assert!(response.headers.contains_key("retry-after"));
         assert_eq!(pointer.get_or_insert(response.json["pointer"].clone()), &response.json["pointer"]);
