@@ -23,7 +23,7 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(10);
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long the metadata of a complete topic is fresh.
-const CACHE_TTL: Duration = Duration::from_secs(10);
+pub(super) const CACHE_TTL: Duration = Duration::from_secs(10);
 /// The same for a topic that is missing or has a partition without a leader.
 const MISSING_TTL: Duration = Duration::from_secs(1);
 /// How long the metadata of an existing topic is used while Kafka does not answer.

@@ -286,10 +286,18 @@ mod tests {
         };
         let objects = Objects::connect(&settings).await.unwrap();
         let location = super::super::ObjectLocation { bucket: "b".to_owned(), key: "k".to_owned() };
-        let started = std::time::Instant::now();
-        let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&location, None));
-        assert!(matches!(reachable, Err(Error::Unavailable(_))), "{reachable:?}");
-        assert!(matches!(head, Err(Error::Unavailable(_))), "{head:?}");
-        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        // The fastest of five runs: the machine may be busy. Two attempts without a common limit take 2.4 s each time.
+        let mut fastest = Duration::MAX;
+        for _ in 0..5 {
+            let started = std::time::Instant::now();
+            let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&location, None));
+            assert!(matches!(reachable, Err(Error::Unavailable(_))), "{reachable:?}");
+            assert!(matches!(head, Err(Error::Unavailable(_))), "{head:?}");
+            fastest = fastest.min(started.elapsed());
+            if fastest < Duration::from_secs(2) {
+                break;
+            }
+        }
+        assert!(fastest < Duration::from_secs(2), "{fastest:?}");
     }
 }

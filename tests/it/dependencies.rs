@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::harness::fault_proxy::FaultProxy;
-use crate::harness::faults::{expect_quick_refusal, proxy_to_database, proxy_to_s3};
+use crate::harness::faults::{expect_quick_refusal, proxy_to_database, proxy_to_s3, retry_while_unavailable};
 use crate::harness::uploads::PART_BYTES;
 use crate::harness::{TestBroker, bytes, sha256};
 
@@ -47,7 +47,8 @@ async fn without_s3(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
     let content = bytes(PART_BYTES + 9, 1);
     let waiting = broker.open_and_put(b"hello", json!({})).await;
     let parts = broker.open_and_put(&content, json!({"part_size": PART_BYTES})).await;
-    let reading = broker.open_multipart_with_hashes(&content, json!({})).await.expect(201);
+    let open = async || broker.open_multipart_with_hashes(&content, json!({})).await;
+    let reading = retry_while_unavailable(open).await.expect(201);
     match stalled {
         true => proxy.stall(),
         false => proxy.refuse_connections().await,
@@ -68,7 +69,8 @@ async fn without_s3(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     broker.complete_with_retries(&waiting.id()).await;
     broker.complete_with_retries(&parts.id()).await;
-    assert_eq!(broker.upload(&reading.id()).await.expect(200).json["next"], "parts");
+    let read = retry_while_unavailable(async || broker.upload(&reading.id()).await).await.expect(200);
+    assert_eq!(read.json["next"], "parts");
     assert_eq!(broker.records(&broker.topic).await.len(), 2);
 }
 
@@ -108,7 +110,7 @@ async fn an_upload_that_must_be_read_back_waits_for_s3() {
     proxy.restore().await;
     // Its parts were never joined: the upload is open again.
     broker.wait_for_state(&parts.id(), "open").await;
-    broker.complete(&parts.id()).await;
+    retry_while_unavailable(async || broker.complete(&parts.id()).await).await;
     broker.wait_for_state(&parts.id(), "published").await;
     assert_eq!(broker.records(&broker.topic).await.len(), 1);
 }
@@ -161,7 +163,8 @@ async fn without_database(broker: &TestBroker, proxy: &FaultProxy, stalled: bool
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     broker.complete_with_retries(&single.id()).await;
     broker.complete_with_retries(&parts.id()).await;
-    assert_eq!(broker.complete(&done.id()).await.expect(200).json, done.json);
+    let again = retry_while_unavailable(async || broker.complete(&done.id()).await).await;
+    assert_eq!(again.expect(200).json, done.json);
     assert_eq!(broker.distinct_records().await.len(), 3);
 }
 
@@ -244,7 +247,7 @@ async fn an_idempotency_key_that_is_being_stored_is_in_flight() {
 #[tokio::test]
 async fn a_pool_recovers_after_every_connection_has_stalled() {
     let (broker, proxy) = broker_behind_database_with(2).await;
-    let id = broker.open(b"hello", json!({})).await.expect(201).id();
+    let id = broker.open_and_put(b"hello", json!({})).await.id();
     // Both connections wait for a lock when the database stalls.
     let mut lock = broker.db.begin().await.unwrap();
     sqlx::raw_sql("lock table upload_sessions in access exclusive mode").execute(&mut *lock).await.unwrap();
@@ -262,7 +265,7 @@ async fn a_pool_recovers_after_every_connection_has_stalled() {
     }
     proxy.restore().await;
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
-    broker.upload(&id).await.expect(200);
+    retry_while_unavailable(async || broker.upload(&id).await).await.expect(200);
 }
 
 #[tokio::test]

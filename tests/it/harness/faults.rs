@@ -194,7 +194,7 @@ impl TestBroker {
 
     /// Opens an upload and puts its bytes, so that it can be completed.
     pub(crate) async fn open_and_put(&self, content: &[u8], more: Value) -> ApiResponse {
-        let opened = self.open(content, more).await.expect(201);
+        let opened = retry_while_unavailable(async || self.open(content, more.clone()).await).await.expect(201);
         match opened.json["mode"].as_str() {
             Some("single") => drop(self.put(&opened.json["upload"], content).await.expect(200)),
             _ => self.put_parts(&opened.json["parts"], content).await,
