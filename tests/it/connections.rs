@@ -77,14 +77,19 @@ async fn with_every_connection_taken_health_is_answered_and_other_requests_get_5
 
 #[tokio::test]
 async fn idle_connections_are_closed_for_new_clients() {
-    let broker = TestBroker::start_with(|settings| settings.http.connections = 3).await;
+    let broker = TestBroker::start_with(|settings| {
+        settings.http.connections = 3;
+        settings.http.body_timeout = UNFINISHED_BODY_TIMEOUT;
+    })
+    .await;
     let mut idle = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..2 {
         let mut connection = broker.connect().await;
         connection.send(HEALTH).await;
         head(&mut connection).await;
         idle.push(connection);
     }
+    let _held = open_unfinished_requests(&broker, 1).await;
     // An idle connection that is not closed for others stays open for 75 s, and a request waits for a second.
     for _ in 0..5 {
         broker
@@ -162,16 +167,19 @@ async fn request_bodies_share_a_memory_budget_and_small_ones_need_none() {
     let mut first = send_half().await;
     tokio::time::sleep(millis(300)).await;
     let mut second = send_half().await;
-    // By then the broker has read both, unless the machine is busy. Nothing shows when it has.
     tokio::time::sleep(millis(300)).await;
-    broker.open(b"x", json!({})).await.expect(201);
-    for large in [&first, &second] {
-        let unanswered = large.0.try_read(&mut [0; 1]).unwrap_err();
-        assert_eq!(unanswered.kind(), std::io::ErrorKind::WouldBlock, "a small body waited for a large one");
-    }
-    let ((), ()) = tokio::join!(async { drop(first.0.write_all(&whole[500_000..]).await) }, async {
-        drop(second.0.write_all(&whole[500_000..]).await)
-    });
+    let ((first_answer, mut first_rest), (second_answer, mut second_rest)) = (first.0.split(), second.0.split());
+    let small = async {
+        // By then both wait for memory, unless the machine is busy. Nothing shows when they do.
+        tokio::time::sleep(millis(300)).await;
+        broker.open(b"x", json!({})).await.expect(201);
+        for answer in [first_answer, second_answer] {
+            let unanswered = answer.try_read(&mut [0; 1]).unwrap_err();
+            assert_eq!(unanswered.kind(), std::io::ErrorKind::WouldBlock, "a small body waited for a large one");
+        }
+    };
+    let rest = &whole[500_000..];
+    let ((), _, _) = tokio::join!(small, first_rest.write_all(rest), second_rest.write_all(rest));
     let (first, second) = (first.responses().await, second.responses().await);
     let (refused, others): (Vec<_>, Vec<_>) = first.into_iter().chain(second).partition(|response| response.status == 503);
     assert!(!refused.is_empty() && others.iter().all(|response| response.status == 201), "{refused:?} {others:?}");
