@@ -21,6 +21,7 @@ const VERIFICATION_GRACE: Duration = Duration::from_millis(600);
 /// Complete answers within its wait and one second, also if a dependency does not respond. The remaining 150 ms are for a
 /// busy machine and the network.
 const ANSWER_GRACE: Duration = Duration::from_millis(850);
+const _: () = assert!(VERIFICATION_GRACE.as_millis() < ANSWER_GRACE.as_millis() && ANSWER_GRACE.as_millis() < 1000);
 /// How long a request waits for a free completion permit.
 const PERMIT_WAIT: Duration = Duration::from_secs(1);
 

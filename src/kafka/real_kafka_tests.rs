@@ -160,7 +160,8 @@ async fn a_transaction_left_open_is_aborted_by_the_next_owner() {
     let opened = Instant::now();
     let owner = kafka.open_producer(&id, 3).await.unwrap();
     assert_eq!(owner.last_marker().await.unwrap(), None);
-    assert!(opened.elapsed().as_secs() < 10, "the takeover took {:?}", opened.elapsed());
+    // A takeover that waits for the open transaction takes until its timeout of a minute.
+    assert!(opened.elapsed().as_secs() < 40, "the takeover took {:?}", opened.elapsed());
     let sent = [pointer(&topic)];
     owner.publish(2, &sent).await.unwrap();
     assert_eq!(committed_ids(&topic).await, sorted_ids(&sent));

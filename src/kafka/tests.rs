@@ -126,11 +126,11 @@ async fn a_metadata_query_does_not_create_the_topic() {
 }
 
 #[tokio::test]
-async fn a_new_topic_is_found_within_5_seconds() {
+async fn a_new_topic_is_found_before_the_metadata_of_known_topics_expires() {
     let (server, kafka) = start_kafka(Delivery::AtLeastOnce, "videos", 1).await;
     assert_eq!(kafka.partition_count("images").await.unwrap(), None);
     server.create_topic("images", 2).await.unwrap();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + super::topics::CACHE_TTL;
     while kafka.partition_count("images").await.unwrap() != Some(2) {
         assert!(Instant::now() < deadline);
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -222,7 +222,7 @@ async fn a_record_for_a_partition_without_a_leader_is_rejected_and_records_witho
     assert_eq!((delivered.len(), delivered.iter().any(|d| d.partition == 1)), (23, false));
 
     server.set_leader("videos", 1, true).await.unwrap();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + super::topics::CACHE_TTL;
     while !kafka.assign_partitions(vec![keyed(1)]).await.unwrap().rejected.is_empty() {
         assert!(Instant::now() < deadline, "the new leader is not found");
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -242,7 +242,7 @@ async fn a_missing_leader_is_detected_after_the_first_failed_publish() {
     assert!(matches!(producer.publish(2, &batch.records).await, Err(PublishError::MarkerNotWritten(_))));
     server.set_leader("videos", 0, false).await.unwrap();
     server.up().await.unwrap();
-    let deadline = Instant::now() + Duration::from_secs(4);
+    let deadline = Instant::now() + super::topics::CACHE_TTL;
     while kafka.assign_partitions(sent.clone()).await.unwrap().rejected.is_empty() {
         assert!(Instant::now() < deadline, "the outdated metadata is still used");
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -273,7 +273,7 @@ async fn a_record_that_is_too_large_is_rejected_with_its_upload_id() {
 }
 
 #[tokio::test]
-async fn a_stopped_kafka_is_detected_within_4_seconds_and_publishing_continues_after_its_restart() {
+async fn a_stopped_kafka_is_detected_and_publishing_continues_after_its_restart() {
     let (server, kafka) = start_kafka(Delivery::AtLeastOnce, "videos", 1).await;
     let producer = kafka.open_producer("lfs-broker.test.0", 0).await.unwrap();
     let batch = kafka.assign_partitions(vec![record("videos", None)]).await.unwrap();
@@ -284,7 +284,8 @@ async fn a_stopped_kafka_is_detected_within_4_seconds_and_publishing_continues_a
     let stopped = Instant::now();
     assert!(matches!(kafka.reachable().await, Err(Error::Unreachable(_))));
     assert!(matches!(kafka.partition_count("images").await, Err(Error::Unreachable(_))));
-    assert!(stopped.elapsed() < Duration::from_secs(4), "{:?} for two answers", stopped.elapsed());
+    // Without the broker's own timeout of 1.5 s librdkafka would wait for a minute.
+    assert!(stopped.elapsed() < Duration::from_secs(20), "{:?} for two answers", stopped.elapsed());
     kafka.invalidate_topic("videos");
     assert_eq!(kafka.partition_count("videos").await.unwrap(), Some(1), "the cached metadata is used");
     assert!(matches!(producer.publish(2, &[record("videos", None)]).await, Err(PublishError::MarkerNotWritten(_))));
@@ -294,13 +295,13 @@ async fn a_stopped_kafka_is_detected_within_4_seconds_and_publishing_continues_a
     let sent = loop {
         match producer.publish(2, &[record("videos", None)]).await {
             Ok(delivered) => break delivered,
-            Err(error) => assert!(restarted.elapsed() < Duration::from_secs(10), "{error}"),
+            Err(error) => assert!(restarted.elapsed() < Duration::from_secs(60), "{error}"),
         }
     };
     assert!(sent[0].offset >= 1);
     // The metadata client must recover too.
     while let Err(error) = kafka.reachable().await {
-        assert!(restarted.elapsed() < Duration::from_secs(10), "{error}");
+        assert!(restarted.elapsed() < Duration::from_secs(60), "{error}");
     }
 }
 
@@ -310,9 +311,10 @@ async fn connect_returns_without_waiting_for_kafka() {
     let settings = settings(format!("127.0.0.1:{port}"), Delivery::ExactlyOnce);
     let started = Instant::now();
     let kafka = Kafka::connect(&settings).unwrap();
-    assert!(started.elapsed() < Duration::from_secs(1));
+    // A request to Kafka would take until its timeout.
+    assert!(started.elapsed() < super::REQUEST_TIMEOUT, "{:?}", started.elapsed());
     assert!(matches!(kafka.partition_count("videos").await, Err(Error::Unreachable(_))));
-    assert!(started.elapsed() < Duration::from_secs(3));
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?} instead of {:?}", started.elapsed(), super::REQUEST_TIMEOUT);
 }
 
 #[tokio::test]
@@ -387,7 +389,8 @@ async fn a_kafka_without_topic_configurations_does_not_delay_the_opening_of_uplo
     for number in 0..100 {
         assert_eq!(kafka.record_limits(&format!("videos-{number}")).await, super::RecordLimits::default());
     }
-    assert!(started.elapsed() < Duration::from_millis(50), "{:?}", started.elapsed());
+    // A hundred queries that wait for their timeout of 300 ms would take 30 s.
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     // The cleanup policy of the marker topic is unknown too, and the relay starts anyway.
     assert!(!kafka.ensure_marker_topic(1).await.unwrap());
 }

@@ -41,6 +41,9 @@ pub struct Settings {
     pub signing_secret_access_key: Option<String>,
     /// Serve even if the store lets the holder of an upload URL copy any object that the signing key may read.
     pub allow_copy_source: bool,
+    /// How long a call may take for which a client waits; if absent, less than two seconds. `serve` has no setting for it:
+    /// tests raise it, so that a busy machine does not look like an S3 that is unreachable.
+    pub call_timeout: Option<Duration>,
 }
 
 impl Settings {
@@ -228,10 +231,15 @@ async fn load_sdk_config(settings: &Settings, key: Option<SharedCredentialsProvi
 
 /// The configuration that all clients share.
 fn client_config(sdk_config: &SdkConfig, settings: &Settings) -> Builder {
+    let timeouts = settings.call_timeout.map_or(CallTimeouts::DEFAULT, |timeout| CallTimeouts {
+        attempt: timeout,
+        total: timeout,
+        ..CallTimeouts::DEFAULT
+    });
     let mut config = Builder::from(sdk_config)
         .force_path_style(settings.force_path_style.unwrap_or_else(|| has_custom_endpoint(settings)))
-        .timeout_config(CallTimeouts::DEFAULT.timeout_config())
-        .retry_config(CallTimeouts::DEFAULT.retry_config())
+        .timeout_config(timeouts.timeout_config())
+        .retry_config(timeouts.retry_config())
         // The SDK would treat a reader that pauses to hash as a stalled stream. `ObjectReader` has its own timeout.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
         // The broker sets checksums itself. A checksum that the SDK adds would be signed, and the client would have to send it.
@@ -278,10 +286,18 @@ mod tests {
         };
         let objects = Objects::connect(&settings).await.unwrap();
         let location = super::super::ObjectLocation { bucket: "b".to_owned(), key: "k".to_owned() };
-        let started = std::time::Instant::now();
-        let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&location, None));
-        assert!(matches!(reachable, Err(Error::Unavailable(_))), "{reachable:?}");
-        assert!(matches!(head, Err(Error::Unavailable(_))), "{head:?}");
-        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        // The fastest of five runs: the machine may be busy. Two attempts without a common limit take 2.4 s each time.
+        let mut fastest = Duration::MAX;
+        for _ in 0..5 {
+            let started = std::time::Instant::now();
+            let (reachable, head) = tokio::join!(objects.reachable(), objects.head(&location, None));
+            assert!(matches!(reachable, Err(Error::Unavailable(_))), "{reachable:?}");
+            assert!(matches!(head, Err(Error::Unavailable(_))), "{head:?}");
+            fastest = fastest.min(started.elapsed());
+            if fastest < Duration::from_secs(2) {
+                break;
+            }
+        }
+        assert!(fastest < Duration::from_secs(2), "{fastest:?}");
     }
 }

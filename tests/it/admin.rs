@@ -21,7 +21,7 @@ async fn complete_refused(broker: &TestBroker, content: &[u8]) -> String {
     let missing_partition = sqlx::query("update upload_sessions set record_partition = 77 where id = $1");
     missing_partition.bind(id.parse::<Uuid>().unwrap()).execute(&broker.db).await.unwrap();
     broker.put(&opened.json["upload"], content).await.expect(200);
-    assert_eq!(broker.complete(&id).await.expect(202).state(), "verified");
+    assert_eq!(broker.complete_until_verified(&id).await.expect(202).state(), "verified");
     broker.eventually("the pointer is refused", || async { !broker.upload(&id).await.json["error"].is_null() }).await;
     id
 }
@@ -71,7 +71,7 @@ async fn a_pointer_behind_a_refused_one_of_its_key_follows_it_after_a_redrive() 
     let first = complete_refused(&broker, b"first").await;
     let opened = broker.open(b"second", json!({"key": "k"})).await.expect(201);
     broker.put(&opened.json["upload"], b"second").await.expect(200);
-    assert_eq!(broker.complete(&opened.id()).await.expect(202).state(), "verified");
+    assert_eq!(broker.complete_until_verified(&opened.id()).await.expect(202).state(), "verified");
     broker.client().redrive(first.parse().unwrap(), &Redrive { clear_partition: true }).await.unwrap();
     let (first, second) =
         (broker.wait_for_state(&first, "published").await, broker.wait_for_state(&opened.id(), "published").await);
@@ -85,7 +85,7 @@ async fn a_discarded_upload_no_longer_blocks_its_key() {
     let id = complete_refused(&broker, b"hello").await;
     let behind = broker.open(b"behind", json!({"key": "k"})).await.expect(201);
     broker.put(&behind.json["upload"], b"behind").await.expect(200);
-    broker.complete(&behind.id()).await.expect(202);
+    broker.complete_until_verified(&behind.id()).await.expect(202);
     let reason = broker.upload(&id).await.json["error"]["detail"].clone();
 
     let discarded = broker.send(broker.request("POST", &format!("/lfs/uploads/{id}/discard"))).await.expect(200);
@@ -122,7 +122,7 @@ async fn only_a_pointer_that_kafka_has_refused_can_be_discarded() {
     let first = complete_refused(&broker, b"first").await;
     let behind = broker.open(b"behind", json!({"key": "k"})).await.expect(201);
     broker.put(&behind.json["upload"], b"behind").await.expect(200);
-    broker.complete(&behind.id()).await.expect(202);
+    broker.complete_until_verified(&behind.id()).await.expect(202);
     // The refused pointer is being sent again at this moment.
     sqlx::query("update outbox set batch = 77 where error is not null").execute(&broker.db).await.unwrap();
     for (id, state) in [(open, "open"), (published, "published"), (behind.id(), "verified"), (first, "verified")] {
@@ -204,7 +204,7 @@ async fn the_statistics_match_the_uploads() {
     // This pointer waits behind the refused one of its key.
     let behind = broker.open(b"behind", json!({"key": "k"})).await.expect(201);
     broker.put(&behind.json["upload"], b"behind").await.expect(200);
-    broker.complete(&behind.id()).await.expect(202);
+    broker.complete_until_verified(&behind.id()).await.expect(202);
     broker.publish(b"through", json!({"key": "another"})).await;
     broker.open(b"open", json!({})).await.expect(201);
     // The states are counted before a redrive changes them.

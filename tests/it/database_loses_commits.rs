@@ -6,7 +6,7 @@ use lfs_broker::audit::FindingKind;
 use serde_json::json;
 
 use crate::audit::{assert_clean, audit};
-use crate::harness::faults::upload_id_of;
+use crate::harness::faults::{retry_while_unavailable, upload_id_of};
 use crate::harness::process::BrokerProcess;
 use crate::harness::uploads::PART_BYTES;
 use crate::harness::{ApiResponse, TestBroker, bytes};
@@ -38,13 +38,15 @@ async fn start_process(environment: &[(&str, &str)]) -> (TestBroker, BrokerProce
 /// Opens an upload and puts its bytes.
 async fn put(broker: &TestBroker, process: &BrokerProcess, content: &[u8]) -> String {
     let body = json!({"topic": broker.topic, "size": content.len(), "sha256": crate::harness::sha256(content), "key": "k"});
-    let opened = broker.send(broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body)).await.expect(201);
+    let open = || broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body);
+    let opened = retry_while_unavailable(async || broker.send(open()).await).await.expect(201);
     broker.put(&opened.json["upload"], content).await.expect(200);
     opened.id()
 }
 
 async fn complete(broker: &TestBroker, process: &BrokerProcess, id: &str) -> ApiResponse {
-    broker.send(broker.http.post(format!("{}/lfs/uploads/{id}/complete", process.url()))).await
+    let complete = || broker.http.post(format!("{}/lfs/uploads/{id}/complete", process.url()));
+    retry_while_unavailable(async || broker.send(complete()).await).await
 }
 
 async fn wait_for_state(broker: &TestBroker, process: &BrokerProcess, id: &str, state: &str) -> ApiResponse {
@@ -125,8 +127,9 @@ async fn a_relay_drops_its_shard_when_the_database_loses_a_claimed_batch() {
     assert_clean(&broker).await;
 }
 
-#[tokio::test]
-async fn a_relay_drops_its_shards_when_the_database_does_not_know_the_pointer_it_has_just_published() {
+/// A published upload and one that the database has reopened between the pointer's record in Kafka and its row. The relay
+/// has noticed. The broker waits a second for a publication.
+async fn reopen_a_sent_upload() -> (TestBroker, BrokerProcess, String) {
     let pause_after_second_batch =
         [("FAILPOINTS", "relay.sent=1*off->1*return(4000)"), ("LFS_BROKER_COMPLETE_WAIT_SECONDS", "1")];
     let (broker, process) = start_process(&pause_after_second_batch).await;
@@ -147,9 +150,19 @@ async fn a_relay_drops_its_shards_when_the_database_does_not_know_the_pointer_it
     let line = process.wait_for_log("PostgreSQL lost commits").await;
     assert!(line.contains("kafka holds 1 pointers") && line.contains("but the database recorded 0 of them"), "{line}");
     assert!(line.contains(NOTICED), "{line}");
-    if !broker.is_exactly_once() {
-        return;
-    }
+    (broker, process, second)
+}
+
+#[tokio::test]
+async fn a_relay_notices_that_the_database_does_not_know_the_pointer_it_has_just_published() {
+    reopen_a_sent_upload().await;
+}
+
+#[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
+async fn a_relay_drops_its_shards_when_the_database_does_not_know_the_pointer_it_has_just_published() {
+    let (broker, process, second) = reopen_a_sent_upload().await;
+    assert!(broker.is_exactly_once(), "only a Kafka with transactions has markers");
     // The client completes again, and the relay refuses the shard.
     assert_eq!(complete(&broker, &process, &second).await.expect(202).state(), "verified");
     assert_eq!(broker.records(&broker.topic).await.len(), 2);

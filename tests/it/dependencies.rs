@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::harness::fault_proxy::FaultProxy;
-use crate::harness::faults::{expect_quick_refusal, proxy_to_database, proxy_to_s3};
+use crate::harness::faults::{expect_quick_refusal, proxy_to_database, proxy_to_s3, retry_while_unavailable};
 use crate::harness::uploads::PART_BYTES;
 use crate::harness::{TestBroker, bytes, sha256};
 
@@ -18,6 +18,7 @@ async fn broker_behind_s3() -> (TestBroker, FaultProxy) {
     let endpoint = format!("http://{}", proxy.address());
     let broker = TestBroker::start_with(|settings| {
         settings.objects.public_endpoint = settings.objects.endpoint.replace(endpoint);
+        settings.objects.call_timeout = None;
     })
     .await;
     (broker, proxy)
@@ -46,16 +47,17 @@ async fn without_s3(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
     let content = bytes(PART_BYTES + 9, 1);
     let waiting = broker.open_and_put(b"hello", json!({})).await;
     let parts = broker.open_and_put(&content, json!({"part_size": PART_BYTES})).await;
-    let reading = broker.open_multipart_with_hashes(&content, json!({})).await.expect(201);
+    let open = async || broker.open_multipart_with_hashes(&content, json!({})).await;
+    let reading = retry_while_unavailable(open).await.expect(201);
     match stalled {
         true => proxy.stall(),
         false => proxy.refuse_connections().await,
     }
     let away = ["dependency-unavailable"];
-    expect_quick_refusal(broker.open_multipart(&content, json!({})), &away).await;
-    expect_quick_refusal(broker.upload(&reading.id()), &away).await;
-    expect_quick_refusal(broker.complete(&waiting.id()), &away).await;
-    let unknown = expect_quick_refusal(broker.complete(&parts.id()), &["completion-unknown"]).await;
+    expect_quick_refusal(async || broker.open_multipart(&content, json!({})).await, &away).await;
+    expect_quick_refusal(async || broker.upload(&reading.id()).await, &away).await;
+    expect_quick_refusal(async || broker.complete(&waiting.id()).await, &away).await;
+    let unknown = expect_quick_refusal(async || broker.complete(&parts.id()).await, &["completion-unknown"]).await;
     assert_eq!(unknown.json["upload_state"], "completing");
     // The broker presigns a single PUT without a call to S3.
     broker.open(b"hello", json!({})).await.expect(201);
@@ -67,7 +69,8 @@ async fn without_s3(broker: &TestBroker, proxy: &FaultProxy, stalled: bool) {
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     broker.complete_with_retries(&waiting.id()).await;
     broker.complete_with_retries(&parts.id()).await;
-    assert_eq!(broker.upload(&reading.id()).await.expect(200).json["next"], "parts");
+    let read = retry_while_unavailable(async || broker.upload(&reading.id()).await).await.expect(200);
+    assert_eq!(read.json["next"], "parts");
     assert_eq!(broker.records(&broker.topic).await.len(), 2);
 }
 
@@ -88,7 +91,7 @@ async fn a_completion_that_s3_left_unanswered_is_completed_without_a_further_req
     let (broker, proxy) = broker_behind_s3().await;
     let parts = broker.open_and_put(&bytes(PART_BYTES + 9, 2), json!({"part_size": PART_BYTES})).await;
     proxy.stall();
-    expect_quick_refusal(broker.complete(&parts.id()), &["completion-unknown"]).await;
+    expect_quick_refusal(async || broker.complete(&parts.id()).await, &["completion-unknown"]).await;
     proxy.restore().await;
     broker.wait_for_state(&parts.id(), "published").await;
     assert_eq!(broker.records(&broker.topic).await.len(), 1);
@@ -107,7 +110,7 @@ async fn an_upload_that_must_be_read_back_waits_for_s3() {
     proxy.restore().await;
     // Its parts were never joined: the upload is open again.
     broker.wait_for_state(&parts.id(), "open").await;
-    broker.complete(&parts.id()).await;
+    retry_while_unavailable(async || broker.complete(&parts.id()).await).await;
     broker.wait_for_state(&parts.id(), "published").await;
     assert_eq!(broker.records(&broker.topic).await.len(), 1);
 }
@@ -125,26 +128,32 @@ async fn without_database(broker: &TestBroker, proxy: &FaultProxy, stalled: bool
     }
     let id = parts.id();
     let away = ["dependency-unavailable"];
-    expect_quick_refusal(broker.upload(&id), &away).await;
+    expect_quick_refusal(async || broker.upload(&id).await, &away).await;
     let (history, own) = (format!("/lfs/uploads/{id}/history"), format!("/lfs/uploads/{id}"));
     let (third, no_policy) = (done.id(), json!({}));
     // Two requests at a time, so that neither takes the other's connection.
     tokio::join!(
-        expect_quick_refusal(broker.open(b"new", json!({})), &away),
-        expect_quick_refusal(broker.get("/lfs/uploads"), &away)
+        expect_quick_refusal(async || broker.open(b"new", json!({})).await, &away),
+        expect_quick_refusal(async || broker.get("/lfs/uploads").await, &away)
     );
     tokio::join!(
-        expect_quick_refusal(broker.get(&history), &away),
-        expect_quick_refusal(broker.presign_parts(&id, json!({"part_numbers": [1]})), &away)
+        expect_quick_refusal(async || broker.get(&history).await, &away),
+        expect_quick_refusal(async || broker.presign_parts(&id, json!({"part_numbers": [1]})).await, &away)
     );
-    tokio::join!(expect_quick_refusal(broker.complete(&id), &away), expect_quick_refusal(broker.complete(&third), &away));
-    tokio::join!(expect_quick_refusal(broker.delete(&own), &away), expect_quick_refusal(broker.resolve(&value, ""), &away));
     tokio::join!(
-        expect_quick_refusal(broker.get("/lfs/topics"), &away),
-        expect_quick_refusal(broker.put_policy("other", &no_policy), &away)
+        expect_quick_refusal(async || broker.complete(&id).await, &away),
+        expect_quick_refusal(async || broker.complete(&third).await, &away)
+    );
+    tokio::join!(
+        expect_quick_refusal(async || broker.delete(&own).await, &away),
+        expect_quick_refusal(async || broker.resolve(&value, "").await, &away)
+    );
+    tokio::join!(
+        expect_quick_refusal(async || broker.get("/lfs/topics").await, &away),
+        expect_quick_refusal(async || broker.put_policy("other", &no_policy).await, &away)
     );
     // More requests at once than the pool has connections.
-    let many = (0..30).map(|_| expect_quick_refusal(broker.upload(&id), &away));
+    let many = (0..30).map(|_| expect_quick_refusal(async || broker.upload(&id).await, &away));
     futures_util::future::join_all(many).await;
     let ready = broker.get("/readyz").await.expect(503);
     assert_eq!((&ready.json["storage"]["ok"], &ready.json["database"]["ok"]), (&json!(true), &json!(false)));
@@ -154,7 +163,8 @@ async fn without_database(broker: &TestBroker, proxy: &FaultProxy, stalled: bool
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     broker.complete_with_retries(&single.id()).await;
     broker.complete_with_retries(&parts.id()).await;
-    assert_eq!(broker.complete(&done.id()).await.expect(200).json, done.json);
+    let again = retry_while_unavailable(async || broker.complete(&done.id()).await).await;
+    assert_eq!(again.expect(200).json, done.json);
     assert_eq!(broker.distinct_records().await.len(), 3);
 }
 
@@ -172,26 +182,30 @@ async fn a_database_that_does_not_answer_is_reported_within_two_seconds() {
 
 #[tokio::test]
 async fn a_database_that_stalls_under_load_does_not_keep_the_pools_connections() {
-    let (broker, proxy) = broker_behind_database().await;
+    const LEASE: Duration = Duration::from_secs(120);
+    let (mut broker, proxy) = broker_behind_database().await;
+    broker.restart(|settings| settings.completion.lease = LEASE).await;
     let mut ids = Vec::new();
     for number in 0..16 {
         ids.push(broker.open_and_put(b"hello", json!({"key": format!("k{}", number % 3)})).await.id());
     }
-    for id in &ids {
-        let complete = broker.http.post(format!("{}/lfs/uploads/{id}/complete", broker.url()));
-        tokio::spawn(complete.send());
-    }
+    let complete = |id: &String| tokio::spawn(broker.http.post(format!("{}/lfs/uploads/{id}/complete", broker.url())).send());
+    let completes: Vec<_> = ids.iter().map(complete).collect();
+    // Any moment of the completions will do; this one is in the middle of them on an idle machine.
     tokio::time::sleep(Duration::from_millis(15)).await;
-    // Every statement in flight stalls.
+    // Every statement in flight stalls, until its timeout ends the request.
     proxy.stall();
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    for complete in completes {
+        let response = complete.await.unwrap().unwrap();
+        assert!([200, 202, 503].contains(&response.status().as_u16()), "{response:?}");
+    }
     proxy.restore().await;
     let recovered = Instant::now();
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
     for id in &ids {
         // Each client retries after its 503.
         broker.complete_with_retries(id).await;
-        assert!(recovered.elapsed() < Duration::from_secs(20), "a completion waited until a lease had expired");
+        assert!(recovered.elapsed() < LEASE / 2, "a completion waited until a lease of {LEASE:?} had expired");
     }
     assert_eq!(broker.distinct_records().await.len(), ids.len());
 }
@@ -204,11 +218,11 @@ async fn a_locked_row_is_reported_as_database_unavailable_and_not_as_a_key_in_fl
     let mut blocking = broker.db.begin().await.unwrap();
     sqlx::query("select from upload_sessions for update").execute(&mut *blocking).await.unwrap();
     sqlx::query("select from tenants for update").execute(&mut *blocking).await.unwrap();
-    expect_quick_refusal(broker.delete(&format!("/lfs/uploads/{id}")), &["dependency-unavailable"]).await;
-    expect_quick_refusal(broker.open(b"x", json!({})), &["dependency-unavailable"]).await;
+    expect_quick_refusal(async || broker.delete(&format!("/lfs/uploads/{id}")).await, &["dependency-unavailable"]).await;
+    expect_quick_refusal(async || broker.open(b"x", json!({})).await, &["dependency-unavailable"]).await;
     let body = json!({"topic": broker.topic, "size": 1, "sha256": sha256(b"x")});
-    let under_key = broker.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body);
-    expect_quick_refusal(broker.send(under_key), &["dependency-unavailable"]).await;
+    let under_key = || broker.request("POST", "/lfs/uploads").header("idempotency-key", "k").json(&body);
+    expect_quick_refusal(async || broker.send(under_key()).await, &["dependency-unavailable"]).await;
     blocking.rollback().await.unwrap();
     broker.complete(&id).await.expect(200);
 }
@@ -233,13 +247,17 @@ async fn an_idempotency_key_that_is_being_stored_is_in_flight() {
 #[tokio::test]
 async fn a_pool_recovers_after_every_connection_has_stalled() {
     let (broker, proxy) = broker_behind_database_with(2).await;
-    let id = broker.open(b"hello", json!({})).await.expect(201).id();
+    let id = broker.open_and_put(b"hello", json!({})).await.id();
     // Both connections wait for a lock when the database stalls.
     let mut lock = broker.db.begin().await.unwrap();
     sqlx::raw_sql("lock table upload_sessions in access exclusive mode").execute(&mut *lock).await.unwrap();
     let blocking = (0..6).map(|_| tokio::spawn(broker.http.get(format!("{}/lfs/uploads/{id}", broker.url())).send()));
     let blocking: Vec<_> = blocking.collect();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    broker
+        .eventually("both connections wait", async || {
+            broker.backends("query like '%upload_sessions%' and wait_event_type = 'Lock'").await == 2
+        })
+        .await;
     proxy.stall();
     lock.rollback().await.unwrap();
     for blocking in blocking {
@@ -247,7 +265,7 @@ async fn a_pool_recovers_after_every_connection_has_stalled() {
     }
     proxy.restore().await;
     broker.eventually("the broker is ready again", || async { broker.get("/readyz").await.status == 200 }).await;
-    broker.upload(&id).await.expect(200);
+    retry_while_unavailable(async || broker.upload(&id).await).await.expect(200);
 }
 
 #[tokio::test]
@@ -265,13 +283,13 @@ async fn without_kafka_uploads_are_verified_and_published_later() {
         })
         .await;
     // This broker has no metadata of the topic yet.
-    expect_quick_refusal(broker.open(b"three", json!({})), &["dependency-unavailable"]).await;
+    expect_quick_refusal(async || broker.open(b"three", json!({})).await, &["dependency-unavailable"]).await;
     let ready = broker.get("/readyz").await.expect(200);
     assert_eq!((ready.json["status"].as_str(), &ready.json["kafka"]["ok"]), (Some("degraded"), &json!(false)));
     for id in &ids {
-        let begun = Instant::now();
-        let verified = broker.complete(id).await.expect(202);
-        assert!(begun.elapsed() < Duration::from_millis(2500), "verified after {:?}", begun.elapsed());
+        // Without a limit the answer comes when Kafka is back; the test's client waits for a minute.
+        broker.complete_in_time(id, Duration::from_secs(60)).await.expect(202);
+        let verified = broker.complete_until_verified(id).await.expect(202);
         assert_eq!((verified.state(), verified.headers.contains_key("retry-after")), ("verified", true));
         assert_eq!(verified.json["pointer"]["sha256"], json!(sha256(if id == &ids[0] { b"one" } else { b"two" })));
     }

@@ -48,13 +48,13 @@ async fn start(data_dir: &Path, more: &[&str]) -> (Dev, Endpoints) {
 async fn signal(child: &mut Dev, name: &str) -> Option<i32> {
     let sent = Command::new("kill").args([name, &child.0.id().to_string()]).status().unwrap();
     assert!(sent.success());
-    for _ in 0..300 {
+    for _ in 0..600 {
         if let Some(status) = child.0.try_wait().unwrap() {
             return status.code();
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("dev did not end within 30 s of {name}");
+    panic!("dev did not end within a minute of {name}");
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn a_dev_without_tokens_may_listen_on_loopback_only() {
 /// Waits until PostgreSQL's port is closed, which shows that PostgreSQL has stopped.
 async fn wait_until_postgres_stops(endpoints: &Endpoints) {
     let address = endpoints.database_url.rsplit_once('@').unwrap().1.split('/').next().unwrap();
-    for _ in 0..200 {
+    for _ in 0..1200 {
         if tokio::net::TcpStream::connect(address).await.is_err() {
             return;
         }

@@ -70,11 +70,11 @@ async fn start(root: &Path) -> (Server, aws_sdk_s3::Client) {
     (server, client)
 }
 
-/// Waits up to ten seconds until the condition holds.
+/// Waits up to a minute until the condition holds.
 async fn wait_until(description: &str, holds: impl Fn() -> bool) {
     let started = Instant::now();
     while !holds() {
-        assert!(started.elapsed() < Duration::from_secs(10), "{description} did not happen");
+        assert!(started.elapsed() < Duration::from_secs(60), "{description} did not happen");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -306,7 +306,8 @@ async fn a_stopping_server_finishes_requests_but_does_not_wait_for_idle_connecti
     assert_eq!(&response, b"HTTP/1.1 403");
     let started = Instant::now();
     embedded.server.take().unwrap().stop().await;
-    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    // A server that waits for its connections gives up after 5 s.
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     assert!(TcpStream::connect(address).await.is_err());
 }
 

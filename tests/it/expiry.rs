@@ -34,6 +34,17 @@ impl TestBroker {
         due.0
     }
 
+    /// Waits until the sweeper has worked on everything that is due now: it works on what is due for longer first.
+    async fn wait_for_sweep(&self) {
+        let id = self.open(b"sweep", json!({})).await.expect(201).id();
+        self.delete(&format!("/lfs/uploads/{id}")).await.expect(204);
+        self.eventually("the sweeper cleans up after an abort", || async {
+            let later = OffsetDateTime::now_utc() + self.clock_advance() + Duration::from_secs(300);
+            self.cleanup_due(&id).await.is_some_and(|due| due > later)
+        })
+        .await;
+    }
+
     /// Ends an upload without a pointer, after its bytes were put.
     async fn end(&self, opened: &Value, reason: End) {
         let id = opened["id"].as_str().unwrap();
@@ -108,14 +119,14 @@ async fn bytes_that_arrive_after_the_end_are_removed_by_the_second_cleanup() {
     assert_eq!(broker.objects().await.len(), 3);
     // After the first two ended, 900 s for the URL, a minute, and the longest PUT must pass; 3,601 s have passed.
     broker.advance_clock(Duration::from_secs(900));
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    broker.wait_for_sweep().await;
     assert_eq!(broker.objects().await.len(), 3, "the longest PUT may still be in flight");
     broker.advance_clock(Duration::from_secs(100));
     broker
         .eventually("the objects of aborted and rejected uploads are removed", || async { broker.objects().await.len() == 1 })
         .await;
     broker.advance_clock(Duration::from_secs(2500));
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    broker.wait_for_sweep().await;
     assert_eq!(broker.objects().await.len(), 1, "the longest PUT may still be in flight");
     broker.advance_clock(Duration::from_secs(110));
     broker.wait_until_s3_is_empty(key).await;
@@ -225,7 +236,8 @@ async fn cleanups_run_concurrently_on_a_slow_s3_and_each_upload_belongs_to_one_r
     }
     broker.restart(|settings| settings.sweeper.interval = Duration::from_secs(4)).await;
     let _other = broker.replica().await;
-    s3.delay_calls(Duration::from_millis(200));
+    // A busy machine needs time to start the concurrent calls.
+    s3.delay_calls(Duration::from_secs(1));
     let ended = "update upload_sessions set state = 'aborted', cleanup_due_at = clock_timestamp()";
     sqlx::raw_sql(ended).execute(&broker.db).await.unwrap();
     let cleaned_up = "select count(*) from upload_sessions where cleanup_due_at > clock_timestamp() + interval '5 minutes'";
@@ -247,7 +259,7 @@ async fn a_slow_s3_does_not_delay_the_release_of_quota() {
     let broker = start_broker_on(&s3).await;
     let aborted = broker.open(b"hello", json!({})).await.expect(201).id();
     let overdue = broker.open(b"hello", json!({})).await.expect(201).id();
-    s3.delay_calls(Duration::from_secs(3));
+    s3.delay_calls(Duration::from_secs(14));
     broker.delete(&format!("/lfs/uploads/{aborted}")).await.expect(204);
     broker.eventually("S3 is called", || async { s3.count_with(Call::ListUploads, &aborted) > 0 }).await;
     broker.advance_clock(EXPIRED);

@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use crate::audit::assert_clean;
-use crate::harness::faults::upload_id_of;
+use crate::harness::faults::{retry_while_unavailable, upload_id_of};
 use crate::harness::process::BrokerProcess;
 use crate::harness::uploads::{PART_BYTES, part_hashes};
 use crate::harness::{ApiResponse, TestBroker, bytes, sha256};
@@ -155,13 +155,6 @@ async fn hashed_upload_with_failpoint(point: &'static str, before: &str) {
     upload_with_failpoint(point, before, &json!({"part_size": PART_BYTES, "part_sha256": hashes})).await;
 }
 
-/// The failpoints in a transaction are reached only with a Kafka that has transactions.
-async fn transaction_with_failpoint(point: &'static str) {
-    if std::env::var_os("LFS_TEST_KAFKA").is_some() {
-        hashed_upload_with_failpoint(point, "").await;
-    }
-}
-
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_its_session_is_stored() {
     hashed_upload_with_failpoint("open.stored", "").await;
@@ -223,13 +216,15 @@ async fn an_upload_survives_a_failure_after_its_record_is_sent() {
 }
 
 #[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
 async fn an_upload_survives_a_failure_after_the_marker_is_sent() {
-    transaction_with_failpoint("relay.listed").await;
+    hashed_upload_with_failpoint("relay.listed", "").await;
 }
 
 #[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
 async fn an_upload_survives_a_failure_after_kafka_commits() {
-    transaction_with_failpoint("relay.committed").await;
+    hashed_upload_with_failpoint("relay.committed", "").await;
 }
 
 #[tokio::test]
@@ -262,7 +257,7 @@ enum End {
 /// Ends an upload that has one part in S3, through a broker with this failpoint.
 async fn end_with_failpoint(point: &'static str, end: End) {
     join_all(ACTIONS.map(|action| async move {
-        let expires = if matches!(end, End::Expired) { "2" } else { "3600" };
+        let expires = if matches!(end, End::Expired) { "5" } else { "3600" };
         let mut run = FailpointRun::new(point, action, "", &[("LFS_BROKER_SESSION_SECONDS", expires)]).await;
         let content = bytes(PART_BYTES + 9, 1);
         let opened = run.open(&content, &json!({"part_size": PART_BYTES})).await;
@@ -340,12 +335,10 @@ async fn an_aborted_upload_leaves_nothing_after_a_failure_of_the_cleanup() {
 }
 
 #[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
 async fn a_relay_that_was_paused_in_the_middle_of_a_batch_is_fenced() {
     let mut broker = TestBroker::start().await;
-    if !broker.is_exactly_once() {
-        // Only transactions can fence a producer.
-        return;
-    }
+    assert!(broker.is_exactly_once(), "only transactions can fence a producer");
     broker.stop().await;
     // The client's request waits longer than the process is paused.
     let zombie =
@@ -380,7 +373,8 @@ async fn a_shard_that_hangs_delays_no_other_shard() {
     let mut opened = Vec::new();
     for number in 0..12 {
         let body = json!({"topic": broker.topic, "size": 5, "sha256": sha256(b"hello"), "key": format!("k{number}")});
-        let response = broker.send(broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body)).await.expect(201);
+        let open = || broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body);
+        let response = retry_while_unavailable(async || broker.send(open()).await).await.expect(201);
         broker.put(&response.json["upload"], b"hello").await.expect(200);
         opened.push(response.id());
     }
@@ -408,8 +402,9 @@ async fn a_shard_that_hangs_delays_no_other_shard() {
                     all == published
                 })
                 .await;
+            // The failpoint ends after 20 s, and a shard that waited for it would publish after that.
             let elapsed = begun.elapsed();
-            assert!(elapsed < Duration::from_secs(10), "the other shards waited {elapsed:?}");
+            assert!(elapsed < Duration::from_secs(20), "the other shards waited {elapsed:?}");
             before
         },
         first

@@ -2,13 +2,17 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt as _;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use lfs_broker::http;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::harness::faults::proxy_to_s3;
+use crate::harness::TestBroker;
+use crate::harness::raw::READ_TIMEOUT;
 use crate::harness::tokens::token;
-use crate::harness::{ApiResponse, TestBroker};
+use crate::s3_faults::{start_broker_on, start_faulty_s3};
 
 const HEALTH: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n";
 
@@ -73,6 +77,8 @@ async fn a_malformed_request_gets_a_problem_document_after_the_responses_before_
 
 #[tokio::test]
 async fn a_client_that_sends_its_headers_slowly_is_disconnected_in_time() {
+    const DEFAULT: Duration = Duration::from_secs(10);
+    assert_eq!(http::Settings::default().header_timeout, DEFAULT);
     let broker = TestBroker::start_with(|settings| settings.http.header_timeout = millis(600)).await;
     let begun = Instant::now();
     let send_slowly = async |first: &'static [u8], more: &'static [u8]| {
@@ -89,22 +95,22 @@ async fn a_client_that_sends_its_headers_slowly_is_disconnected_in_time() {
     let clients = [(b"G".as_slice(), b"E".as_slice()), (b"GET / HTTP/1.1\r\n", b"x: y\r\n"), (b"GET / HTTP/1.1\r\nx: ", b"y")];
     let slow = join_all(clients.into_iter().cycle().take(30).map(|(first, more)| send_slowly(first, more))).await;
     for (elapsed, received) in slow {
-        assert!(elapsed >= millis(550) && elapsed < millis(9000), "{elapsed:?}");
+        assert!(elapsed >= millis(550) && elapsed < DEFAULT, "{elapsed:?} instead of 600 ms, or of the default, {DEFAULT:?}");
         assert!(received.starts_with("HTTP/1.1 408 ") && received.contains("\"request-timeout\""), "{received}");
     }
-    println!("slow headers: 30 connections ended within {:?} of a limit of 600 ms", begun.elapsed());
 
     // A client that sends nothing gets no response.
     let begun = Instant::now();
     assert!(broker.connect().await.responses().await.is_empty());
-    assert!(begun.elapsed() >= millis(550) && begun.elapsed() < millis(9000));
+    let elapsed = begun.elapsed();
+    assert!(elapsed >= millis(550) && elapsed < DEFAULT, "{elapsed:?} instead of 600 ms, or of the default, {DEFAULT:?}");
 }
 
 #[tokio::test]
 async fn a_connection_waits_a_limited_time_for_its_next_request() {
     let broker = TestBroker::start_with(|settings| {
         settings.http.header_timeout = millis(300);
-        settings.http.idle_timeout = millis(1200);
+        settings.http.idle_timeout = millis(3000);
     })
     .await;
     let mut raw = broker.connect().await;
@@ -113,9 +119,9 @@ async fn a_connection_waits_a_limited_time_for_its_next_request() {
         // Longer than a request head may take.
         tokio::time::sleep(millis(600)).await;
     }
-    let begun = Instant::now();
+    // With the default idle timeout the connection would outlast the wait for its end.
+    assert!(http::Settings::default().idle_timeout > READ_TIMEOUT);
     assert_eq!(raw.responses().await.iter().map(|response| response.status).collect::<Vec<_>>(), [200, 200]);
-    assert!(begun.elapsed() < millis(9000), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
@@ -123,17 +129,21 @@ async fn a_client_that_does_not_read_is_disconnected() {
     let broker = TestBroker::start_with(|settings| {
         settings.http.connections = 2;
         settings.http.write_timeout = millis(1000);
+        // The other connection stays open.
+        settings.http.body_timeout = Duration::from_secs(120);
     })
     .await;
     let mut unread = broker.connect().await;
     unread.send(&b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: a\r\n\r\n".repeat(20)).await;
+    // By then the responses fill every buffer, unless the machine is busy. Then the broker, which has no place left, ends
+    // this connection after one response, and the test shows less.
     tokio::time::sleep(millis(300)).await;
     let mut other = broker.connect().await;
-    other.send(b"GET /healthz HTTP/1.1\r\n").await;
-    let begun = Instant::now();
+    other.send(b"POST /lfs/uploads HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n").await;
+    // The default write timeout is longer than this waits.
+    assert_eq!(http::Settings::default().write_timeout, Duration::from_secs(30));
     broker.eventually("the connection is closed", async || broker.get("/lfs/uploads").await.status == 200).await;
-    assert!(begun.elapsed() < millis(5000), "{:?}", begun.elapsed());
-    drop(unread);
+    drop((unread, other));
 }
 
 #[tokio::test]
@@ -144,30 +154,36 @@ async fn a_request_that_takes_too_long_gets_503() {
     let response = broker.get(&format!("/lfs/uploads/{}?wait=30", opened.id())).await;
     let response = response.expect_problem(503, "dependency-unavailable");
     assert!(response.headers.contains_key("retry-after") && response.json["retryable"] == true);
-    assert!(begun.elapsed() >= millis(700) && begun.elapsed() < millis(4000), "{:?}", begun.elapsed());
+    let elapsed = begun.elapsed();
+    assert!(elapsed >= millis(700) && elapsed < Duration::from_secs(20), "{elapsed:?} instead of 0.7 s, or of the wait, 30 s");
     broker.get(&format!("/lfs/uploads/{}", opened.id())).await.expect(200);
 }
 
 #[tokio::test]
 async fn the_number_of_concurrent_completions_is_limited() {
-    let proxy = proxy_to_s3().await;
-    let broker = TestBroker::start_with(|settings| {
-        settings.objects.public_endpoint = settings.objects.endpoint.replace(format!("http://{}", proxy.address()));
-        settings.broker.max_concurrent_completes = 1;
-    })
-    .await;
+    let s3 = start_faulty_s3().await;
+    let mut broker = start_broker_on(&s3).await;
+    broker
+        .restart(|settings| {
+            settings.broker.max_concurrent_completes = 1;
+            settings.objects.call_timeout = Some(Duration::from_secs(60));
+        })
+        .await;
     let mut waiting = Vec::new();
     for n in 0..6u8 {
         waiting.push(broker.open_and_put(&[n], json!({})).await.id());
     }
-    proxy.stall();
-    let responses = join_all(waiting.iter().map(|id| broker.complete(id))).await;
-    let refused = responses.into_iter().map(|response| response.expect_problem(503, "dependency-unavailable"));
-    let refused = refused.filter(|response| response.json["detail"].as_str().unwrap().contains("has reached its limit of"));
-    let refused: Vec<ApiResponse> = refused.collect();
-    assert!((3..=5).contains(&refused.len()), "{} of 6", refused.len());
-    assert!(refused.iter().all(|response| response.headers.contains_key("retry-after")));
-    proxy.restore().await;
+    s3.delay_calls(Duration::from_secs(60));
+    let mut completes: FuturesUnordered<_> = waiting.iter().map(|id| broker.complete(id)).collect();
+    // One completion waits for S3, and the others wait for it.
+    for _ in 0..5 {
+        let refused = completes.next().await.unwrap().expect_problem(503, "dependency-unavailable");
+        assert!(refused.json["detail"].as_str().unwrap().contains("has reached its limit of"), "{}", refused.text);
+        assert!(refused.headers.contains_key("retry-after"));
+    }
+    s3.delay_calls(Duration::ZERO);
+    completes.next().await.unwrap().expect(200);
+    drop(completes);
     for id in waiting {
         broker.complete_with_retries(&id).await;
     }
@@ -199,8 +215,16 @@ async fn a_tenants_request_rate_is_limited_without_affecting_other_tenants() {
     let post = |scope| broker.send(broker.request("POST", "/lfs/uploads").bearer_auth(token("acme", scope, &["*"])).body("x"));
     exhausted().await;
     post("lfs:read").await.expect_problem(403, "insufficient-scope");
-    exhausted().await;
-    post("lfs:write").await.expect_problem(429, "rate-limited");
+    let mut refused = post("lfs:write").await;
+    for _ in 0..50 {
+        // On a busy machine the limit has free places again when the request arrives.
+        if refused.status != 415 {
+            break;
+        }
+        exhausted().await;
+        refused = post("lfs:write").await;
+    }
+    refused.expect_problem(429, "rate-limited");
     broker.get("/healthz").await.expect(200);
     broker.eventually("the tenant is served again", async || list("acme").await.status == 200).await;
 }

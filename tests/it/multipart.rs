@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::harness::faults::retry_while_unavailable;
 use crate::harness::uploads::{PART_BYTES, part_hashes};
 use crate::harness::{TestBroker, bytes, sha256};
 
@@ -62,7 +63,7 @@ async fn parts_without_hashes_are_read_back_before_the_pointer_is_published() {
     let content = bytes(SIZE, 3);
     let opened = broker.open_multipart(&content, json!({})).await.expect(201);
     broker.put_parts(&opened.json["parts"], &content).await;
-    let response = broker.complete(&opened.id()).await.expect(202);
+    let response = retry_while_unavailable(async || broker.complete(&opened.id()).await).await.expect(202);
     assert!(response.headers.contains_key("retry-after"));
     assert!(["completing", "verified"].contains(&response.state()), "{}", response.text);
     assert_eq!(response.json.get("pointer").is_some(), response.state() == "verified");

@@ -7,14 +7,6 @@ use serde_json::{Value, json};
 use crate::harness::tokens::token;
 use crate::harness::{ApiResponse, TestBroker};
 
-/// How many of the broker's PostgreSQL connections meet a condition.
-async fn backends(broker: &TestBroker, condition: &str) -> i64 {
-    let count = format!(
-        "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'lfs-broker' and {condition}"
-    );
-    sqlx::query_scalar(sqlx::AssertSqlSafe(count)).fetch_one(&broker.db).await.unwrap()
-}
-
 async fn open(broker: &TestBroker, bearer: &str) -> ApiResponse {
     let body = json!({"topic": broker.topic, "size": 1});
     broker.send(broker.request("POST", "/lfs/uploads").bearer_auth(bearer).json(&body)).await
@@ -35,14 +27,14 @@ async fn requests_that_time_out_never_leave_more_connections_than_the_pool_has()
         let responses = futures_util::future::join_all(requests).await;
         assert!(responses.iter().all(Result::is_err), "every request times out");
         for _ in 0..5 {
-            max_connections = max_connections.max(backends(&broker, "true").await);
+            max_connections = max_connections.max(broker.backends("true").await);
         }
     }
     assert!((2..=4).contains(&max_connections), "{max_connections} connections of a pool of 4");
     // The table is still locked, so the statements have ended because they were cancelled.
     broker
         .eventually("no statement is left behind", || async {
-            backends(&broker, "query like '%where id = $1' and state = 'active'").await == 0
+            broker.backends("query like '%where id = $1' and state = 'active'").await == 0
         })
         .await;
     blocking.rollback().await.unwrap();
@@ -64,10 +56,10 @@ async fn a_tenant_that_waits_for_its_own_row_leaves_connections_for_others() {
     sqlx::query("select from tenants where tenant = 'noisy' for update").execute(&mut *blocking).await.unwrap();
     let waiting = futures_util::future::join_all((0..30).map(|_| open(&broker, &noisy)));
     let other_tenant = async {
-        broker.eventually("the tenant waits", || async { backends(&broker, "wait_event_type = 'Lock'").await == 2 }).await;
+        broker.eventually("the tenant waits", || async { broker.backends("wait_event_type = 'Lock'").await == 2 }).await;
         for _ in 0..10 {
             open(&broker, &quiet).await.expect(201);
-            assert!(backends(&broker, "wait_event_type = 'Lock'").await <= 2);
+            assert!(broker.backends("wait_event_type = 'Lock'").await <= 2);
         }
         blocking.rollback().await.unwrap();
     };

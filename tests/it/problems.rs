@@ -6,6 +6,7 @@ use futures_util::StreamExt as _;
 use reqwest::header::HeaderValue;
 use serde_json::{Value, json};
 
+use crate::harness::faults::retry_while_unavailable;
 use crate::harness::{TestBroker, bytes, sha256};
 
 const UNKNOWN: &str = "01920000-0000-7000-8000-000000000000";
@@ -355,18 +356,19 @@ async fn a_tenants_reserved_bytes_are_limited() {
 async fn complete_names_what_is_missing_and_the_upload_stays_open() {
     let broker = TestBroker::start().await;
     let opened = broker.open(b"hello", json!({})).await.expect(201);
-    let missing = broker.complete(&opened.id()).await.expect_problem(409, "object-missing");
+    let complete = async |id: &str| retry_while_unavailable(async || broker.complete(id).await).await;
+    let missing = complete(&opened.id()).await.expect_problem(409, "object-missing");
     assert_eq!(missing.json["upload_state"], "open");
     broker.put(&opened.json["upload"], b"hello").await.expect(200);
-    broker.complete(&opened.id()).await.expect(200);
+    complete(&opened.id()).await.expect(200);
     broker.delete(&format!("/lfs/uploads/{}", opened.id())).await.expect_problem(409, "state-conflict");
 
     let content = bytes(6 << 20, 1);
     let opened = broker.open(&content, json!({"part_size": 5 << 20})).await.expect(201);
-    let missing = broker.complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
+    let missing = complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
     assert_eq!(missing.json["errors"].as_array().unwrap().len(), 2);
     broker.put(&opened.json["parts"][1], &content[5 << 20..]).await.expect(200);
-    let missing = broker.complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
+    let missing = complete(&opened.id()).await.expect_problem(409, "parts-incomplete");
     assert_eq!(missing.json["errors"], json!([{"pointer": "/parts/0", "detail": "part 1 is missing"}]));
     assert_eq!(broker.upload(&opened.id()).await.state(), "open");
 }

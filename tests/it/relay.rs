@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use lfs_broker::kafka::Delivery;
 use serde_json::json;
 
-use crate::harness::faults::upload_id_of;
+use crate::harness::faults::{retry_while_unavailable, upload_id_of};
 use crate::harness::servers::{self, servers};
 use crate::harness::{TestBroker, sha256};
 
@@ -45,7 +45,8 @@ async fn a_replica_that_acquires_the_shards_of_a_dead_one_keeps_the_order() {
         for number in 0..12 {
             let opened = broker.open_and_put(b"hello", json!({"key": format!("k{}", number % 3)})).await;
             let complete = broker.http.post(format!("{base}/lfs/uploads/{}/complete", opened.id()));
-            assert!([200, 202].contains(&broker.send(complete).await.status));
+            let complete = async || broker.send(complete.try_clone().unwrap()).await;
+            assert!([200, 202].contains(&retry_while_unavailable(complete).await.status));
         }
         if round == 0 {
             broker.crash(|_| {}).await;
@@ -69,8 +70,8 @@ async fn a_pointer_that_kafka_refuses_blocks_its_key_and_no_other() {
     broker.log_outbox_inserts().await;
     let large = broker.open_and_put(b"a", json!({"key": "bad", "headers": {"large": "x".repeat(2000)}})).await.id();
     let behind = broker.open_and_put(b"b", json!({"key": "bad"})).await.id();
-    assert_eq!(broker.complete(&large).await.expect(202).state(), "verified");
-    assert_eq!(broker.complete(&behind).await.expect(202).state(), "verified");
+    assert_eq!(broker.complete_until_verified(&large).await.expect(202).state(), "verified");
+    assert_eq!(broker.complete_until_verified(&behind).await.expect(202).state(), "verified");
     for number in 0..8 {
         let other = broker.open_and_put(b"c", json!({"key": format!("good-{number}")})).await.id();
         broker.complete(&other).await;
@@ -91,11 +92,9 @@ async fn a_pointer_that_kafka_refuses_blocks_its_key_and_no_other() {
 }
 
 #[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
 async fn pointers_of_a_deleted_topic_wait_until_it_exists_again() {
-    if !servers().real_kafka {
-        // The embedded Kafka cannot delete a topic.
-        return;
-    }
+    assert!(servers().real_kafka, "the embedded Kafka cannot delete a topic");
     let broker = TestBroker::start_with(|settings| settings.broker.complete_wait = Duration::from_millis(500)).await;
     let (missing_topic, other) = (format!("{}-gone", broker.topic), &broker.topic);
     broker.create_topic(&missing_topic, 3).await;
@@ -103,7 +102,7 @@ async fn pointers_of_a_deleted_topic_wait_until_it_exists_again() {
     let with_key = broker.open_and_put(b"b", json!({"topic": missing_topic, "key": "k"})).await.id();
     servers::delete_topic(&missing_topic).await;
     for id in [&with_partition, &with_key] {
-        assert_eq!(broker.complete(id).await.expect(202).state(), "verified");
+        assert_eq!(broker.complete_until_verified(id).await.expect(202).state(), "verified");
     }
     broker.publish_soon(other).await;
     for id in [&with_partition, &with_key] {
@@ -153,9 +152,11 @@ async fn ten_thousand_pointers_of_a_missing_topic_delay_no_other_key_and_are_log
     for _ in 0..20 {
         let asked = Instant::now();
         let body = json!({"topic": broker.topic, "size": 5, "sha256": sha256(b"hello"), "key": "k"});
-        let opened = broker.send(broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body)).await.expect(201);
+        let open = || broker.http.post(format!("{}/lfs/uploads", process.url())).json(&body);
+        let opened = retry_while_unavailable(async || broker.send(open()).await).await.expect(201);
         broker.put(&opened.json["upload"], b"hello").await.expect(200);
-        broker.send(broker.http.post(format!("{}/lfs/uploads/{}/complete", process.url(), opened.id()))).await.expect(200);
+        let complete = || broker.http.post(format!("{}/lfs/uploads/{}/complete", process.url(), opened.id()));
+        retry_while_unavailable(async || broker.send(complete()).await).await.expect(200);
         longest = longest.max(asked.elapsed());
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
@@ -216,12 +217,10 @@ impl TestBroker {
 }
 
 #[tokio::test]
+#[ignore = "needs a real Kafka: .ci/run runs it"]
 async fn a_sent_pointer_that_was_not_marked_published_is_found_in_the_marker_and_not_sent_again() {
     let mut broker = TestBroker::start().await;
-    if !broker.is_exactly_once() {
-        // The embedded Kafka accepts transactional calls, but has no transactions.
-        return;
-    }
+    assert!(broker.is_exactly_once(), "the embedded Kafka accepts transactional calls, but has no transactions");
     broker.log_outbox_inserts().await;
     let done = broker.publish(b"hello", json!({"key": "k"})).await;
     broker.forget_publication().await;
@@ -272,6 +271,7 @@ async fn a_relay_that_lost_its_shards_does_not_release_the_next_owners_batches()
         broker.restart(|_| {}).await;
         broker.eventually("the relay owns the shards", || async { broker.free_shards().await == 0 }).await;
         sqlx::raw_sql(steal_shards).execute(&broker.db).await.unwrap();
+        // In this time the relay has noticed and could have released the batches. Nothing shows that it has noticed.
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let claimed: (i64,) =
             sqlx::query_as("select count(*) from outbox where batch is not null").fetch_one(&broker.db).await.unwrap();
@@ -289,11 +289,11 @@ async fn a_relay_waits_until_another_owners_lease_has_expired() {
     broker.publish(b"hello", json!({"key": "k"})).await;
     let steal_shards =
         "update relay_shards set owner = gen_random_uuid(), epoch = epoch + 1, until = clock_timestamp() + interval '3 seconds'";
-    sqlx::raw_sql(steal_shards).execute(&broker.db).await.unwrap();
     let opened = broker.open_and_put(b"again", json!({"key": "k"})).await;
     let begun = Instant::now();
+    sqlx::raw_sql(steal_shards).execute(&broker.db).await.unwrap();
     broker.complete(&opened.id()).await.expect(200);
-    assert!(begun.elapsed() > Duration::from_secs(2), "published under another's lease, after {:?}", begun.elapsed());
+    assert!(begun.elapsed() >= Duration::from_secs(3), "published under another's lease, after {:?}", begun.elapsed());
     assert_eq!(broker.records(&broker.topic).await.len(), 2);
 }
 
@@ -304,7 +304,7 @@ async fn broker_with_a_thousand_waiting() -> (TestBroker, String) {
     let id = broker.open_and_put(b"hello", json!({"key": "seed"})).await.id();
     let kafka = broker.settings.kafka.bootstrap_servers.clone();
     broker.restart(|settings| settings.kafka.bootstrap_servers = NO_SERVER.to_owned()).await;
-    broker.complete(&id).await.expect(202);
+    broker.complete_until_verified(&id).await.expect(202);
     let multiply = "with made as (
              insert into upload_sessions
              select (jsonb_populate_record(seed, jsonb_build_object('id', gen_random_uuid(), 'object_key', object_key || '-' || n))).*
@@ -351,7 +351,7 @@ impl TestBroker {
     /// Puts an upload's bytes and completes it until it is verified or published.
     async fn verify(&self, more: serde_json::Value) -> String {
         let id = self.open_and_put(b"hello", more).await.id();
-        assert!([200, 202].contains(&self.complete(&id).await.status));
+        self.complete_until_verified(&id).await;
         id
     }
 }
@@ -465,7 +465,7 @@ async fn uploads_show_the_error_while_kafka_is_unavailable() {
     };
     let id = broker.open_and_put(b"hello", json!({"key": "k"})).await.id();
     broker.restart(|settings| settings.kafka.bootstrap_servers = NO_SERVER.to_owned()).await;
-    broker.complete(&id).await.expect(202);
+    broker.complete_until_verified(&id).await.expect(202);
     let reported = || async { broker.upload(&id).await.json["error"]["code"] == "dependency-unavailable" };
     broker.eventually("the error is reported", reported).await;
     let seen = broker.upload(&id).await;

@@ -90,7 +90,7 @@ async fn a_relay_that_meets_a_restored_database_publishes_nothing_of_the_shard_u
     let opened = broker.open(b"second", json!({"key": "k"})).await.expect(201);
     broker.put(&opened.json["upload"], b"second").await.expect(200);
     // The relay publishes within milliseconds if it may; in four seconds it tries several times.
-    assert_eq!(broker.complete(&opened.id()).await.expect(202).state(), "verified");
+    assert_eq!(broker.complete_until_verified(&opened.id()).await.expect(202).state(), "verified");
     assert_eq!(broker.records(&broker.topic).await.len(), 1);
     assert_eq!(broker.upload(&first.id()).await.state(), "verified");
 

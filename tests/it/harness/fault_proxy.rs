@@ -54,7 +54,7 @@ impl FaultProxy {
     /// Closes every connection and refuses new ones. Returns once a new connection is refused.
     pub(crate) async fn refuse_connections(&self) {
         self.mode.send(Mode::Refusing).unwrap();
-        for _ in 0..100 {
+        for _ in 0..2000 {
             if TcpStream::connect(self.address).await.is_err() {
                 return;
             }
@@ -78,7 +78,7 @@ impl FaultProxy {
     /// Forwards again, for connections that are made from now on.
     pub(crate) async fn restore(&self) {
         self.mode.send(Mode::Forwarding).unwrap();
-        for _ in 0..100 {
+        for _ in 0..2000 {
             if TcpStream::connect(self.address).await.is_ok() {
                 return;
             }
@@ -216,8 +216,8 @@ struct FaultState {
     refused_deletes: AtomicUsize,
     /// How far the server's clock is ahead, in seconds. If it is not 0, no presigned URL is valid.
     clock_ahead_seconds: AtomicI64,
-    /// How long each call is delayed.
-    delay: Mutex<Duration>,
+    /// How long each call is delayed. A change ends the delays of the calls in progress.
+    delay: watch::Sender<Duration>,
     /// How many calls are in progress now, and the most that were in progress at once.
     calls_in_progress: Mutex<(usize, usize)>,
 }
@@ -236,7 +236,7 @@ impl FaultyS3 {
             has_object_lock: AtomicBool::default(),
             refused_deletes: AtomicUsize::default(),
             clock_ahead_seconds: AtomicI64::default(),
-            delay: Mutex::default(),
+            delay: watch::Sender::default(),
             calls_in_progress: Mutex::default(),
         });
         let router = axum::Router::new().fallback(handle).with_state(Arc::clone(&state));
@@ -297,10 +297,10 @@ impl FaultyS3 {
         calls.iter().filter(|(made, uri)| *made == call && uri.to_string().contains(word)).count()
     }
 
-    /// Delays every call by this much from now on.
+    /// Delays every call by this much from now on. Calls that are delayed now continue at once.
     pub(crate) fn delay_calls(&self, delay: Duration) {
-        *self.state.delay.lock().unwrap() = delay;
         self.state.calls_in_progress.lock().unwrap().1 = 0;
+        self.state.delay.send_replace(delay);
     }
 
     /// The most calls that were in progress at once since `delay_calls`.
@@ -330,7 +330,8 @@ fn error(status: u16, code: &str) -> Response {
 async fn handle(State(state): State<Arc<FaultState>>, request: Request) -> Response {
     let call = Call::of(request.method(), request.uri());
     state.calls.lock().unwrap().push((call, request.uri().clone()));
-    let delay = *state.delay.lock().unwrap();
+    let mut delays = state.delay.subscribe();
+    let delay = *delays.borrow_and_update();
     if !delay.is_zero() {
         let at_once = |change: fn(usize) -> usize| {
             let mut calls_in_progress = state.calls_in_progress.lock().unwrap();
@@ -338,7 +339,7 @@ async fn handle(State(state): State<Arc<FaultState>>, request: Request) -> Respo
             calls_in_progress.1 = calls_in_progress.0.max(calls_in_progress.1);
         };
         at_once(|now| now + 1);
-        tokio::time::sleep(delay).await;
+        let _ = tokio::time::timeout(delay, delays.changed()).await;
         at_once(|now| now - 1);
     }
     let ahead = state.clock_ahead_seconds.load(Ordering::SeqCst);

@@ -31,6 +31,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use faults::retry_while_unavailable;
 use in_process::InProcessBroker;
 use servers::servers;
 use uploads::is_versitygw_directory_race;
@@ -146,6 +147,7 @@ impl TestBroker {
                 region: Some("us-east-1".into()),
                 access_key_id: Some(servers.s3.access_key_id.clone()),
                 secret_access_key: Some(servers.s3.secret_access_key.clone()),
+                call_timeout: Some(Duration::from_secs(15)),
                 ..objects::Settings::default()
             },
             kafka: kafka::Settings {
@@ -289,9 +291,9 @@ impl TestBroker {
 
     /// Opens an upload, sends one PUT, completes it, and asserts that it was published.
     pub(crate) async fn publish(&self, content: &[u8], more: Value) -> ApiResponse {
-        let opened = self.open(content, more).await.expect(201);
+        let opened = retry_while_unavailable(async || self.open(content, more.clone()).await).await.expect(201);
         self.put(&opened.json["upload"], content).await.expect(200);
-        self.complete(&opened.id()).await.expect(200)
+        retry_while_unavailable(async || self.complete(&opened.id()).await).await.expect(200)
     }
 
     pub(crate) async fn upload(&self, id: &str) -> ApiResponse {
@@ -300,26 +302,30 @@ impl TestBroker {
 
     /// Waits with the API's long poll until the upload is in this state.
     pub(crate) async fn wait_for_state(&self, id: &str, state: &str) -> ApiResponse {
+        let deadline = Instant::now() + Duration::from_secs(150);
         let mut found = self.upload(id).await;
-        for _ in 0..30 {
-            if found.state() == state {
-                return found;
-            }
-            let version = &found.json["version"];
-            found = self.get(&format!("/lfs/uploads/{id}?wait=5&version={version}")).await;
+        while found.state() != state {
+            assert!(Instant::now() < deadline, "{id} never became {state}: {}", found.text);
+            found = match found.json["version"].as_i64() {
+                Some(version) => self.get(&format!("/lfs/uploads/{id}?wait=5&version={version}")).await,
+                // The broker is not available.
+                None => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    self.upload(id).await
+                }
+            };
         }
-        panic!("{id} never became {state}: {}", found.text);
+        found
     }
 
-    /// Waits up to 15 s until the condition holds, else fails the test.
+    /// Waits up to 25 s until the condition holds, else fails the test. A lease lasts longer: what happens only after a
+    /// lease has expired comes too late.
     pub(crate) async fn eventually<F: Future<Output = bool>>(&self, description: &str, mut holds: impl FnMut() -> F) {
-        for _ in 0..150 {
-            if holds().await {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        let deadline = Instant::now() + Duration::from_secs(25);
+        while !holds().await {
+            assert!(Instant::now() < deadline, "did not happen within 25 s: {description}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        panic!("never happened: {description}");
     }
 
     /// Advances the broker's clock.
@@ -328,7 +334,8 @@ impl TestBroker {
         self.running.as_ref().expect("the broker runs").advance_clock(duration);
     }
 
-    fn clock_advance(&self) -> Duration {
+    /// How far the broker's clock is ahead.
+    pub(crate) fn clock_advance(&self) -> Duration {
         Duration::from_millis(self.clock_advance_ms.load(Ordering::Relaxed))
     }
 

@@ -79,7 +79,7 @@ impl BrokerProcess {
 
     /// Waits for a log line that contains these words.
     pub(crate) async fn wait_for_log(&self, words: &str) -> String {
-        for _ in 0..600 {
+        for _ in 0..1200 {
             if let Some(line) = self.log.lock().unwrap().iter().find(|line| line.contains(words)) {
                 return line.clone();
             }

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use super::TestBroker;
 
 /// The longest wait for the broker to close a connection.
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A TCP connection to the broker.
 pub(crate) struct RawConnection(pub(crate) TcpStream);
