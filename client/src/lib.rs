@@ -96,3 +96,8 @@ pub use resolve::{Resolver, Value};
 pub use retry::{Retry, RetryEvent};
 pub use save::{SavedFile, remove_partial_downloads};
 pub use upload::Uploader;
+
+/// Compiles the example of the README as a documentation test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -402,3 +402,15 @@ async fn the_docs_load_nothing_from_outside() {
         broker.get(Path::new("/").join(location).to_str().unwrap()).await.expect(200);
     }
 }
+
+#[test]
+fn the_operations_guide_has_every_member_of_a_policy_with_its_default() {
+    let guide = std::fs::read_to_string(root().join("docs/operations.md")).unwrap();
+    let document = document();
+    let members = document["components"]["schemas"]["Policy"]["properties"].as_object().unwrap();
+    assert!(members.len() > 10, "{members:?}");
+    for (name, schema) in members {
+        let row = format!("| `{name}` | `{}` | ", schema["default"]);
+        assert!(guide.contains(&row), "docs/operations.md has no row {row}");
+    }
+}
