@@ -98,7 +98,7 @@ impl Download {
     /// Reads the next chunk. `None` is the verified end.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], or why the bytes could not be read. Each further call fails again.
+    /// [`Error::Corrupt`], [`Error::WrongSize`], or why the bytes could not be read. Each further call fails again.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
         poll_fn(|cx| self.poll_chunk(cx)).await
     }
@@ -176,6 +176,7 @@ impl AsyncRead for Download {
 fn repeat_error(error: &Error) -> Error {
     match error {
         Error::Corrupt { expected, found } => Error::Corrupt { expected: expected.clone(), found: found.clone() },
+        Error::WrongSize(text) => Error::WrongSize(text.clone()),
         // Not a retryable error: this download returns no more bytes.
         error => Error::Io(io::Error::other(error.to_string())),
     }

@@ -62,6 +62,9 @@ pub enum Error {
         /// The value found.
         found: String,
     },
+    /// The object does not have the size that its pointer declares, or the file does not have the size of its upload.
+    #[error("{0}")]
+    WrongSize(String),
     /// The object is larger than the caller allows.
     #[error("the object has {size} bytes, but the limit is {limit} bytes")]
     TooLarge {
@@ -162,7 +165,7 @@ impl Error {
 
     /// Whether the bytes do not match their declaration. The client, the broker or S3 may have found it.
     pub fn is_corrupt(&self) -> bool {
-        matches!(self, Self::Corrupt { .. })
+        matches!(self, Self::Corrupt { .. } | Self::WrongSize(_))
             || self.is_problem(ErrorCode::SizeMismatch)
             || self.is_problem(ErrorCode::ChecksumMismatch)
             || self.is_bad_digest()
@@ -211,7 +214,7 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Io(error) => error,
-            Error::Corrupt { .. } => io::Error::new(io::ErrorKind::InvalidData, error),
+            Error::Corrupt { .. } | Error::WrongSize(_) => io::Error::new(io::ErrorKind::InvalidData, error),
             Error::Missing | Error::Gone(_) => io::Error::new(io::ErrorKind::NotFound, error),
             Error::Forbidden { .. } => io::Error::new(io::ErrorKind::PermissionDenied, error),
             other => io::Error::other(other),

@@ -26,9 +26,13 @@ use crate::error::{Error, quote};
 use crate::http_client::{Settings, http_client, read_bounded};
 use crate::retry::{Backoff, RetryEvent, RetryReporter, retry_after};
 use crate::storage::StorageClient;
+use crate::transport::address;
 
 /// The `peer` of [`Error::Unreachable`].
 const BROKER: &str = "the broker";
+
+/// A host and a port alone are not a URL.
+const WRONG_SCHEME: &str = "the broker's address must begin with http:// or https://, such as http://127.0.0.1:8080";
 
 /// The largest response body that is read: 10,000 parts or 200 uploads take less than 1 MiB.
 const MAX_RESPONSE_BYTES: usize = 16 << 20;
@@ -62,6 +66,7 @@ struct Call {
 
 struct Response {
     status: StatusCode,
+    base: Arc<Url>,
     body: Bytes,
 }
 
@@ -84,10 +89,12 @@ impl Client {
     /// # Errors
     /// When `base_url` is not an http or https URL.
     pub fn new(base_url: &str) -> Result<Self, Error> {
-        let mut base: Url =
-            base_url.parse().map_err(|error| Error::Invalid(format!("the broker's address is not a URL: {error}")))?;
+        let mut base: Url = base_url.parse().map_err(|error| match base_url.contains("://") {
+            true => Error::Invalid(format!("the broker's address is not a URL: {error}")),
+            false => Error::Invalid(WRONG_SCHEME.to_owned()),
+        })?;
         if !matches!(base.scheme(), "http" | "https") {
-            return Err(Error::Invalid(format!("the broker's address has the scheme {}, not http or https", base.scheme())));
+            return Err(Error::Invalid(WRONG_SCHEME.to_owned()));
         }
         base.set_query(None);
         base.set_fragment(None);
@@ -337,8 +344,8 @@ impl Client {
             return Err(Error::Unexpected { status: status.as_u16(), detail }.into());
         };
         match status.is_success() {
-            true => Ok(Response { status, body }),
-            false => Err(Failure { error: error_of_response(status, &body), retry_after, may_have_arrived: true }),
+            true => Ok(Response { status, base: Arc::clone(&self.base), body }),
+            false => Err(Failure { error: error_of_response(&self.base, status, &body), retry_after, may_have_arrived: true }),
         }
     }
 }
@@ -351,16 +358,27 @@ fn send_error(error: reqwest::Error) -> Error {
     }
 }
 
-fn error_of_response(status: StatusCode, body: &[u8]) -> Error {
+fn error_of_response(base: &Url, status: StatusCode, body: &[u8]) -> Error {
     match serde_json::from_slice::<Problem>(body) {
         Ok(problem) => Error::from_problem(problem),
-        Err(_) => Error::Unexpected { status: status.as_u16(), detail: quote(&String::from_utf8_lossy(body)) },
+        Err(_) => foreign_response(base, status, body),
     }
 }
 
 fn parse_json<T: DeserializeOwned>(response: &Response) -> Result<T, Error> {
-    serde_json::from_slice(&response.body)
-        .map_err(|error| Error::Unexpected { status: response.status.as_u16(), detail: quote(&error.to_string()) })
+    serde_json::from_slice(&response.body).map_err(|error| match error.is_data() {
+        true => Error::Unexpected { status: response.status.as_u16(), detail: quote(&error.to_string()) },
+        false => foreign_response(&response.base, response.status, &response.body),
+    })
+}
+
+/// A response that is not the JSON of a broker. Another server, or a proxy in between, sent it.
+fn foreign_response(base: &Url, status: StatusCode, body: &[u8]) -> Error {
+    let server = address(base).unwrap_or_default();
+    let body = quote(&String::from_utf8_lossy(body));
+    let detail =
+        format!("{}://{server}{} answered with something that is not of an lfs-broker: {body}", base.scheme(), base.path());
+    Error::Unexpected { status: status.as_u16(), detail }
 }
 
 fn json_body<T: Serialize>(body: &T) -> Result<Option<Bytes>, Error> {

@@ -122,7 +122,7 @@ pub enum NotAPointer {
     #[error("the pointer is malformed: {0}")]
     Malformed(String),
     /// The envelope's version is not 1.
-    #[error("the pointer has version {0}, but this client supports only version 1")]
+    #[error("the pointer has version {0}, but only version 1 is supported")]
     Version(u32),
     /// A required member is missing or empty.
     #[error("the pointer has no {0}")]

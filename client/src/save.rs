@@ -55,6 +55,11 @@ impl PartialFile {
             if replaced.as_ref().is_some_and(Metadata::is_dir) {
                 return Err(io::Error::new(io::ErrorKind::IsADirectory, format!("{} is a directory", target.display())));
             }
+            // The error of a missing directory would show the name of the temporary file.
+            if !parent.try_exists()? {
+                let text = format!("the directory {} does not exist", parent.display());
+                return Err(io::Error::new(io::ErrorKind::NotFound, text));
+            }
             let (file, temporary) = create_locked(&parent)?;
             if let Some(replaced) = replaced {
                 file.set_permissions(permissions(&replaced))?;
@@ -217,11 +222,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_is_refused_before_any_byte_is_written() {
+    async fn a_directory_and_a_missing_directory_are_refused_before_any_byte_is_written() {
         let directory = tempfile::tempdir().unwrap();
         let error = PartialFile::create_for(directory.path(), None).await.err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::IsADirectory);
         assert_eq!(error.to_string(), format!("{} is a directory", directory.path().display()));
+        let missing = directory.path().join("missing");
+        let error = PartialFile::create_for(&missing.join("a"), None).await.err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(error.to_string(), format!("the directory {} does not exist", missing.display()));
     }
 
     #[tokio::test]

@@ -92,6 +92,9 @@ impl Source {
         };
         let meta = tokio::fs::metadata(path).await?;
         // A pipe or a directory has no size that could be declared.
+        if meta.is_dir() {
+            return Err(io::Error::new(io::ErrorKind::IsADirectory, format!("{} is a directory", path.display())));
+        }
         match meta.is_file() {
             true => Ok(meta.len()),
             false => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a file", path.display()))),

@@ -104,18 +104,15 @@ impl DownloadSource {
     async fn resolve(&self, client: &Client, value: &[u8], options: &ResolveOptions) -> Result<Resolved, Error> {
         let response = client.resolve(value, options).await.map_err(|error| match error {
             // The broker compared the object with the pointer, and their sizes differ.
-            Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => {
-                let expected = self.expected.size.map_or("the pointer's size".to_owned(), |size| format!("{size} bytes"));
-                Error::Corrupt { expected, found: problem.detail }
-            }
+            Error::Refused(problem) if problem.known_code() == Some(ErrorCode::SizeMismatch) => Error::WrongSize(problem.detail),
             error => error,
         });
         match response? {
             ResolveAnswer::Resolved(resolved) => match self.expected.size {
-                Some(size) if size != resolved.size => Err(Error::Corrupt {
-                    expected: format!("{size} bytes"),
-                    found: format!("an object of {} bytes", resolved.size),
-                }),
+                Some(size) if size != resolved.size => {
+                    let found = resolved.size;
+                    Err(Error::WrongSize(format!("the pointer declares {size} bytes, but the object has {found}")))
+                }
                 _ => Ok(resolved),
             },
             ResolveAnswer::Validated(_) => {

@@ -43,7 +43,7 @@ fn reason(error: &reqwest::Error, server: &str, causes: &str) -> String {
 }
 
 /// Host and port of a URL.
-fn address(url: &Url) -> Option<String> {
+pub(crate) fn address(url: &Url) -> Option<String> {
     Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?))
 }
 

@@ -146,7 +146,7 @@ impl Uploader {
     /// published. A single PUT gets a new URL only with the options and the `idempotency_key` that opened it.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] for another file. [`Error::Invalid`] if the options have another topic or key than the upload.
+    /// [`Error::WrongSize`] or [`Error::Corrupt`] for another file. [`Error::Invalid`] if the options have another topic or key than the upload.
     /// Otherwise see [`Error`].
     pub async fn resume(mut self, id: Uuid, path: impl AsRef<Path>) -> Result<Completed, Error> {
         self.set_default_filename(path.as_ref());
@@ -240,7 +240,10 @@ impl UploadRun {
         self.report_open(&upload);
         let size = source.size().await?;
         if size != upload.size {
-            return Err(Error::Corrupt { expected: format!("{} bytes", upload.size), found: format!("a file of {size} bytes") });
+            let declared = upload.size;
+            return Err(Error::WrongSize(format!(
+                "the file has {size} bytes, but upload {id} is for {declared} bytes: is it the same file?"
+            )));
         }
         let part_size = upload.part_size.unwrap_or_else(|| source::part_size(size, self.options.part_size));
         let hashes = self.hash(&source, size, part_size).await?;

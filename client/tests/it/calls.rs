@@ -67,6 +67,7 @@ async fn open_is_retried_only_with_an_idempotency_key() {
 async fn an_error_keeps_the_brokers_problem() {
     let server = MockServer::new().await;
     let client = server.client();
+    let url = server.url.clone();
     let responses = vec![
         problem(404, "upload-not-found", false),
         problem(410, "object-gone", false),
@@ -82,7 +83,10 @@ async fn an_error_keeps_the_brokers_problem() {
     assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Gone(problem)) if problem.code == "object-gone"));
     assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Forbidden { .. })));
     let error = client.history(id()).await.unwrap_err();
-    assert_eq!(error.to_string(), "unexpected response, status 404: <html>a proxy</html>");
+    let expected = format!(
+        "unexpected response, status 404: {url}/ answered with something that is not of an lfs-broker: <html>a proxy</html>"
+    );
+    assert_eq!(error.to_string(), expected);
     assert_eq!(exchange.request_lines().await[0], format!("DELETE /lfs/uploads/{ID}"));
 }
 

@@ -239,7 +239,9 @@ async fn resuming_with_another_file_is_refused() {
     let exchange = server.respond(responses);
     let (_directory, path) = a_file(b"short");
     let error = client.upload(options()).resume(ID.parse().unwrap(), &path).await.unwrap_err();
-    assert_eq!(error.to_string(), "the bytes are corrupt: expected 43 bytes, found a file of 5 bytes");
+    let expected = format!("the file has 5 bytes, but upload {ID} is for 43 bytes: is it the same file?");
+    assert_eq!(error.to_string(), expected);
+    assert!(error.is_corrupt());
     assert_eq!(exchange.requests().await.len(), 1);
 }
 
