@@ -376,8 +376,11 @@ fn parse_json<T: DeserializeOwned>(response: &Response) -> Result<T, Error> {
 fn foreign_response(base: &Url, status: StatusCode, body: &[u8]) -> Error {
     let server = address(base).unwrap_or_default();
     let body = quote(&String::from_utf8_lossy(body));
-    let detail =
-        format!("{}://{server}{} answered with something that is not of an lfs-broker: {body}", base.scheme(), base.path());
+    let detail = format!(
+        "{}://{server}{} answered with something that is not of an lfs-broker: {body}",
+        base.scheme(),
+        base.path().trim_end_matches('/')
+    );
     Error::Unexpected { status: status.as_u16(), detail }
 }
 

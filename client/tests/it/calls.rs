@@ -84,7 +84,7 @@ async fn an_error_keeps_the_brokers_problem() {
     assert!(matches!(client.resolve(b"{}", &options).await, Err(Error::Forbidden { .. })));
     let error = client.history(id()).await.unwrap_err();
     let expected = format!(
-        "unexpected response, status 404: {url}/ answered with something that is not of an lfs-broker: <html>a proxy</html>"
+        "unexpected response, status 404: {url} answered with something that is not of an lfs-broker: <html>a proxy</html>"
     );
     assert_eq!(error.to_string(), expected);
     assert_eq!(exchange.request_lines().await[0], format!("DELETE /lfs/uploads/{ID}"));
