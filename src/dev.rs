@@ -16,7 +16,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use lfs_broker_embedded::{kafka, postgres, s3};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::app::{self, Running};
 use crate::kafka::Delivery;
@@ -56,6 +56,9 @@ pub enum Error {
     /// A file of the data directory cannot be read or written.
     #[error("{0}: {1}")]
     File(PathBuf, std::io::Error),
+    /// The path of the data directory is a file.
+    #[error("{0} is a file, not a directory")]
+    NotADirectory(PathBuf),
     /// Another `dev` uses the same data directory.
     #[error("another lfs-broker dev runs on {0}")]
     AlreadyRunning(PathBuf),
@@ -178,6 +181,9 @@ async fn start_on(
     };
     let bootstrap = kafka.as_ref().map(kafka::Server::bootstrap_servers).or_else(|| settings.kafka.clone()).unwrap_or_default();
     let app = app_settings(settings, store_settings, s3, bootstrap.clone(), kafka.is_some());
+    if kafka.is_none() {
+        info!("connecting to kafka at {bootstrap}, for up to {} s", KAFKA_TIMEOUT.as_secs());
+    }
     wait_for_kafka(&app.kafka).await?;
     let broker = app::start_on(app, store).await?;
     let endpoints = Endpoints {
@@ -214,6 +220,9 @@ impl Infrastructure {
     /// Starts the servers. If `shutdown` completes first, they are stopped, and the result is `None`.
     async fn start(settings: &Settings, shutdown: Pin<&mut impl Future<Output = ()>>) -> Result<Option<Self>, Error> {
         let dir = settings.data_dir.clone();
+        if dir.is_file() {
+            return Err(Error::NotADirectory(dir));
+        }
         std::fs::create_dir_all(&dir).map_err(|error| Error::File(dir.clone(), error))?;
         let dir = dir.canonicalize().map_err(|error| Error::File(dir.clone(), error))?;
         let lock = lock(&dir)?;
@@ -222,6 +231,14 @@ impl Infrastructure {
         let ephemeral = settings.ephemeral;
         // Data of an earlier run is not removed if the servers do not start.
         let is_new = !dir.join("s3.json").exists();
+        // Checked before the servers start, because the broker listens last.
+        if let Err(error) = std::net::TcpListener::bind(settings.listen) {
+            if is_new {
+                remove(std::fs::remove_file, dir.join("lock"))?;
+                remove(std::fs::remove_dir, dir)?;
+            }
+            return Err(app::Error::Listen(settings.listen, error).into());
+        }
         let postgres = postgres::Settings { ephemeral, ..postgres::Settings::new(dir.join("postgres")) };
         let postgres = match postgres::Server::start_unless(&postgres, shutdown).await {
             Ok(Some(postgres)) => postgres,
@@ -351,6 +368,12 @@ fn lock(dir: &Path) -> Result<std::fs::File, Error> {
     let file = file.map_err(|error| Error::File(path, error))?;
     file.try_lock().map_err(|_| Error::AlreadyRunning(dir.to_owned()))?;
     Ok(file)
+}
+
+/// Whether a `dev` may run on this data directory. It holds the lock while it runs, and its kill releases the lock.
+pub(crate) fn may_run(dir: &Path) -> bool {
+    // Without a lock file, another program wrote the directory, so nothing is known.
+    !std::fs::File::open(dir.join("lock")).is_ok_and(|file| file.try_lock_shared().is_ok())
 }
 
 struct S3 {

@@ -43,7 +43,7 @@ async fn run(settings: app::Settings, fix: bool) -> Result<Report, audit::Error>
 }
 
 fn report_text(report: &Report) -> String {
-    let mut text = format!("checked {} sessions, {} objects, {} records\n", report.sessions, report.objects, report.records);
+    let mut text = format!("checked {} uploads, {} objects, {} records\n", report.sessions, report.objects, report.records);
     for finding in &report.findings {
         let fixed = if finding.fixed > 0 { format!(", {} repaired", finding.fixed) } else { String::new() };
         text += &format!("{}: {} ({} bytes{fixed}): {}\n", finding.kind, finding.count, finding.bytes, finding.meaning);
@@ -69,14 +69,14 @@ mod tests {
     #[test]
     fn the_text_report_shows_counts_meanings_and_examples() {
         let clean = Report { clean: true, sessions: 3, objects: 2, records: 1, findings: Vec::new() };
-        assert_eq!(report_text(&clean), "checked 3 sessions, 2 objects, 1 records\nPostgreSQL, S3 and Kafka agree\n");
+        assert_eq!(report_text(&clean), "checked 3 uploads, 2 objects, 1 records\nPostgreSQL, S3 and Kafka agree\n");
         let kind = FindingKind::KafkaAhead;
         let examples = vec!["one".to_owned(), "two".to_owned()];
         let finding = Finding { kind, meaning: kind.meaning(), count: 3, bytes: 12, fixed: 2, examples };
         let found = Report { clean: false, findings: vec![finding], ..clean };
         assert_eq!(
             report_text(&found),
-            "checked 3 sessions, 2 objects, 1 records\n\
+            "checked 3 uploads, 2 objects, 1 records\n\
              kafka-ahead: 3 (12 bytes, 2 repaired): \
              uploads that Kafka holds but that are not published here; --fix saves them as published\n  \
              one\n  two\n  and 1 more\n"

@@ -8,6 +8,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use lfs_broker_client::Client;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
 
 use super::Error;
 use super::output::print_note;
@@ -32,6 +33,11 @@ impl Connection {
     pub(super) fn client(&self) -> Result<Client, Error> {
         client(&self.broker, self.token.as_deref())
     }
+}
+
+/// Parses the id of an upload, which is an argument of `put` and `get`.
+pub(super) fn upload_id(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| "not an upload id (a UUID such as 01934d2e-7c00-7000-8000-5f2b8c1d9e3a)".to_owned())
 }
 
 /// A client that prints a note when a request fails and is retried.

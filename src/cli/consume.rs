@@ -13,6 +13,7 @@ use serde_json::{Value as Json, json};
 use super::connection::Connection;
 use super::output::{ProgressReporter, print_data, print_note, shell_quote};
 use super::{Config, Error, init_logging, remove_partial_downloads, shutdown_signal};
+use crate::config;
 use crate::kafka::{self, ConsumerRecord, StartOffset, TopicConsumer};
 use crate::objects::{self, Objects};
 
@@ -57,14 +58,26 @@ enum From {
 pub(super) async fn consume(arguments: Arguments) -> Result<(), Error> {
     init_logging("lfs_broker=warn,error");
     let consumer = consumer(&arguments).await?;
-    let settings = arguments.config.load_kafka(arguments.kafka.as_deref())?;
+    let settings = arguments.config.load_kafka(arguments.kafka.as_deref()).map_err(|error| match error {
+        Error::Config(missing @ config::Error::Missing(_)) => Error::Usage(format!(
+            "{missing}: name Kafka's servers with --kafka HOST:PORT; for a running `lfs-broker dev`, use the value of \
+             kafka_bootstrap in its dev.json"
+        )),
+        error => error,
+    })?;
     std::fs::create_dir_all(&arguments.dir).map_err(|error| write_error(&arguments.dir, &error))?;
     remove_partial_downloads(Some(&arguments.dir));
     let start = match arguments.from {
         From::Earliest => StartOffset::Earliest,
         From::Latest => StartOffset::Latest,
     };
-    let follower = TopicConsumer::start(&settings, &arguments.topic, arguments.group.as_deref(), start).await?;
+    let follower = TopicConsumer::start(&settings, &arguments.topic, arguments.group.as_deref(), start).await;
+    let follower = follower.map_err(|error| match error {
+        kafka::Error::Unreachable(reason) => {
+            kafka::Error::Unreachable(format!("no answer from {}: {reason}", settings.bootstrap_servers))
+        }
+        error => error,
+    })?;
     let result = save_records(&consumer, &arguments, &follower, &settings.bootstrap_servers).await;
     follower.close().await;
     result

@@ -8,14 +8,14 @@ use tokio::sync::oneshot;
 
 use super::dev_settings::DEFAULT_DATA_DIR;
 use super::output::print_note;
-use super::{Error, init_logging, shutdown_signal};
+use super::{Error, environment, init_logging, shutdown_signal};
 use crate::dev::{self, Dev};
 use crate::{config, http};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     /// The address on which the API listens
-    #[arg(long, default_value = "127.0.0.1:8080")]
+    #[arg(long, default_value = "127.0.0.1:8080", value_parser = listen_address)]
     listen: SocketAddr,
     /// The directory for the data
     #[arg(long, default_value = DEFAULT_DATA_DIR)]
@@ -31,9 +31,29 @@ pub(super) struct Arguments {
     cors_origins: Vec<String>,
 }
 
+/// As `LFS_BROKER_LISTEN` of `serve`.
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".to_owned())
+}
+
+/// The variables that a user of `dev` may set for `dev` itself or for other commands, such as `put`.
+const EXPECTED_VARIABLES: [&str; 4] = ["LFS_BROKER_CORS_ORIGINS", "LFS_BROKER_LOG_FORMAT", "LFS_BROKER_TOKEN", "LFS_BROKER_URL"];
+
+/// The settings in the environment that have no effect on `dev`.
+fn ignored_variables(environment: &config::Environment) -> Vec<&str> {
+    let is_ignored =
+        |name: &str, value: &str| name.starts_with("LFS_BROKER_") && !value.is_empty() && !EXPECTED_VARIABLES.contains(&name);
+    environment.iter().filter(|(name, value)| is_ignored(name, value)).map(|(name, _)| name.as_str()).collect()
+}
+
 pub(super) async fn dev(arguments: Arguments) -> Result<(), Error> {
     init_logging("lfs_broker=info,warn");
     http::raise_file_limit();
+    let environment = environment();
+    let ignored = ignored_variables(&environment);
+    if !ignored.is_empty() {
+        print_note(&format!("warning: dev does not read {}; `lfs-broker dev --help` shows its settings", ignored.join(", ")));
+    }
     let Arguments { listen, data_dir, ephemeral, kafka, cors_origins } = arguments;
     let (shutdown_sender, shutdown_receiver) = oneshot::channel();
     // A separate task, so that the line appears at once, also while the start blocks this thread.
@@ -85,4 +105,17 @@ fn print_addresses(dev: &Dev) {
         database = endpoints.database_url,
         file = dev.data_dir().join("dev.json").display(),
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_dev_does_not_read_are_named() {
+        let names = ["LFS_BROKER_LISTEN", "LFS_BROKER_S3_BUCKET", "LFS_BROKER_URL", "LFS_BROKER_CORS_ORIGINS", "HOME"];
+        let mut environment: config::Environment = names.map(|name| (name.to_owned(), "x".to_owned())).into();
+        environment.insert("LFS_BROKER_PART_SIZE_BYTES".to_owned(), String::new());
+        assert_eq!(ignored_variables(&environment), ["LFS_BROKER_LISTEN", "LFS_BROKER_S3_BUCKET"]);
+    }
 }

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::output::print_note;
 use super::{Config, Error};
-use crate::dev::Endpoints;
+use crate::dev::{self, Endpoints};
 use crate::{app, config};
 
 /// The data directory of `dev` if none is given.
@@ -22,9 +23,20 @@ pub(super) struct ConfigOrDev {
 impl ConfigOrDev {
     pub(super) fn load(&self) -> Result<app::Settings, Error> {
         match &self.dev {
-            Some(directory) => load(directory),
+            Some(directory) => {
+                let settings = load(directory)?;
+                if !dev::may_run(directory) {
+                    print_note(&format!(
+                        "note: {} is old: the `lfs-broker dev` that wrote it does not run any more",
+                        dev_json(directory).display()
+                    ));
+                }
+                Ok(settings)
+            }
             None => self.config.load().map_err(|error| match error {
-                Error::Config(source @ config::Error::Missing(_)) if dev_json(Path::new(DEFAULT_DATA_DIR)).exists() => {
+                Error::Config(source @ config::Error::Missing(_))
+                    if dev_json(Path::new(DEFAULT_DATA_DIR)).exists() && dev::may_run(Path::new(DEFAULT_DATA_DIR)) =>
+                {
                     Error::MissingBesideDev(source)
                 }
                 error => error,
@@ -70,6 +82,17 @@ fn load(directory: &Path) -> Result<app::Settings, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dev_whose_lock_is_free_does_not_run() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(dev::may_run(directory.path()), "nothing is known without a lock file");
+        let lock = std::fs::File::create(directory.path().join("lock")).unwrap();
+        lock.lock().unwrap();
+        assert!(dev::may_run(directory.path()));
+        lock.unlock().unwrap();
+        assert!(!dev::may_run(directory.path()));
+    }
 
     #[test]
     fn the_settings_come_from_dev_json() {

@@ -11,7 +11,7 @@ use serde::Deserialize as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use uuid::Uuid;
 
-use super::connection::Connection;
+use super::connection::{Connection, upload_id};
 use super::output::{ProgressReporter, format_size, print_data};
 use super::{Error, remove_partial_downloads, shutdown_signal};
 
@@ -21,7 +21,7 @@ const MAX_INPUT_BYTES: u64 = 64 << 10;
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     /// Use the pointer of this upload instead of a pointer from standard input
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = upload_id)]
     upload: Option<Uuid>,
     /// The output file, which appears only after all bytes are verified [default: standard output]
     #[arg(long, short, value_name = "FILE")]
@@ -66,6 +66,9 @@ async fn fetch(arguments: Arguments) -> Result<(), Error> {
         // A device or a pipe is written to and not replaced.
         let device = tokio::fs::OpenOptions::new().write(true).open(&path).await.map_err(Error::Output)?;
         return copy(download, device).await;
+    }
+    if path.is_dir() {
+        return Err(Error::Failed(format!("{name} is a directory: --output needs the name of a file")));
     }
     remove_partial_downloads(path.parent());
     let (size, verified) = (download.size(), download.digest().is_some());
@@ -112,6 +115,9 @@ async fn pointer_from_stdin() -> Result<Vec<u8>, Error> {
     let read = tokio::io::stdin().take(MAX_INPUT_BYTES).read_to_end(&mut value).await;
     read.map_err(|error| Error::Failed(format!("cannot read standard input: {error}")))?;
     let value = value.trim_ascii();
+    if value.is_empty() {
+        return Err(Error::Failed("standard input is empty: pass a pointer on it, or use --upload ID".to_owned()));
+    }
     let mut values = serde_json::Deserializer::from_slice(value).into_iter::<serde_json::Value>();
     let (completed, next) = (values.next().and_then(Result::ok), values.next());
     if completed.is_some() && matches!(next, Some(Ok(_))) {

@@ -158,7 +158,7 @@ pub(crate) enum Error {
     Token(#[from] auth::IssueError),
     #[error("cannot write the output: {0}")]
     Output(std::io::Error),
-    #[error("{name}: {source}")]
+    #[error("{}", file_text(.name, .source))]
     File { name: String, source: client::Error },
     /// The consumer group stays at this record, so the next run reads the record again.
     #[error("{record}: {source}")]
@@ -218,12 +218,15 @@ impl Error {
         }
     }
 
-    /// Prints the error and hints about the next step. `token` is the token of the command.
-    fn print_with_hint(&self, token: Option<&str>) {
+    /// Prints the error and hints about the next step. `token` and `broker` are those of the command.
+    fn print_with_hint(&self, token: Option<&str>, broker: Option<&str>) {
         print_note(&format!("error: {self}"));
         let is_unauthorized = || self.client_error()?.problem().filter(|problem| problem.status == 401);
         let token_hint = is_unauthorized().map(|_| connection::token_hint(token));
-        for hint in token_hint.into_iter().chain(self.hint()) {
+        let is_no_route = self.client_error().is_some_and(|error| error.is_problem(client::api::ErrorCode::NotFound));
+        let broker = broker.filter(|_| is_no_route);
+        let path_hint = broker.map(|broker| format!("the path of the broker's URL may be wrong: {broker}"));
+        for hint in token_hint.into_iter().chain(path_hint).chain(self.hint()) {
             print_note(&format!("hint: {hint}"));
         }
     }
@@ -235,13 +238,19 @@ impl Error {
             Self::MissingBesideDev(_) => "`lfs-broker dev` runs in this directory: use its servers with --dev",
             Self::App(error) | Self::Settings(error) => app_hint(error)?,
             #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::App(app::Error::Listen(..))) => {
+                "another program may use this port: choose another one with --listen, such as --listen 127.0.0.1:8081"
+            }
+            #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::App(error)) => app_hint(error)?,
             #[cfg(feature = "dev")]
             Self::Dev(crate::dev::Error::NoKafka { .. }) => {
                 "check that Kafka runs at this address; without --kafka, dev starts an embedded Kafka"
             }
             Self::Config(config::Error::Missing(_) | config::Error::Unknown(_)) => "docs/configuration.md lists all settings",
-            Self::File { source: client::Error::Io(_), name } if std::path::Path::new(name).is_dir() => {
+            #[cfg(feature = "dev")]
+            Self::Dev(crate::dev::Error::AlreadyRunning(_)) => "stop it, or use another --data-dir",
+            Self::File { source: client::Error::Io(error), .. } if error.kind() == std::io::ErrorKind::IsADirectory => {
                 "upload the files of a directory with --recursive"
             }
             Self::File { source: client::Error::NoReferenceBucket(_), .. } => {
@@ -265,6 +274,12 @@ impl Error {
         };
         Some(hint.to_owned())
     }
+}
+
+/// Some errors of a file begin with its name. The name is then not repeated.
+fn file_text(name: &str, source: &client::Error) -> String {
+    let text = source.to_string();
+    if text.starts_with(&format!("{name} ")) { text } else { format!("{name}: {text}") }
 }
 
 const MIGRATE_HINT: &str = "run `lfs-broker migrate` with the same DATABASE_URL";
@@ -314,28 +329,29 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let token = cli.command.token().map(str::to_owned);
+    let (broker, token) = cli.command.broker_and_token();
     let outcome = runtime.block_on(run(cli.command));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.print_with_hint(token.as_deref());
+            error.print_with_hint(token.as_deref(), broker.as_deref());
             ExitCode::from(error.exit_code())
         }
     }
 }
 
 impl Command {
-    /// The token for calls to the broker.
-    fn token(&self) -> Option<&str> {
-        match self {
-            Self::Put(arguments) => arguments.connection.token.as_deref(),
-            Self::Get(arguments) => arguments.connection.token.as_deref(),
-            Self::Consume(arguments) => arguments.connection.token.as_deref(),
-            Self::Topics(arguments) => arguments.token.as_deref(),
-            _ => None,
-        }
+    /// The URL of the broker, and the token for calls to it.
+    fn broker_and_token(&self) -> (Option<String>, Option<String>) {
+        let (broker, token) = match self {
+            Self::Put(put::Arguments { connection, .. })
+            | Self::Get(get::Arguments { connection, .. })
+            | Self::Consume(consume::Arguments { connection, .. }) => (&connection.broker, &connection.token),
+            Self::Topics(arguments) => (&arguments.broker, &arguments.token),
+            _ => return (None, None),
+        };
+        (Some(broker.clone()), token.clone())
     }
 }
 

@@ -15,7 +15,7 @@ use lfs_broker_client::{self as client, Client, UploadOptions};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use super::connection::Connection;
+use super::connection::{Connection, upload_id};
 use super::output::{print_data, print_note, shell_path, to_json};
 use super::{Error, shutdown_signal};
 use files::{display_name, is_stdin};
@@ -41,7 +41,7 @@ pub(super) struct Arguments {
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
     /// The partition of the records [default: Kafka's partitioner chooses it by the key]
-    #[arg(long, value_name = "P", value_parser = clap::value_parser!(i32).range(0..))]
+    #[arg(long, value_name = "P", value_parser = partition)]
     partition: Option<i32>,
     /// The media type of the files [default: by the extension of the file name]
     #[arg(long, value_name = "TYPE")]
@@ -59,10 +59,15 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 3600, requires = "wait")]
     wait_seconds: u64,
     /// Resume an interrupted upload
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = upload_id)]
     resume: Option<Uuid>,
     #[command(flatten)]
     pub(super) connection: Connection,
+}
+
+fn partition(text: &str) -> Result<i32, String> {
+    let number = text.parse().ok().filter(|number| *number >= 0);
+    number.ok_or_else(|| "a partition is a whole number, 0 or more".to_owned())
 }
 
 fn header(text: &str) -> Result<(String, String), String> {
@@ -176,7 +181,7 @@ impl<'a> Outcomes<'a> {
         match uploaded.and_then(|completed| self.print(file, &completed)) {
             Ok(()) => true,
             Err(error) if self.files > 1 && error.concerns_one_file() => {
-                error.print_with_hint(None);
+                error.print_with_hint(None, None);
                 self.failed += 1;
                 self.first_failure.get_or_insert(error);
                 true
@@ -185,7 +190,7 @@ impl<'a> Outcomes<'a> {
                 match &self.fatal {
                     // The first error is printed at the end.
                     None => self.fatal = Some(error),
-                    Some(_) => error.print_with_hint(None),
+                    Some(_) => error.print_with_hint(None, None),
                 }
                 false
             }
@@ -220,10 +225,14 @@ impl<'a> Outcomes<'a> {
                 1 => "; 1 more file is smaller too".to_owned(),
                 others => format!("; {others} more files are smaller too"),
             };
+            let limit = match self.min_bytes % (1 << 20) {
+                0 => format!("{} MiB", self.min_bytes >> 20),
+                _ => format!("{} bytes", self.min_bytes),
+            };
             print_note(&format!(
-                "note: {name} has {size} bytes, and {} advises uploads from {} on (min_bytes): smaller data fits into a \
-                 record{others}",
-                self.arguments.topic, self.min_bytes
+                "note: {name} is small ({size} bytes): below {limit} (the policy member min_bytes of {}) a normal Kafka record \
+                 is usually better{others}",
+                self.arguments.topic
             ));
         }
         if !self.not_started.is_empty() {

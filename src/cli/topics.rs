@@ -12,7 +12,7 @@ use super::{Error, connection};
 pub(super) struct Arguments {
     /// The URL of the broker
     #[arg(long, env = "LFS_BROKER_URL", default_value = "http://127.0.0.1:8080", global = true)]
-    broker: String,
+    pub(super) broker: String,
     /// A bearer token
     #[arg(long, env = "LFS_BROKER_TOKEN", hide_env_values = true, global = true)]
     pub(super) token: Option<String>,

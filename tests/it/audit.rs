@@ -422,7 +422,7 @@ async fn the_audit_command_reports_its_result_by_its_exit_code() {
     let kafka = &broker.settings.kafka.bootstrap_servers;
     let (code, stdout, stderr) = run(&[], kafka).await;
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
-    assert_eq!(stdout, "checked 1 sessions, 1 objects, 1 records\nPostgreSQL, S3 and Kafka agree\n");
+    assert_eq!(stdout, "checked 1 uploads, 1 objects, 1 records\nPostgreSQL, S3 and Kafka agree\n");
 
     sqlx::query("update tenants set open_sessions = 7").execute(&broker.db).await.unwrap();
     let (code, stdout, stderr) = run(&["--json"], kafka).await;

@@ -183,7 +183,10 @@ async fn put_uploads_each_of_many_files_and_continues_after_one_that_fails() {
 
     // Small files are uploaded too. The policy's advice goes to stderr, but not with `--json`.
     assert!(
-        stderr.contains(&format!("{} has 5 bytes, and {} advises uploads from 8388608 on", files[0], broker.topic)),
+        stderr.contains(&format!(
+            "{} is small (5 bytes): below 8 MiB (the policy member min_bytes of {}) a normal Kafka record",
+            files[0], broker.topic
+        )),
         "{stderr}"
     );
     let output = run_blocking(&["put", &files[0], "--topic", &broker.topic, "--json"], &environment).await;

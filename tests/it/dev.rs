@@ -140,6 +140,7 @@ async fn a_data_directory_can_have_only_one_dev() {
     let second = dev(&data_dir, &[]).stderr(Stdio::piped()).output().unwrap();
     assert_eq!(second.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&second.stderr).contains("another lfs-broker dev runs on"));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("hint: stop it, or use another --data-dir"));
     assert_eq!(signal(&mut child, "-INT").await, Some(0));
     assert!(!data_dir.exists(), "--ephemeral leaves no files");
 }
@@ -204,18 +205,20 @@ async fn an_ephemeral_dev_removes_only_files_that_it_created() {
 }
 
 #[tokio::test]
-async fn an_ephemeral_dev_that_fails_to_start_leaves_no_files() {
+async fn a_dev_whose_port_is_taken_starts_no_server_and_leaves_no_files() {
     let home = tempfile::tempdir().unwrap();
     let data_dir = home.path().join("data");
     let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = occupied.local_addr().unwrap().to_string();
-    let mut command = Command::new(PROGRAM);
-    command.args(["dev", "--ephemeral", "--listen", &address, "--data-dir"]).arg(&data_dir).stdin(Stdio::null());
-    let output = wait_for_exit(command).await;
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("cannot listen on"), "{stderr}");
-    assert!(!data_dir.exists(), "{:?}", names_in(home.path()));
+    for more in [["--ephemeral"].as_slice(), &[]] {
+        let mut command = Command::new(PROGRAM);
+        command.args(["dev", "--listen", &address, "--data-dir"]).arg(&data_dir).args(more).stdin(Stdio::null());
+        let output = wait_for_exit(command).await;
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.starts_with("error: cannot listen on") && stderr.contains("hint:"), "{stderr}");
+        assert!(!data_dir.exists(), "{:?}", names_in(home.path()));
+    }
 }
 
 #[tokio::test]

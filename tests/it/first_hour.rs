@@ -157,12 +157,14 @@ async fn put_recursive_uploads_small_files_and_prints_them_in_order_with_one_not
     assert_eq!((&pointers[0]["content_type"], &pointers[30]["content_type"]), (&json!("text/plain"), &json!("video/mp4")));
     let notes: Vec<&str> = stderr.lines().filter(|line| line.starts_with("note:")).collect();
     assert_eq!(notes.len(), 1, "{stderr}");
-    assert!(notes[0].ends_with("smaller data fits into a record; 30 more files are smaller too"), "{}", notes[0]);
+    assert!(notes[0].ends_with("a normal Kafka record is usually better; 30 more files are smaller too"), "{}", notes[0]);
     assert_eq!(broker.records(&broker.topic).await.len(), 31);
 
     let refused = run(&["put", &path(&directory, "d"), "--topic", &broker.topic], &environment).await;
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("hint: upload the files of a directory with --recursive"));
+    let expected =
+        format!("error: {0} is a directory\nhint: upload the files of a directory with --recursive\n", path(&directory, "d"));
+    assert_eq!(text(&refused.stderr), expected);
 }
 
 #[tokio::test]

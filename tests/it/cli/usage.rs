@@ -20,13 +20,15 @@ fn check(more: &[(&str, &str)]) -> (Option<i32>, String) {
 
 #[test]
 fn invalid_arguments_are_exit_code_2() {
-    let cases: [(Arguments, Environment); 9] = [
+    let cases: [(Arguments, Environment); 11] = [
         (&["topics", "list", "--broker", "nonsense"], &[]),
         (&["topics", "list"], &[("LFS_BROKER_URL", "")]),
         (&["topics", "list", "--token", "a\nb"], &[]),
         (&["topics", "set", "t", "x"], &[]),
         (&["token", "--tenant", "Bad Tenant", "--scope", "lfs:read"], &TOKENS),
+        (&["token", "--tenant", "acme", "--scope", "lfs:read", "--topic", "vid*eos"], &TOKENS),
         (&["consume", "--topic", "t", "--dir", "d", "--group", ""], &UNREACHABLE_SERVERS),
+        (&["consume", "--topic", "t", "--dir", "d"], &[]),
         (&["put", "a", "--topic", "t", "--header", "a=1", "--header", "a=2"], &[]),
         (&["migrate"], &[("DATABASE_URL", "nonsense")]),
         (&["consume", "--topic", "t", "--dir", "d", "--reference-bucket", "b"], &[("AWS_ENDPOINT_URL_S3", "nonsense")]),
@@ -90,6 +92,17 @@ fn settings_that_s3_would_refuse_are_exit_code_2() {
         ("LFS_BROKER_URL_SECONDS", "604800"),
     ] {
         assert_eq!(check(&[valid]).0, Some(0), "{valid:?}: {}", check(&[valid]).1);
+    }
+}
+
+#[test]
+fn a_token_without_settings_names_all_that_it_needs_and_prints_no_note() {
+    let output = run(&["token", "--tenant", "acme", "--scope", "lfs:read"], &[]);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.starts_with("error: ") && !stderr.contains("note:"), "{stderr}");
+    for (name, _) in TOKENS {
+        assert!(stderr.contains(&format!("{name} is not set")), "{stderr}");
     }
 }
 
