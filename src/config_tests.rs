@@ -316,7 +316,7 @@ fn every_setting_has_its_own_name_field_and_documentation() {
             Kind::Flag => "true".to_owned(),
             Kind::Words(words) => words[1].to_owned(),
             Kind::Address => "192.0.2.1:1".to_owned(),
-            Kind::Text | Kind::Secret | Kind::List => "text".to_owned(),
+            Kind::Text | Kind::Secret | Kind::KafkaAddresses | Kind::Bucket | Kind::List => "text".to_owned(),
         };
         let mut draft = Draft::default();
         setting.set(&mut draft, setting.variable, &value).unwrap();
@@ -364,10 +364,15 @@ fn unknown_names_are_refused_with_the_nearest_setting() {
     }
     let message = with(&[("LFS_BROKER_XYZ", ""), ("LFS_BROKER_LISTN", "")]).err().unwrap().to_string();
     assert!(message.contains("there is no setting LFS_BROKER_XYZ") && message.contains("LFS_BROKER_LISTEN"), "{message}");
+    for name in ["LFS_BROKER_FOO", "LFS_BROKER_XYZ", "LFS_BROKER_SOMETHING_ELSE"] {
+        let message = with(&[REQUIRED[0], REQUIRED[1], (name, "hush")]).err().unwrap().to_string();
+        assert_eq!(message, format!("there is no setting {name}"), "no name is near");
+    }
     for (text, nearest) in [
         ("bucket = 'hush'", "there is no setting bucket; did you mean s3.bucket?"),
         ("[s3]\nbuket = 'hush'", "there is no setting s3.buket; did you mean s3.bucket?"),
         ("[s4]", "there is no setting s4"),
+        ("foo = 'hush'", "there is no setting foo"),
         ("[s3.bucket2.x]", "there is no setting s3.bucket2; did you mean s3.bucket?"),
     ] {
         let message = from_file(text).err().unwrap().to_string();

@@ -65,12 +65,14 @@ fn value_text(setting: &Setting, value: &Value) -> Result<String, Error> {
         Kind::Flag => value.is_bool(),
         Kind::Number(..) => value.is_integer(),
         Kind::List => value.is_str() || value.is_array(),
-        Kind::Text | Kind::Secret | Kind::Address | Kind::Words(_) => value.is_str(),
+        Kind::Text | Kind::Secret | Kind::Address | Kind::KafkaAddresses | Kind::Bucket | Kind::Words(_) => value.is_str(),
     };
     to_text(value).filter(|_| right_type).ok_or_else(|| {
         let expected = match &setting.kind {
             Kind::Flag | Kind::Number(..) | Kind::List => setting.kind.to_string(),
-            Kind::Text | Kind::Secret | Kind::Address | Kind::Words(_) => "a string in quotes".to_owned(),
+            Kind::Text | Kind::Secret | Kind::Address | Kind::KafkaAddresses | Kind::Bucket | Kind::Words(_) => {
+                "a string in quotes".to_owned()
+            }
         };
         Error::Type { key: setting.key.to_owned(), expected }
     })

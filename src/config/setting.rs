@@ -31,6 +31,10 @@ pub(super) enum Kind {
     Secret,
     /// An IP address with a port.
     Address,
+    /// The addresses of Kafka brokers, as librdkafka reads them.
+    KafkaAddresses,
+    /// The name of an S3 bucket. S3 stores have different rules, so it is checked only for what none of them allows.
+    Bucket,
     /// Text without commas, any number of times.
     List,
     Flag,
@@ -103,6 +107,8 @@ impl Setting {
         let valid = match &self.kind {
             Kind::Words(words) => words.contains(&text),
             Kind::Number(range, _) => text.parse().is_ok_and(|number| range.contains(&number)),
+            Kind::KafkaAddresses => kafka::are_bootstrap_servers(text),
+            Kind::Bucket => !text.is_empty() && !text.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()),
             Kind::Text | Kind::Secret | Kind::Address | Kind::List | Kind::Flag => true,
         };
         match valid && (self.field)(draft).set(text) {
@@ -123,6 +129,8 @@ impl fmt::Display for Kind {
             Self::Text => f.write_str("text"),
             Self::Secret => f.write_str("text (secret)"),
             Self::Address => f.write_str("an IP address and a port, such as 127.0.0.1:8080"),
+            Self::KafkaAddresses => f.write_str("HOST:PORT, or several separated by commas"),
+            Self::Bucket => f.write_str("the name of a bucket, without spaces and slashes"),
             Self::List => f.write_str("a list, separated by commas"),
             Self::Flag => f.write_str("true or false"),
             Self::Words(words) => f.write_str(&words.join(" or ")),

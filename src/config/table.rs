@@ -1,6 +1,6 @@
 //! The table of all settings. Each setting is defined once: its names, valid values, field and documentation.
 
-use super::setting::Kind::{self, Address, Flag, List, Number, Secret, Text, Words};
+use super::setting::Kind::{self, Address, Bucket, Flag, KafkaAddresses, List, Number, Secret, Text, Words};
 use super::setting::{Setting, row};
 use crate::{broker, http, policy, session};
 
@@ -48,7 +48,9 @@ pub(super) fn settings() -> impl Iterator<Item = &'static Setting> {
 pub(super) fn unknown(name: &str, names: impl Iterator<Item = &'static str>) -> String {
     // All names have the same prefix, so it is left out of the comparison.
     let rest = |name: &str| name.trim_start_matches("LFS_BROKER_").to_owned();
-    let similar = names.map(|known| (strsim::jaro_winkler(&rest(name), &rest(known)), known));
+    // A short name has all its letters in some long name, so at most half of the letters may differ too.
+    let near = names.filter(|known| strsim::normalized_levenshtein(&rest(name), &rest(known)) >= 0.5);
+    let similar = near.map(|known| (strsim::jaro_winkler(&rest(name), &rest(known)), known));
     match similar.filter(|(similarity, _)| *similarity > 0.7).max_by(|(a, _), (b, _)| a.total_cmp(b)) {
         Some((_, known)) => format!("there is no setting {name}; did you mean {known}?"),
         None => format!("there is no setting {name}"),
@@ -87,7 +89,7 @@ static POSTGRESQL: [Setting; 2] = [
 ];
 
 static KAFKA: [Setting; 2] = [
-    row("KAFKA_BOOTSTRAP_SERVERS", "kafka.bootstrap_servers", Text, |s| &mut s.app.kafka.bootstrap_servers)
+    row("KAFKA_BOOTSTRAP_SERVERS", "kafka.bootstrap_servers", KafkaAddresses, |s| &mut s.app.kafka.bootstrap_servers)
         .unset("required")
         .doc("`HOST:PORT` of one or more Kafka brokers, separated by commas."),
     row("LFS_BROKER_DELIVERY", "delivery", Words(&["exactly_once", "at_least_once"]), |s| &mut s.app.kafka.delivery).doc(
@@ -109,7 +111,7 @@ static S3: [Setting; 10] = [
     row("AWS_SECRET_ACCESS_KEY", "s3.secret_access_key", Secret, |s| &mut s.app.objects.secret_access_key)
         .unset("as in every AWS program")
         .doc("The secret of the broker's access key. The variable is read by the AWS SDK."),
-    row("LFS_BROKER_S3_BUCKET", "s3.bucket", Text, |s| &mut s.app.objects.bucket)
+    row("LFS_BROKER_S3_BUCKET", "s3.bucket", Bucket, |s| &mut s.app.objects.bucket)
         .doc("The bucket of topics whose policy names no bucket."),
     row("LFS_BROKER_S3_PUBLIC_ENDPOINT", "s3.public_endpoint", Text, |s| &mut s.app.objects.public_endpoint)
         .unset("the endpoint that the broker calls")

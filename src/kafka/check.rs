@@ -33,9 +33,12 @@ pub enum CheckError {
         /// The resource of the operation.
         resource: &'static str,
     },
-    /// No connection to these addresses, which Kafka advertises or the settings contain.
-    #[error("these Kafka addresses cannot be reached from here: {}", .0.join(", "))]
-    Unreachable(Vec<String>),
+    /// Kafka answers, but there is no connection to these addresses, which it advertises.
+    #[error("these addresses that Kafka advertises cannot be reached from here: {}", .0.join(", "))]
+    AdvertisedUnreachable(Vec<String>),
+    /// Kafka does not answer, and there is no connection to these addresses of the settings.
+    #[error("these addresses in KAFKA_BOOTSTRAP_SERVERS cannot be reached from here: {}", .0.join(", "))]
+    ConfiguredUnreachable(Vec<String>),
     /// Any other failure.
     #[error("{0}")]
     Kafka(#[from] Error),
@@ -46,7 +49,12 @@ impl CheckError {
     pub(crate) fn public_reason(&self) -> String {
         match self {
             Self::MissingAcl { .. } => self.to_string(),
-            Self::Unreachable(_) => "an address that Kafka advertises cannot be reached; the log contains it".to_owned(),
+            Self::AdvertisedUnreachable(_) => {
+                "an address that Kafka advertises cannot be reached; the log contains it".to_owned()
+            }
+            Self::ConfiguredUnreachable(_) => {
+                "an address in KAFKA_BOOTSTRAP_SERVERS cannot be reached; the log contains it".to_owned()
+            }
             Self::Kafka(Error::Unreachable(_)) => {
                 format!("a record could not be written within {} s; the log contains the error", STEP_TIMEOUT.as_secs())
             }
@@ -79,11 +87,7 @@ impl Kafka {
     pub async fn check(&self, deployment: Uuid) -> Result<(), CheckError> {
         match self.write_probe(deployment).await {
             Err(CheckError::Kafka(Error::Unreachable(reason))) => {
-                let unreachable = self.unreachable_addresses().await;
-                match unreachable.is_empty() {
-                    true => Err(CheckError::Kafka(Error::Unreachable(reason))),
-                    false => Err(CheckError::Unreachable(unreachable)),
-                }
+                Err(self.unreachable_addresses().await.unwrap_or(CheckError::Kafka(Error::Unreachable(reason))))
             }
             result => result,
         }
@@ -111,23 +115,28 @@ impl Kafka {
         run_blocking(move || Ok(write_probe_record(&settings, &id, partition))).await?
     }
 
-    /// The Kafka addresses without a connection, among those that Kafka advertises, or else those in the settings.
-    async fn unreachable_addresses(&self) -> Vec<String> {
+    /// The Kafka addresses without a connection, among those that Kafka advertises, or else those in the settings. `None` if
+    /// each of them can be reached.
+    async fn unreachable_addresses(&self) -> Option<CheckError> {
         let advertised = self.with_metadata_client(|client| {
             self.query(move |time_left| {
                 let metadata = client.fetch_metadata(Some(MARKER_TOPIC), time_left).map_err(|e| Error::from_kafka(&e))?;
                 Ok(metadata.brokers().iter().map(|broker| format!("{}:{}", broker.host(), broker.port())).collect())
             })
         });
-        let addresses: Vec<String> = match advertised.await {
-            Ok(advertised) => advertised,
-            Err(_) => self.settings().bootstrap_servers.split(',').map(|address| address.trim().to_owned()).collect(),
-        };
+        let advertised: Result<Vec<String>, Error> = advertised.await;
+        let is_advertised = advertised.is_ok();
+        let addresses = advertised.unwrap_or_else(|_| client::bootstrap_addresses(&self.settings().bootstrap_servers));
         let attempts = addresses.into_iter().take(MAX_ADDRESSES).map(|address| async move {
             let is_reachable = matches!(tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&address)).await, Ok(Ok(_)));
             (!is_reachable).then_some(address)
         });
-        futures_util::future::join_all(attempts).await.into_iter().flatten().collect()
+        let unreachable: Vec<String> = futures_util::future::join_all(attempts).await.into_iter().flatten().collect();
+        match unreachable.is_empty() {
+            true => None,
+            false if is_advertised => Some(CheckError::AdvertisedUnreachable(unreachable)),
+            false => Some(CheckError::ConfiguredUnreachable(unreachable)),
+        }
     }
 }
 

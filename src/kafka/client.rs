@@ -110,6 +110,22 @@ pub(super) fn check(properties: &BTreeMap<String, String>) -> Result<(), Error> 
     Ok(())
 }
 
+/// Whether librdkafka can connect to these addresses: `HOST` or `HOST:PORT`, separated by commas. It also accepts a security
+/// protocol such as `SSL://` before an address, but no URL.
+pub(crate) fn are_bootstrap_servers(text: &str) -> bool {
+    text.split(',').map(str::trim).all(|address| {
+        let (protocol, address) = address.split_once("://").unwrap_or(("plaintext", address));
+        let is_protocol = ["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"].contains(&protocol.to_ascii_lowercase().as_str());
+        is_protocol && !address.is_empty() && !address.contains('/')
+    })
+}
+
+/// The addresses without their security protocols.
+pub(super) fn bootstrap_addresses(text: &str) -> Vec<String> {
+    let without_protocol = |address: &str| address.trim().rsplit("://").next().unwrap_or_default().to_owned();
+    text.split(',').map(without_protocol).collect()
+}
+
 fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig {
     let mut config = ClientConfig::new();
     for (key, alias, value) in DEFAULTS.iter().chain(defaults) {

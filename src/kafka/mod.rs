@@ -28,6 +28,7 @@ mod topics;
 
 pub use check::CheckError;
 use client::Context;
+pub(crate) use client::are_bootstrap_servers;
 use configs::ConfigCache;
 pub use configs::RecordLimits;
 pub use consumer::{ConsumerRecord, StartOffset, TopicConsumer};

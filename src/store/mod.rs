@@ -127,6 +127,10 @@ fn in_words(error: &sqlx::Error) -> String {
         sqlx::Error::Database(error) => match error.code().as_deref() {
             // 28P01: invalid_password (PostgreSQL, appendix A).
             Some("28P01") => format!("PostgreSQL refused the password in DATABASE_URL: {}", error.message()),
+            // 3D000: invalid_catalog_name.
+            Some("3D000") => {
+                format!("{}: create it, or name another database in DATABASE_URL", error.message())
+            }
             Some(code) => format!("{} (SQLSTATE {code})", error.message()),
             None => error.message().to_owned(),
         },
@@ -266,6 +270,10 @@ impl Store {
 
 /// Parses a URL and sets the session parameters that the store needs, whatever the defaults of the server, database or role.
 fn connect_options(url: &str) -> Result<PgConnectOptions, Error> {
+    // The parser accepts any scheme.
+    if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+        return Err(Error::InvalidUrl);
+    }
     // `user@/db`, as for a socket in `?host=`: PostgreSQL's own clients accept it, a URL parser does not.
     let options: PgConnectOptions = url.replacen("@/", "@localhost/", 1).parse().map_err(|_| Error::InvalidUrl)?;
     // An IPv6 address has brackets only in a URL.
@@ -314,6 +322,8 @@ mod tests {
                 "{url}"
             );
         }
-        assert!(matches!(connect_options("not a url"), Err(Error::InvalidUrl)));
+        for url in ["not a url", "mysql://x", "https://127.0.0.1:5432/lfs", "postgres:/x"] {
+            assert!(matches!(connect_options(url), Err(Error::InvalidUrl)), "{url}");
+        }
     }
 }

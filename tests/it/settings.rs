@@ -44,3 +44,30 @@ fn a_first_start_without_settings_names_all_that_are_needed() {
         assert!(message.contains(name), "{name}: {message}");
     }
 }
+
+#[test]
+fn addresses_and_names_that_cannot_work_are_refused() {
+    let check = |name: &'static str, value: &'static str| {
+        let others = VALID.into_iter().filter(|(other, _)| *other != name);
+        run(&["serve", "--check-config"], &others.chain([(name, value)]).collect::<Vec<_>>())
+    };
+    for (name, value, expected) in [
+        ("DATABASE_URL", "mysql://x", "postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "http://foo:9092", "HOST:PORT, or several separated by commas"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "k:9092,https://foo", "HOST:PORT, or several separated by commas"),
+        ("LFS_BROKER_S3_BUCKET", "my bucket", "the name of a bucket, without spaces and slashes"),
+        ("LFS_BROKER_S3_BUCKET", "bucket/prefix", "the name of a bucket, without spaces and slashes"),
+    ] {
+        let (code, message) = check(name, value);
+        assert_eq!(code, Some(2), "{name}={value}: {message}");
+        assert!(message.contains(name) && message.contains(expected), "{name}={value}: {message}");
+    }
+    for (name, value) in [
+        ("DATABASE_URL", "postgresql://u@127.0.0.1/x"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "PLAINTEXT://k1:9092, k2"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "[::1]:9092"),
+        ("LFS_BROKER_S3_BUCKET", "My_Bucket.2"),
+    ] {
+        assert_eq!(check(name, value).0, Some(0), "{name}={value}: {}", check(name, value).1);
+    }
+}
