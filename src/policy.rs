@@ -131,8 +131,8 @@ pub(crate) fn validate(request: OpenUpload) -> Result<ValidatedRequest, PolicyVi
     if i64::try_from(request.size).is_err() {
         errors.push(FieldError::new("/size", format!("the size is {} bytes, at most 2^63 - 1 are allowed", request.size)));
     }
-    if request.partition.is_some_and(i32::is_negative) {
-        errors.push(FieldError::new("/partition", "a partition is 0 or greater"));
+    if let Some(partition) = request.partition.filter(|partition| *partition < 0) {
+        errors.push(FieldError::new("/partition", format!("partition {partition} does not exist: a partition is 0 or greater")));
     }
     let key = validate_key(&request, &mut errors);
     let (algorithm, digest) = declared_digest(&request, &mut errors);
@@ -242,7 +242,10 @@ fn validate_parts(request: &OpenUpload, algorithm: Algorithm, errors: &mut Vec<F
     }
     if let Some(part_size) = request.part_size {
         if !(MIN_PART_BYTES..=MAX_PART_BYTES).contains(&part_size) {
-            errors.push(FieldError::new("/part_size", format!("a part has {MIN_PART_BYTES} to {MAX_PART_BYTES} bytes")));
+            errors.push(FieldError::new(
+                "/part_size",
+                format!("{part_size} bytes, but a part has {MIN_PART_BYTES} to {MAX_PART_BYTES} bytes"),
+            ));
         } else if request.size.div_ceil(part_size) > MAX_PARTS {
             let part_count = request.size.div_ceil(part_size);
             let detail = format!("parts of {part_size} bytes make {part_count} parts, at most {MAX_PARTS} are allowed");

@@ -74,8 +74,9 @@ impl Broker {
         let bucket = policy.bucket.as_deref().or(self.objects.default_bucket());
         let bucket = bucket.ok_or_else(|| policy::PolicyViolation::NoBucket(topic.clone()))?;
         let partitions = self.kafka.partition_count(&topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
-        if spec.partition.is_some_and(|partition| partition >= partitions) {
-            let detail = format!("topic {topic} has {partitions} partitions");
+        if let Some(partition) = spec.partition.filter(|partition| *partition >= partitions) {
+            let last = partitions - 1;
+            let detail = format!("partition {partition} does not exist: topic {topic} has partitions 0 to {last}");
             return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/partition", detail)]).into());
         }
         let limits = self.kafka.record_limits(&topic).await;

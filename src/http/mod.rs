@@ -7,6 +7,7 @@ mod connection_limits;
 mod descriptors;
 mod error_responses;
 mod extract;
+mod json;
 mod long_polls;
 mod middleware;
 mod monitored_io;
@@ -296,8 +297,9 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Browsers may call it from pages of `cors_origins`. Invalid origins are ignored.
 pub(crate) fn router(app: App, cors_origins: &[String]) -> Router {
     let (routes, _) = api().split_for_parts();
-    let routes =
-        routes.merge(swagger_ui::routes(&app.base_path)).fallback(async || Problem::new(ErrorCode::NotFound, "no such route"));
+    let routes = routes
+        .merge(swagger_ui::routes(&app.base_path))
+        .fallback(async || Problem::new(ErrorCode::NotFound, "no such route; /docs lists the routes"));
     // The CORS layer answers every OPTIONS request, even for unknown routes. So add it only if it is needed.
     let routes = if cors_origins.is_empty() { routes } else { routes.layer(cors(cors_origins)) };
     routes

@@ -9,7 +9,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::App;
-use super::extract::{Admin, Authenticated, Body, Query, TopicName, parse};
+use super::extract::{Admin, Authenticated, Body, Query, TopicName};
+use super::json::parse;
 use super::problem::Problem;
 
 /// The routes of this file.

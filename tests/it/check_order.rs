@@ -102,7 +102,9 @@ async fn policy_is_checked_before_kafka_and_kafka_before_quota() {
     broker.put_policy(&lacking, &json!({"max_bytes": 1})).await.expect(200);
     broker.open(b"xy", json!({"topic": lacking})).await.expect_problem(422, "object-too-large");
     broker.open(b"x", json!({"topic": lacking})).await.expect_problem(404, "topic-not-found");
-    broker.open(b"x", json!({"partition": 99})).await.expect_problem(422, "validation-failed");
+    let refused = broker.open(b"x", json!({"partition": 99})).await.expect_problem(422, "validation-failed");
+    let detail = refused.json["detail"].as_str().unwrap();
+    assert!(detail.starts_with("partition 99 does not exist: topic ") && detail.ends_with(" has partitions 0 to 2"), "{detail}");
     broker.open(b"x", json!({})).await.expect_problem(429, "quota-sessions-exceeded");
     broker.put_policy(&broker.topic, &json!({"enabled": false, "max_bytes": 0})).await.expect(200);
     broker.open(b"x", json!({})).await.expect_problem(403, "topic-not-enabled");

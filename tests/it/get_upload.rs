@@ -230,8 +230,10 @@ async fn a_long_poll_ends_unchanged_when_nothing_happens() {
     }
     let (_, elapsed) = long_poll(&broker, &id, "wait=0").await;
     assert!(elapsed < MAX_DELAY, "{elapsed:?} instead of 0 s, or of the longest wait, 30 s");
-    broker.get(&format!("/lfs/uploads/{id}?wait=31")).await.expect_problem(422, "validation-failed");
-    broker.get(&format!("/lfs/uploads/{id}?wait=-1")).await.expect_problem(422, "validation-failed");
+    for wait in ["31", "-1", "abc"] {
+        let refused = broker.get(&format!("/lfs/uploads/{id}?wait={wait}")).await.expect_problem(422, "validation-failed");
+        assert_eq!(refused.json["errors"][0]["pointer"], "/wait", "{}", refused.text);
+    }
 }
 
 #[tokio::test]
