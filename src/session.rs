@@ -405,7 +405,7 @@ impl Session {
         OVERHEAD_BYTES + key + pointer.to_json().len() + broker_headers + trace + client_headers
     }
 
-    /// Aborts an upload. `None`: the upload has already ended.
+    /// Aborts an upload. `None`: the upload is already aborted, rejected or expired.
     pub(crate) fn abort(self) -> Result<Option<Self>, SessionError> {
         match self.state {
             State::Open | State::Completing { must_read: true, .. } => Ok(Some(Self { state: State::Aborted, ..self })),

@@ -159,12 +159,13 @@ async fn complete_upload(
 
 /// Abort an upload
 ///
-/// Removes the data of the upload from S3. The response is also 204 if the upload has already ended.
+/// Removes the data of the upload from S3. The response is also 204 if the upload is already aborted, rejected or expired. It is
+/// 409 if the pointer is published or will be published, and while a completion checks the object.
 #[utoipa::path(
     delete, path = "/lfs/uploads/{id}", operation_id = "abortUpload", tag = "uploads",
     params(("id" = Uuid, Path, description = "The upload")),
     responses(
-        (status = 204, description = "Aborted, or already ended"),
+        (status = 204, description = "Aborted, or already aborted, rejected or expired"),
     )
 )]
 async fn abort_upload(State(app): State<App>, CanWrite(caller): CanWrite, UploadId(id): UploadId) -> Result<StatusCode, Problem> {
