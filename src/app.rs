@@ -317,7 +317,10 @@ async fn probe_store(
         None => store.policy_bucket().await?,
     };
     // Nothing can be uploaded yet. The broker probes a bucket when the first policy names one.
-    let Some(bucket) = bucket else { return Ok((capabilities, probing)) };
+    let Some(bucket) = bucket else {
+        warn!("{}; no upload can be opened until then", objects::NO_BUCKET);
+        return Ok((capabilities, probing));
+    };
     if settings.must_refuse_copy_source() {
         let found = objects.probe(&bucket).await?;
         if !found.refuses_copy_source() {

@@ -8,7 +8,8 @@ use uuid::Uuid;
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
 use crate::completion::still_verified;
-use crate::objects::ObjectLocation;
+use crate::kafka;
+use crate::objects::{self, ObjectLocation};
 use crate::restore_check::ADVICE;
 use crate::session::{SessionError, State};
 use crate::store;
@@ -95,28 +96,41 @@ impl Broker {
 
     /// Whether each dependency answers now and passed its last readiness checks.
     pub(crate) async fn dependencies(&self) -> Dependencies {
-        let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.objects.reachable(), self.kafka.reachable());
+        let (database, storage, kafka) = tokio::join!(self.store.reachable(), self.storage(), self.kafka.reachable());
         let database = match (self.restore_check.is_kafka_ahead(), database) {
             (true, Ok(())) => Dependency { ok: false, reason: Some(ADVICE.to_owned()) },
             // This error text names no address, so the caller may see it.
             (_, Err(error @ store::Error::ReadOnly)) => Dependency { ok: false, reason: Some(error.to_string()) },
-            (_, answered) => dependency("the database", answered),
+            (_, answered) => dependency("the database", answered, store::Error::is_refusal),
         };
+        let kafka = dependency("Kafka", kafka, kafka::Error::is_refusal);
         Dependencies {
             database: self.readiness.database.combined_with(database),
-            storage: self.readiness.storage.combined_with(dependency("object storage", storage)),
-            kafka: self.readiness.kafka.combined_with(dependency("Kafka", kafka)),
+            storage: self.readiness.storage.combined_with(storage),
+            kafka: self.readiness.kafka.combined_with(kafka),
+        }
+    }
+
+    /// The current state of object storage. If it fails and no bucket is configured, that is the reason.
+    async fn storage(&self) -> Dependency {
+        let reachable = self.objects.reachable().await;
+        let has_no_bucket =
+            reachable.is_err() && self.objects.default_bucket().is_none() && matches!(self.store.policy_bucket().await, Ok(None));
+        match has_no_bucket {
+            true => Dependency { ok: false, reason: Some(objects::NO_BUCKET.to_owned()) },
+            false => dependency("object storage", reachable, objects::Error::is_refusal),
         }
     }
 }
 
 /// The state of a dependency by the result of its check. The error goes only to the log, because it may name addresses.
-fn dependency<E: std::fmt::Display>(name: &str, outcome: Result<(), E>) -> Dependency {
+fn dependency<E: std::fmt::Display>(name: &str, outcome: Result<(), E>, is_refusal: fn(&E) -> bool) -> Dependency {
     match outcome {
         Ok(()) => Dependency { ok: true, reason: None },
         Err(error) => {
-            tracing::warn!(%error, "{name} does not answer: {error}");
-            Dependency { ok: false, reason: Some(format!("{name} does not answer; the log has the error")) }
+            let failure = if is_refusal(&error) { "refuses the broker's request" } else { "does not answer" };
+            tracing::warn!(%error, "{name} {failure}: {error}");
+            Dependency { ok: false, reason: Some(format!("{name} {failure}; the log has the error")) }
         }
     }
 }

@@ -157,6 +157,7 @@ impl Objects {
             upload_signer: Signer::new(public.clone(), signing_key.clone()),
             download_signer: Signer::new(public, broker_key),
             internal_upload_signer: Signer::new(internal, signing_key),
+            endpoint: endpoint_in_words(settings),
             bucket: settings.bucket.clone(),
             bucket_defaults: BucketDefaults::default(),
         })))
@@ -204,6 +205,15 @@ fn credential(
 fn has_custom_endpoint(settings: &Settings) -> bool {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     settings.endpoint.is_some() || is_set("AWS_ENDPOINT_URL_S3") || is_set("AWS_ENDPOINT_URL")
+}
+
+/// The endpoint that the broker calls, without a password that its URL may contain.
+fn endpoint_in_words(settings: &Settings) -> String {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let configured = settings.endpoint.clone();
+    let url = configured.or_else(|| variable("AWS_ENDPOINT_URL_S3")).or_else(|| variable("AWS_ENDPOINT_URL"));
+    let origin = url.and_then(|url| url.parse::<reqwest::Url>().ok()).map(|url| url.origin().ascii_serialization());
+    origin.unwrap_or_else(|| "Amazon's".to_owned())
 }
 
 /// Reads the environment and the AWS configuration files.

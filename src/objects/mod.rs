@@ -52,6 +52,9 @@ use undeclared::{BucketDefaults, undeclared};
 /// Every presigned write signs it, so an object with this token was written through a URL of this broker.
 const TOKEN_KEY: &str = "lfs-upload-id";
 
+/// Why nothing can be uploaded while no bucket is known.
+pub(crate) const NO_BUCKET: &str = "no bucket is configured: set LFS_BROKER_S3_BUCKET, or `bucket` in a topic's policy";
+
 /// A stream without a byte for this long is broken: a working S3 store sends data within milliseconds.
 const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -140,6 +143,8 @@ struct Inner {
     download_signer: Signer,
     /// Signs PUT URLs for the broker's own endpoint. The probe uses them if it cannot reach the public endpoint.
     internal_upload_signer: Signer,
+    /// The broker's own endpoint, for errors.
+    endpoint: String,
     bucket: Option<String>,
     /// The headers that buckets set on every object.
     bucket_defaults: BucketDefaults,

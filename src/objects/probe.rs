@@ -128,9 +128,20 @@ impl Objects {
         put
     }
 
+    /// Adds the endpoint to an error without an answer: the probe's first call shows a wrong endpoint.
+    fn with_endpoint(&self, error: Error) -> Error {
+        match error {
+            Error::Unavailable(reason) => {
+                Error::Unavailable(format!("{reason}; the endpoint is {}, set AWS_ENDPOINT_URL_S3 to change it", self.0.endpoint))
+            }
+            error => error,
+        }
+    }
+
     async fn new_probe<'a>(&'a self, bucket: &'a str) -> Result<Probe<'a>, Error> {
         let undeleted = ObjectLocation { bucket: bucket.to_owned(), key: format!("{UNDELETABLE_PREFIX}/{VALID_OBJECT}") };
-        let is_locked = self.0.bucket_defaults.accepts_any(bucket) || self.has_default_retention(bucket, &undeleted).await?;
+        let is_locked = self.0.bucket_defaults.accepts_any(bucket)
+            || self.has_default_retention(bucket, &undeleted).await.map_err(|error| self.with_endpoint(error))?;
         let is_undeletable = is_locked || self.0.bucket_defaults.is_undeletable(bucket);
         let prefix = if is_undeletable { UNDELETABLE_PREFIX.to_owned() } else { format!("{PROBE_PREFIX}{}", Uuid::new_v4()) };
         let http = Client::builder().connect_timeout(CONNECT_TIMEOUT).timeout(REQUEST_TIMEOUT);

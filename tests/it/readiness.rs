@@ -1,5 +1,6 @@
 //! A broker is ready only while an upload would succeed, and otherwise reports what is wrong.
 
+use lfs_broker::app;
 use serde_json::{Value, json};
 
 use crate::harness::{ApiResponse, TestBroker};
@@ -75,4 +76,29 @@ async fn a_broker_whose_database_is_read_only_is_not_ready() {
     };
     wait_until_ready_is(&broker, 503).await;
     broker.eventually("the cause is named", is_named).await;
+}
+
+#[tokio::test]
+async fn a_broker_without_a_bucket_names_the_missing_setting_and_not_the_store() {
+    let broker = TestBroker::start().await;
+    let mut settings = broker.settings.clone();
+    settings.objects.bucket = None;
+    settings.objects.endpoint = Some("http://127.0.0.1:1".to_owned());
+    let running = app::start(settings).await.expect("the broker starts");
+    let response = reqwest::get(format!("http://{}/readyz", running.address())).await.unwrap();
+    assert_eq!(response.status(), 503);
+    let readiness: Value = serde_json::from_str(&response.text().await.unwrap()).unwrap();
+    assert_reason(&readiness["storage"], "no bucket is configured: set LFS_BROKER_S3_BUCKET");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_broker_whose_kafka_address_is_wrong_does_not_name_an_advertised_address() {
+    let broker = TestBroker::start_with(|settings| settings.kafka.bootstrap_servers = "127.0.0.1:1".to_owned()).await;
+    let has_reason = async || {
+        let response = broker.get("/readyz").await.expect(200);
+        let reason = response.json["kafka"]["reason"].as_str().unwrap_or_default().to_owned();
+        reason == "an address in KAFKA_BOOTSTRAP_SERVERS cannot be reached; the log contains it"
+    };
+    broker.eventually("the cause is named", has_reason).await;
 }
