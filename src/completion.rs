@@ -15,7 +15,6 @@ mod tasks;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lfs_broker_client::api::UploadState;
 use tokio::sync::oneshot;
 use tracing::warn;
 use uuid::Uuid;
@@ -99,12 +98,11 @@ impl CompletionWorker {
             Ok(now) => now,
             Err(error) => return ClaimOutcome::Failed(error),
         };
-        let from = session.state.name();
+        let (from, reason) = (session.state.name(), claim_reason(&session));
         let claimed = match session.claim(self.owner, now, now + self.settings.lease) {
             Ok(claimed) => claimed,
             Err(error) => return ClaimOutcome::Refused(error),
         };
-        let reason = if from == UploadState::Open { "the client requested completion" } else { "the previous lease has ended" };
         match self.store.save(&Transition { from, to: &claimed, reason, by, now }).await {
             Ok(saved) => ClaimOutcome::Claimed(Box::new(saved)),
             Err(error @ store::Error::Database(_)) => ClaimOutcome::Unknown(Box::new(claimed), error),
@@ -165,5 +163,15 @@ impl CompletionWorker {
             }
         }
         self.notifier.notify(id);
+    }
+}
+
+/// Why a session is claimed, for its history.
+fn claim_reason(session: &Session) -> &'static str {
+    match &session.state {
+        State::Open => "the client requested completion",
+        // The check that asked for the bytes ended its own lease at once. Later leases end after the last change of the session.
+        State::Completing { lease, must_read: true } if lease.until <= session.updated_at => "the verifier reads the bytes",
+        _ => "the previous lease has ended",
     }
 }

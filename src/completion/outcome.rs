@@ -46,7 +46,7 @@ impl CompletionWorker {
         match saved.await {
             Ok(saved) => {
                 let state = saved.state.name();
-                info!(session.id = %id, state = %state, reason, "completion moved upload {id} to {state}: {reason}");
+                info!(session.id = %id, reason, "completion moved upload {id} to {state}");
             }
             // This replica may have saved the outcome itself, if the response to the first attempt was lost.
             Err(store::Error::VersionConflict(_)) => {

@@ -212,6 +212,11 @@ async fn an_object_without_a_checksum_is_read_back_before_it_is_verified() {
     let published = broker.complete_and_wait(&right.id(), json!({})).await;
     assert_eq!(published.json["integrity"], "sha256");
     assert_eq!(broker.records(&broker.topic).await.len(), 1);
+    let history = broker.get(&format!("/lfs/uploads/{}/history", right.id())).await.expect(200).json;
+    let reasons: Vec<&str> =
+        history["items"].as_array().unwrap().iter().filter_map(|transition| transition["reason"].as_str()).collect();
+    assert!(reasons.contains(&"the verifier reads the bytes"), "{reasons:?}");
+    assert!(!reasons.contains(&"the previous lease has ended"), "{reasons:?}");
 }
 
 /// Asserts that a request signs exactly the headers that it requires, each as a header and none in the query.
