@@ -108,7 +108,11 @@ impl Setting {
             Kind::Words(words) => words.contains(&text),
             Kind::Number(range, _) => text.parse().is_ok_and(|number| range.contains(&number)),
             Kind::KafkaAddresses => kafka::are_bootstrap_servers(text),
-            Kind::Bucket => !text.is_empty() && !text.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()),
+            // The ARN of an access point is a bucket name for S3 clients, and contains a slash.
+            Kind::Bucket => {
+                let is_valid = |c: char| !c.is_whitespace() && !c.is_control() && (c != '/' || text.starts_with("arn:"));
+                !text.is_empty() && text.chars().all(is_valid)
+            }
             Kind::Text | Kind::Secret | Kind::Address | Kind::List | Kind::Flag => true,
         };
         match valid && (self.field)(draft).set(text) {

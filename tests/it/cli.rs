@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::harness::fault_proxy::FaultProxy;
 use crate::harness::faults::start_with_client_s3_proxy;
 use crate::harness::process::signal;
 use crate::harness::uploads::PART_BYTES;
@@ -203,21 +204,22 @@ async fn put_uploads_each_of_many_files_and_continues_after_one_that_fails() {
     assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
 }
 
-/// Puts a file into stalled storage and interrupts the command once the upload is open. Returns the upload's id and the output.
-async fn interrupt_put(broker: &TestBroker, file: &Path) -> (String, Output) {
-    let (id, child) = spawn_put_until_open(broker, &[file.to_str().unwrap(), "--wait"], Path::new(".")).await;
+/// Puts a file into stalled storage and interrupts the command once it sends bytes. Returns the upload's id and the output.
+async fn interrupt_put(broker: &TestBroker, proxy: &FaultProxy, file: &Path) -> (String, Output) {
+    let (id, child) = spawn_put_until_open(broker, proxy, &[file.to_str().unwrap(), "--wait"], Path::new(".")).await;
     (id, interrupt(child).await)
 }
 
-/// Starts a put and waits until its upload is open; storage is stalled. Returns the upload's id.
-async fn spawn_put_until_open(broker: &TestBroker, arguments: &[&str], directory: &Path) -> (String, Child) {
+/// Starts a put and waits until it connects to the stalled storage: then it knows its upload. Returns the upload's id.
+async fn spawn_put_until_open(broker: &TestBroker, proxy: &FaultProxy, arguments: &[&str], directory: &Path) -> (String, Child) {
+    let connections_before = proxy.stalled_connections();
     let mut command = Command::new(env!("CARGO_BIN_EXE_lfs-broker"));
     command.args(["put", "--topic", &broker.topic]).args(arguments).current_dir(directory);
     command.env_clear().env("LFS_BROKER_URL", broker.url());
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let open = async || broker.get("/lfs/uploads?state=open").await.json["items"].clone();
-    broker.eventually("the upload is open", async || open().await[0].is_object()).await;
-    (open().await[0]["id"].as_str().unwrap().to_owned(), child)
+    proxy.wait_for_stalled_connections(connections_before + 1).await;
+    let open = broker.get("/lfs/uploads?state=open").await;
+    (open.json["items"][0]["id"].as_str().expect("an open upload").to_owned(), child)
 }
 
 /// Interrupts a command like Ctrl-C and returns its output. An interrupted command exits with code 1.
@@ -238,7 +240,7 @@ async fn an_interrupted_put_prints_the_command_that_resumes_it() {
     std::fs::write(&large, &content).unwrap();
     std::fs::write(&small, b"small").unwrap();
 
-    let (id, output) = interrupt_put(&broker, &large).await;
+    let (id, output) = interrupt_put(&broker, &proxy, &large).await;
     let stderr = text(&output.stderr);
     let hint = stderr.lines().find_map(|line| line.strip_prefix("hint: resume with: lfs-broker ")).expect(&stderr);
     assert!(hint.contains(&format!("--resume {id} --wait")), "{hint}");
@@ -251,7 +253,7 @@ async fn an_interrupted_put_prints_the_command_that_resumes_it() {
 
     // A single PUT cannot be resumed: S3 stores nothing of it.
     proxy.stall();
-    let (id, output) = interrupt_put(&broker, &small).await;
+    let (id, output) = interrupt_put(&broker, &proxy, &small).await;
     assert!(text(&output.stderr).contains(&format!("interrupted: upload {id} was aborted")), "{}", text(&output.stderr));
     assert_eq!(broker.upload(&id).await.state(), "aborted");
 }
@@ -298,7 +300,7 @@ async fn an_interrupted_get_leaves_no_file() {
     command.env_clear().env("LFS_BROKER_URL", broker.url()).stdin(Stdio::null()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     // Its connection is accepted, so the command waits for bytes.
-    proxy.wait_for_stalled_connection().await;
+    proxy.wait_for_stalled_connections(1).await;
     let output = interrupt(child).await;
     assert!(text(&output.stderr).contains("interrupted: nothing was written"), "{}", text(&output.stderr));
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

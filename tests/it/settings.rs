@@ -66,6 +66,7 @@ fn addresses_and_names_that_cannot_work_are_refused() {
         ("DATABASE_URL", "postgresql://u@127.0.0.1/x"),
         ("KAFKA_BOOTSTRAP_SERVERS", "PLAINTEXT://k1:9092, k2"),
         ("KAFKA_BOOTSTRAP_SERVERS", "[::1]:9092"),
+        ("LFS_BROKER_S3_BUCKET", "arn:aws:s3:eu-central-1:123456789012:accesspoint/uploads"),
         ("LFS_BROKER_S3_BUCKET", "My_Bucket.2"),
     ] {
         assert_eq!(check(name, value).0, Some(0), "{name}={value}: {}", check(name, value).1);

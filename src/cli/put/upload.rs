@@ -71,7 +71,7 @@ pub(super) async fn upload(
         (None, None) => {
             let outcome = match opened.get() {
                 Some((id, _)) => abort(client, *id).await,
-                None => "nothing was uploaded".to_owned(),
+                None => "no bytes were uploaded".to_owned(),
             };
             Err(Error::Interrupted { outcome, resume_command: None })
         }

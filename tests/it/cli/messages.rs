@@ -147,13 +147,13 @@ async fn a_put_that_is_killed_has_already_printed_which_upload_to_resume() {
     let directory = tempfile::tempdir().unwrap();
     // A file name that a command would parse as an option.
     std::fs::write(directory.path().join("-big"), bytes(2 * PART_BYTES, 6)).unwrap();
-    let (id, child) = spawn_put_until_open(&broker, &["--json", "./-big"], directory.path()).await;
+    let (id, child) = spawn_put_until_open(&broker, &proxy, &["--json", "./-big"], directory.path()).await;
     signal(child.id(), "KILL");
     let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
     assert!(text(&output.stderr).contains(&format!("upload {id}")), "{}", text(&output.stderr));
     broker.delete(&format!("/lfs/uploads/{id}")).await.expect(204);
 
-    let (id, child) = spawn_put_until_open(&broker, &["--key", "k", "--", "-big"], directory.path()).await;
+    let (id, child) = spawn_put_until_open(&broker, &proxy, &["--key", "k", "--", "-big"], directory.path()).await;
     let output = interrupt(child).await;
     let expected = format!("hint: resume with: lfs-broker put ./-big --topic {} --resume {id}", broker.topic);
     assert!(text(&output.stderr).contains(&expected), "{}", text(&output.stderr));

@@ -68,10 +68,15 @@ impl FaultProxy {
         self.mode.send(Mode::Stalled).unwrap();
     }
 
-    /// Returns once a client has connected to the stalled proxy.
-    pub(crate) async fn wait_for_stalled_connection(&self) {
+    /// How many connections were accepted while the proxy stalled.
+    pub(crate) fn stalled_connections(&self) -> u32 {
+        *self.stalled.borrow()
+    }
+
+    /// Returns once this many connections were accepted while the proxy stalled.
+    pub(crate) async fn wait_for_stalled_connections(&self, count: u32) {
         let mut stalled = self.stalled.clone();
-        let waiting = tokio::time::timeout(Duration::from_secs(20), stalled.wait_for(|stalled| *stalled > 0));
+        let waiting = tokio::time::timeout(Duration::from_secs(20), stalled.wait_for(|stalled| *stalled >= count));
         waiting.await.expect("a client connects while the proxy stalls").expect("the proxy listens");
     }
 
