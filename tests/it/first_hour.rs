@@ -199,11 +199,12 @@ async fn put_sets_the_partition_and_the_file_name() {
     let broker = TestBroker::start().await;
     let url = broker.url();
     let environment = [("LFS_BROKER_URL", url.as_str())];
-    broker.create_topic("partitioned", 4).await;
+    let topic = format!("{}-partitioned", broker.topic);
+    broker.create_topic(&topic, 4).await;
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("a"), b"a").unwrap();
     let file = path(&directory, "a");
-    let arguments = ["put", &file, "--topic", "partitioned", "--partition", "3", "--filename", "report.pdf", "--wait"];
+    let arguments = ["put", &file, "--topic", &topic, "--partition", "3", "--filename", "report.pdf", "--wait"];
     let put = run(&arguments, &environment).await;
     assert_eq!(put.status.code(), Some(0), "{}", text(&put.stderr));
     let line = json_lines(&put).remove(0);
@@ -211,9 +212,9 @@ async fn put_sets_the_partition_and_the_file_name() {
     let resolved = broker.post("/lfs/resolve", &line["pointer"]).await.expect(200);
     assert_eq!(resolved.json["filename"], "report.pdf");
 
-    let two = run(&["put", &file, &file, "--topic", "partitioned", "--filename", "x"], &environment).await;
+    let two = run(&["put", &file, &file, "--topic", &topic, "--filename", "x"], &environment).await;
     assert_eq!(two.status.code(), Some(2), "{}", text(&two.stderr));
-    let explicit = ["put", &file, "--topic", "partitioned", "--filename", "a.pdf", "--content-type", "image/png"];
+    let explicit = ["put", &file, "--topic", &topic, "--filename", "a.pdf", "--content-type", "image/png"];
     let explicit = run(&explicit, &environment).await;
     assert_eq!(json_lines(&explicit)[0]["pointer"]["content_type"], "image/png", "{}", text(&explicit.stderr));
 }
