@@ -8,6 +8,7 @@
 
 mod admin;
 mod audit;
+mod clock;
 mod migrate;
 mod outbox;
 mod pool;
@@ -16,8 +17,7 @@ mod tenant_limiter;
 mod topics;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection as _, PgConnection, query, query_scalar};
@@ -168,7 +168,7 @@ pub struct Store {
     pool: pool::Pool,
     options: PgConnectOptions,
     tenant_limiter: Arc<TenantLimiter>,
-    clock_offset_ms: Arc<AtomicI64>,
+    clock: Arc<clock::Clock>,
     /// Read once: the identity of a deployment never changes.
     deployment: Arc<OnceCell<Deployment>>,
 }
@@ -182,7 +182,7 @@ impl Store {
         let options = connect_options(&settings.url)?;
         let pool = pool::Pool::new(&options, settings.max_connections, settings.call_timeout);
         let tenant_limiter = Arc::new(TenantLimiter::new(settings.tenant_connections));
-        Ok(Self { pool, options, tenant_limiter, clock_offset_ms: Arc::default(), deployment: Arc::default() })
+        Ok(Self { pool, options, tenant_limiter, clock: Arc::default(), deployment: Arc::default() })
     }
 
     /// Migrates the schema to this program's version. Several processes may run it at once, while brokers serve requests.
@@ -218,16 +218,33 @@ impl Store {
         if found < required { Err(Error::OutdatedSchema { found, required }) } else { Ok(()) }
     }
 
-    /// The current time by the database's clock, so that replicas with wrong clocks agree.
+    /// The current time by the database's clock, so that replicas with wrong clocks agree. The database is asked only now and
+    /// then ([`clock`]).
     pub(crate) async fn now(&self) -> Result<OffsetDateTime, Error> {
+        match self.clock.now() {
+            clock::Known::Time(now) => Ok(now),
+            clock::Known::TimeToRenew(now) => {
+                let store = self.clone();
+                tokio::spawn(async move {
+                    // If it fails, the next caller tries again, and the reading stays usable for a while.
+                    let _ = store.read_clock().await;
+                    store.clock.end_renewal();
+                });
+                Ok(now)
+            }
+            clock::Known::Nothing => self.read_clock().await,
+        }
+    }
+
+    async fn read_clock(&self) -> Result<OffsetDateTime, Error> {
+        let asked_at = Instant::now();
         let now = query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(&self.pool).await?;
-        Ok(now + time::Duration::milliseconds(self.clock_offset_ms.load(Ordering::Relaxed)))
+        Ok(self.clock.set(now, asked_at))
     }
 
     /// Advances the clock of this handle and its clones, for tests.
     pub fn advance_clock(&self, by: Duration) {
-        let by_ms = i64::try_from(by.as_millis()).expect("a test advances it by less than 292 million years");
-        self.clock_offset_ms.fetch_add(by_ms, Ordering::Relaxed);
+        self.clock.advance(by);
     }
 
     /// Checks that the database answers and accepts writes.
