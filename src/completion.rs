@@ -3,6 +3,9 @@
 //! The broker runs it when a client completes, the verifier when bytes must be read or a lease has expired. Every step may
 //! run twice: a takeover checks S3 before it changes anything, and the outcome is saved only for the version that was read.
 //!
+//! A single PUT whose object is as declared needs no claim: a HEAD only reads, so two replicas may both look, and the version
+//! decides which of them saves (`unclaimed`).
+//!
 //! This file has the order of the steps. `lease` keeps and releases the lease, `object` talks to S3, `outcome` saves.
 
 mod lease;
@@ -11,6 +14,7 @@ mod outcome;
 mod parts;
 mod recheck;
 mod tasks;
+mod unclaimed;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +58,14 @@ pub(crate) struct CompletionWorker {
     pub(crate) tasks: Tasks,
 }
 
+/// What a started completion has reached.
+pub(crate) enum Started {
+    /// The session is claimed, and its completion runs.
+    Claimed,
+    /// The object was verified without a claim, and the session is saved as this one.
+    Verified(Box<Session>),
+}
+
 /// The outcome of a claim.
 enum ClaimOutcome {
     Claimed(Box<Session>),
@@ -64,21 +76,26 @@ enum ClaimOutcome {
 }
 
 impl CompletionWorker {
-    /// Claims a session and completes it in its own task, which continues if the caller goes away. Returns once the
-    /// session is claimed. `by` goes into the history, and `permit` is held until the task ends.
+    /// Completes a session in its own task, which continues if the caller goes away. Returns once the session is verified or
+    /// claimed. `by` goes into the history, and `permit` is held until the task ends.
     pub(crate) async fn start(
         &self,
         session: Session,
         by: &str,
         permit: impl Send + 'static,
-    ) -> Result<Result<(), SessionError>, store::Error> {
+    ) -> Result<Result<Started, SessionError>, store::Error> {
         let (sender, receiver) = oneshot::channel();
         let (worker, by) = (self.clone(), by.to_owned());
         self.tasks.spawn(async move {
+            if let Some(saved) = worker.verify_unclaimed(&session, &by).await {
+                let _ = sender.send(saved.map(|session| Ok(Started::Verified(Box::new(session)))));
+                drop(permit);
+                return;
+            }
             // A claimed session is completed even if the caller no longer listens.
             match worker.claim(session, &by).await {
                 ClaimOutcome::Claimed(session) => {
-                    let _ = sender.send(Ok(Ok(())));
+                    let _ = sender.send(Ok(Ok(Started::Claimed)));
                     worker.process(*session).await;
                 }
                 ClaimOutcome::Refused(error) => drop(sender.send(Ok(Err(error)))),

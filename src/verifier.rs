@@ -143,7 +143,7 @@ impl Verifier {
         let counted = (self.tenant_reads.clone(), tenant.to_owned());
         let read_permit = ReadPermit { permit: Some(permit), counted, is_used: Arc::clone(&is_used), notifier };
         match self.completion_worker.start(session, "verifier", read_permit).await {
-            Ok(Ok(())) => {
+            Ok(Ok(_)) => {
                 // If the task has already ended, it notified no one. That is safe: after a taken session the verifier ticks
                 // again at once.
                 is_used.store(true, Ordering::Release);

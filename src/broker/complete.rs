@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::view::{pointer, record};
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
+use crate::completion::Started;
 use crate::session::{Failure, Session, SessionError, State, Verification};
 use crate::store::{self, Transition};
 
@@ -24,6 +25,16 @@ const ANSWER_GRACE: Duration = Duration::from_millis(850);
 const _: () = assert!(VERIFICATION_GRACE.as_millis() < ANSWER_GRACE.as_millis() && ANSWER_GRACE.as_millis() < 1000);
 /// How long a request waits for a free completion permit.
 const PERMIT_WAIT: Duration = Duration::from_secs(1);
+
+/// What a complete request has joined.
+enum Joined {
+    /// A completion is running.
+    InProgress,
+    /// This request verified the upload.
+    Verified(Box<Session>),
+    /// Another writer changed the session: it must be read again.
+    Changed,
+}
 
 impl Broker {
     /// Completes an upload: verifies the object, queues the pointer in the outbox, and waits for Kafka.
@@ -61,8 +72,12 @@ impl Broker {
         let verification_deadline = deadline + VERIFICATION_GRACE;
         let mut changes = self.notifier.subscribe(id);
         let mut joined = false;
+        let mut verified_here = None;
         loop {
-            let (session, now) = self.current_session(caller, id).await?;
+            let (session, now) = match verified_here.take() {
+                Some(session) => (session, self.store.now().await?),
+                None => self.current_session(caller, id).await?,
+            };
             check_sha256(&session, request)?;
             let is_past_deadline = Instant::now() >= deadline;
             match &session.state {
@@ -73,8 +88,14 @@ impl Broker {
                     return Err(stored_failure(&session, session.last_failure.clone()));
                 }
                 State::Open | State::Completing { must_read: false, .. } => {
-                    joined |=
-                        self.join_or_start(session.clone(), now, request, traceparent.clone(), verification_deadline).await?;
+                    match self.join_or_start(session.clone(), now, request, traceparent.clone(), verification_deadline).await? {
+                        Joined::Verified(session) => {
+                            verified_here = Some(*session);
+                            continue;
+                        }
+                        Joined::InProgress => joined = true,
+                        Joined::Changed => {}
+                    }
                     is_in_progress.store(joined, Ordering::Relaxed);
                     if Instant::now() >= verification_deadline {
                         return if joined { Ok(still_completing(id)) } else { Err(Error::OutcomeUnknown) };
@@ -99,7 +120,7 @@ impl Broker {
         }
     }
 
-    /// Joins the running completion, or claims the session and starts one. `true`: a completion is in progress.
+    /// Joins the running completion, or starts one.
     async fn join_or_start(
         &self,
         session: Session,
@@ -107,7 +128,7 @@ impl Broker {
         request: &CompleteUpload,
         traceparent: Option<String>,
         verification_deadline: Instant,
-    ) -> Result<bool, Error> {
+    ) -> Result<Joined, Error> {
         let before = session.clone();
         let mut session = match session.state {
             State::Open => session.declare_sha256(request.sha256).map_err(|error| session_error(error, &before))?,
@@ -116,7 +137,7 @@ impl Broker {
         session.spec.traceparent = session.spec.traceparent.or(traceparent);
         // A request that only joins a running completion needs no permit.
         if let Err(SessionError::CompletionInProgress) = session.clone().claim(self.completion_worker.owner, now, now) {
-            return Ok(true);
+            return Ok(Joined::InProgress);
         }
         let permit_by = verification_deadline.min(Instant::now() + PERMIT_WAIT);
         let permits = async {
@@ -129,11 +150,10 @@ impl Broker {
         let permits = tokio::time::timeout_at(permit_by.into(), permits).await.map_err(|_| too_many())?;
         let by = format!("client:{}", session.subject);
         match self.completion_worker.start(session, &by, permits).await {
-            Ok(Ok(())) => Ok(true),
-            Ok(Err(SessionError::CompletionInProgress)) => Ok(true),
+            Ok(Ok(Started::Verified(session))) => Ok(Joined::Verified(session)),
+            Ok(Ok(Started::Claimed) | Err(SessionError::CompletionInProgress)) => Ok(Joined::InProgress),
             Ok(Err(error)) => Err(session_error(error, &before)),
-            // Another writer changed the session: the caller reads it again.
-            Err(store::Error::VersionConflict(_)) => Ok(false),
+            Err(store::Error::VersionConflict(_)) => Ok(Joined::Changed),
             Err(error) => Err(error.into()),
         }
     }

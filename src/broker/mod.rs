@@ -110,6 +110,7 @@ pub(crate) struct Broker {
     completion_permits: Arc<Semaphore>,
     /// Gives one tenant at most half of the permits.
     tenant_permits: Arc<TenantLimiter>,
+    remembered_policies: Arc<topics::RememberedPolicies>,
 }
 
 /// The components and settings that the operations use.
@@ -143,7 +144,12 @@ impl Broker {
         let completes = deps.settings.max_concurrent_completes;
         let tenant_share = u32::try_from(completes.div_ceil(2)).unwrap_or(u32::MAX);
         let completion_permits = Arc::new(Semaphore::new(completes));
-        Self { completion_permits, tenant_permits: Arc::new(TenantLimiter::new(tenant_share)), deps: Arc::new(deps) }
+        Self {
+            completion_permits,
+            tenant_permits: Arc::new(TenantLimiter::new(tenant_share)),
+            remembered_policies: Arc::default(),
+            deps: Arc::new(deps),
+        }
     }
 
     /// The caller's session. Sessions of other tenants, and of topics that the token does not name, are not found.

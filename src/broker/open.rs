@@ -1,6 +1,7 @@
 //! Open an upload, and sign its parts.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -17,15 +18,18 @@ use super::view::view;
 use super::{Broker, Error, session_error};
 use crate::auth::Caller;
 use crate::failpoint;
-use crate::kafka;
+use crate::kafka::{self, RecordLimits};
 use crate::objects::{NewObject, ObjectLocation, PresignedUrl};
 use crate::policy::{self, ValidatedRequest};
-use crate::session::{Layout, PartHashMode, Session, SessionError, State};
-use crate::store::{self, CreateOutcome, Transition};
+use crate::session::{Layout, PartHashMode, Session, SessionError, State, UploadSpec};
+use crate::store::{self, CreateOutcome, NewSession, StoredPolicy, Transition};
 
 /// How long an upload that could not be opened stays for a retry with its Idempotency-Key. Clients stop retrying within a
 /// minute.
 const REPLAY_WINDOW: time::Duration = time::Duration::seconds(120);
+
+/// How often an open reads its topic's policy, if the policy changes each time before the upload is stored.
+const MAX_POLICY_READS: usize = 3;
 
 /// The inputs of an open request besides its body.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +45,15 @@ pub(crate) enum IdempotencyKey {
     Absent,
     Malformed,
     Valid(String),
+}
+
+/// An open request that is valid and that the caller may send.
+#[derive(Clone)]
+struct ValidOpen {
+    validated: ValidatedRequest,
+    fingerprint: Sha256,
+    key: Option<String>,
+    traceparent: Option<String>,
 }
 
 /// An opened upload, and whether this request opened it.
@@ -66,24 +79,38 @@ impl Broker {
             IdempotencyKey::Malformed => return Err(Error::IdempotencyKeyInvalid),
             IdempotencyKey::Valid(key) => Some(key),
         };
-        if let Some(replayed) = self.replay(caller, key.as_deref(), &fingerprint).await? {
-            return Ok(replayed);
+        let request = ValidOpen { validated, fingerprint, key, traceparent: context.traceparent };
+        // With a policy that an earlier open read, one statement opens the upload and checks that the policy still holds.
+        if let Some(policy) = self.remembered_policies.get(&topic) {
+            match self.open_under(caller, request.clone(), policy).await {
+                Ok(Some(opened)) => return Ok(opened),
+                Err(error @ (Error::Store(_) | Error::Objects(_) | Error::OutcomeUnknown)) => return Err(error),
+                // The policy has changed, or it refuses what the stored one may allow.
+                Ok(None) | Err(_) => {}
+            }
         }
-        let policy = self.policy_of(&topic).await?;
-        let (spec, hashes) = policy::apply_policy(validated, &policy, &self.policy, context.traceparent)?;
+        for _ in 0..MAX_POLICY_READS {
+            // A request that is repeated gets the upload that it opened, whatever the policy says now.
+            if let Some(replayed) = self.replay(caller, request.key.as_deref(), &request.fingerprint).await? {
+                return Ok(replayed);
+            }
+            let policy = self.read_policy(&topic).await?;
+            if let Some(opened) = self.open_under(caller, request.clone(), policy).await? {
+                return Ok(opened);
+            }
+        }
+        Err(Error::OutcomeUnknown)
+    }
+
+    /// Opens an upload that this policy allows. `None`: the stored policy is another one.
+    async fn open_under(&self, caller: &Caller, request: ValidOpen, stored: Arc<StoredPolicy>) -> Result<Option<Opened>, Error> {
+        let ValidOpen { validated, fingerprint, key, traceparent } = request;
+        let topic = validated.request.topic.clone();
+        let policy = stored.policy.clone().unwrap_or_else(|| self.policy.default_policy());
+        let (spec, hashes) = policy::apply_policy(validated, &policy, &self.policy, traceparent)?;
         let bucket = policy.bucket.as_deref().or(self.objects.default_bucket());
         let bucket = bucket.ok_or_else(|| policy::PolicyViolation::NoBucket(topic.clone()))?;
-        let partitions = self.kafka.partition_count(&topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
-        if let Some(partition) = spec.partition.filter(|partition| *partition >= partitions) {
-            let last = partitions - 1;
-            let detail = format!("partition {partition} does not exist: topic {topic} has partitions 0 to {last}");
-            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/partition", detail)]).into());
-        }
-        let limits = self.kafka.record_limits(&topic).await;
-        if limits.needs_key && spec.key.is_none() {
-            let detail = format!("topic {topic} is compacted: every record needs a key");
-            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/key", detail)]).into());
-        }
+        let limits = self.check_topic(&spec).await?;
         let now = self.store.now().await?;
         let id = new_id(now);
         let object_key = policy::object_key(policy.prefix.as_deref(), &caller.tenant, &topic, id, now);
@@ -91,12 +118,15 @@ impl Broker {
         if let Some(max_bytes) = limits.max_bytes.filter(|max_bytes| session.min_record_bytes() > *max_bytes) {
             return Err(Error::RecordTooLarge { topic, size_bytes: session.min_record_bytes(), max_bytes });
         }
-        let idempotency = key.as_deref().map(|key| (key, fingerprint.0.as_slice()));
+        let idempotency = key.clone().map(|key| (key, fingerprint));
         let quota = self.settings.quota;
-        match self.store.create(&session, &hashes, idempotency, quota).await? {
+        let new = NewSession { session: session.clone(), part_hashes: hashes.clone(), idempotency, policy: stored };
+        match self.store.create(new, quota).await? {
             CreateOutcome::Created => {}
+            CreateOutcome::PolicyChanged => return Ok(None),
             CreateOutcome::KeyExists => {
-                return self.replay(caller, key.as_deref(), &fingerprint).await?.ok_or(Error::IdempotencyKeyInFlight);
+                let replayed = self.replay(caller, key.as_deref(), &fingerprint).await?;
+                return replayed.map(Some).ok_or(Error::IdempotencyKeyInFlight);
             }
             CreateOutcome::KeyInFlight => return Err(Error::IdempotencyKeyInFlight),
             CreateOutcome::TooManySessions => return Err(Error::TooManySessions(quota.open_sessions)),
@@ -107,7 +137,24 @@ impl Broker {
         }
         let upload = self.sign_or_release(session, hashes, key.is_some(), now).await?;
         failpoint::reach("open.answered").await.map_err(store::Error::from)?;
-        Ok(Opened { upload, is_new: true })
+        Ok(Some(Opened { upload, is_new: true }))
+    }
+
+    /// Checks that Kafka has the topic and the partition, and that the topic takes a record with such a key.
+    async fn check_topic(&self, spec: &UploadSpec) -> Result<RecordLimits, Error> {
+        let topic = &spec.topic;
+        let partitions = self.kafka.partition_count(topic).await?.ok_or_else(|| Error::TopicNotFound(topic.clone()))?;
+        if let Some(partition) = spec.partition.filter(|partition| *partition >= partitions) {
+            let last = partitions - 1;
+            let detail = format!("partition {partition} does not exist: topic {topic} has partitions 0 to {last}");
+            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/partition", detail)]).into());
+        }
+        let limits = self.kafka.record_limits(topic).await;
+        if limits.needs_key && spec.key.is_none() {
+            let detail = format!("topic {topic} is compacted: every record needs a key");
+            return Err(policy::PolicyViolation::Invalid(vec![FieldError::new("/key", detail)]).into());
+        }
+        Ok(limits)
     }
 
     /// Signs the first URLs of an upload that was just stored, or releases its quota if that fails. This runs in its own

@@ -1,5 +1,8 @@
 //! Topic policies: read, store, delete and list.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use lfs_broker_client::api::{FieldError, ListTopics, Policy, TopicPage, TopicPolicy};
@@ -8,11 +11,45 @@ use super::read::{invalid_cursor, page_limit};
 use super::{Broker, Error};
 use crate::kafka;
 use crate::policy;
+use crate::store::StoredPolicy;
+
+/// The most topics whose policies are remembered. A broker has far fewer, unless callers ask for topics that Kafka lacks.
+const MAX_REMEMBERED: usize = 1000;
+
+/// The policies that opens read last. An open that uses one asks the database in the same statement whether it still holds, so
+/// a changed policy applies at once.
+#[derive(Default)]
+pub(super) struct RememberedPolicies(Mutex<HashMap<String, Arc<StoredPolicy>>>);
+
+impl RememberedPolicies {
+    pub(super) fn get(&self, topic: &str) -> Option<Arc<StoredPolicy>> {
+        self.policies().get(topic).cloned()
+    }
+
+    fn remember(&self, topic: &str, policy: &Arc<StoredPolicy>) {
+        let mut policies = self.policies();
+        if policies.len() >= MAX_REMEMBERED {
+            policies.clear();
+        }
+        policies.insert(topic.to_owned(), Arc::clone(policy));
+    }
+
+    fn policies(&self) -> MutexGuard<'_, HashMap<String, Arc<StoredPolicy>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Broker {
     /// The policy that applies to a topic: its own, or the broker's default.
     pub(super) async fn policy_of(&self, topic: &str) -> Result<Policy, Error> {
         Ok(self.store.policy(topic).await?.unwrap_or_else(|| self.policy.default_policy()))
+    }
+
+    /// Reads the stored policy of a topic, and remembers it.
+    pub(super) async fn read_policy(&self, topic: &str) -> Result<Arc<StoredPolicy>, Error> {
+        let policy = Arc::new(self.store.stored_policy(topic).await?);
+        self.remembered_policies.remember(topic, &policy);
+        Ok(policy)
     }
 
     /// The values of members that a stored policy does not set.

@@ -9,6 +9,7 @@
 mod admin;
 mod audit;
 mod clock;
+mod group_commit;
 mod migrate;
 mod outbox;
 mod pool;
@@ -26,11 +27,12 @@ use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use crate::failpoint::InjectedError;
+use crate::session::Session;
 
 pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
 pub(crate) use outbox::{Claim, Deferred, OutboxRow, ShardLease};
 pub use sessions::Quota;
-pub(crate) use sessions::{CreateOutcome, Filter, SessionPage, Transition};
+pub(crate) use sessions::{CreateOutcome, Filter, NewSession, SessionPage, StoredPolicy, Transition, VerifiedPut};
 pub(crate) use tenant_limiter::TenantLimiter;
 
 /// The default timeout of one call. A client gets a response within two seconds, even if the database does not respond.
@@ -169,6 +171,10 @@ pub struct Store {
     options: PgConnectOptions,
     tenant_limiter: Arc<TenantLimiter>,
     clock: Arc<clock::Clock>,
+    /// The opens that wait for a statement of their tenant.
+    opens: group_commit::GroupCommit<Arc<NewSession>, CreateOutcome>,
+    /// The verified PUTs that wait for a statement of their tenant.
+    verified_puts: group_commit::GroupCommit<Arc<VerifiedPut>, Session>,
     /// Read once: the identity of a deployment never changes.
     deployment: Arc<OnceCell<Deployment>>,
 }
@@ -182,7 +188,15 @@ impl Store {
         let options = connect_options(&settings.url)?;
         let pool = pool::Pool::new(&options, settings.max_connections, settings.call_timeout);
         let tenant_limiter = Arc::new(TenantLimiter::new(settings.tenant_connections));
-        Ok(Self { pool, options, tenant_limiter, clock: Arc::default(), deployment: Arc::default() })
+        Ok(Self {
+            pool,
+            options,
+            tenant_limiter,
+            clock: Arc::default(),
+            opens: group_commit::GroupCommit::default(),
+            verified_puts: group_commit::GroupCommit::default(),
+            deployment: Arc::default(),
+        })
     }
 
     /// Migrates the schema to this program's version. Several processes may run it at once, while brokers serve requests.

@@ -1,8 +1,10 @@
 //! Sessions: creating them, saving their state changes under optimistic locking, and reading them.
 
+mod create;
 mod list;
 mod row;
 mod scan;
+mod verify;
 mod write;
 
 use lfs_broker_client::api::{ErrorCode, UploadState};
@@ -11,10 +13,12 @@ use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+pub(crate) use create::{NewSession, StoredPolicy};
 pub(crate) use list::SessionPage;
 #[cfg(feature = "dev")]
 pub(super) use row::record_headers;
 use row::{Row, session_rows};
+pub(crate) use verify::VerifiedPut;
 pub(super) use write::compact_history;
 
 use super::pool::{WORKER_TIMEOUT, with_timeout};
@@ -45,6 +49,8 @@ pub(crate) enum CreateOutcome {
     KeyExists,
     /// Another request is storing the same idempotency key, and held its lock until `lock_timeout`.
     KeyInFlight,
+    /// The stored policy of the topic is not the one that allowed the session.
+    PolicyChanged,
     TooManySessions,
     TooManyBytes,
 }
@@ -86,25 +92,6 @@ pub(crate) struct Filter {
 pub(crate) type Cursor = Option<(OffsetDateTime, Uuid)>;
 
 impl Store {
-    /// Stores a new session, its part hashes, its idempotency key and its quota usage: all of it or nothing.
-    pub(crate) async fn create(
-        &self,
-        session: &Session,
-        part_hashes: &[Sha256],
-        idempotency: Option<(&str, &[u8])>,
-        quota: Quota,
-    ) -> Result<CreateOutcome, Error> {
-        let outcome = self
-            .pool
-            .with_timeout(async {
-                let _permit = self.tenant_limiter.acquire(&session.tenant).await;
-                write::create(self, session, part_hashes, idempotency, quota).await
-            })
-            .await?;
-        failpoint::reach("open.stored").await?;
-        Ok(outcome)
-    }
-
     /// The session that was opened with an idempotency key, and the digest of the request that opened it.
     pub(crate) async fn session_by_idempotency_key(
         &self,
@@ -157,7 +144,7 @@ impl Store {
                 write::save(&self.pool, transition, shards).await?.ok_or(Error::VersionConflict(transition.to.id))
             })
             .await?;
-        write::compact_history_if_long(&self.pool, &row).await;
+        write::compact_history_if_long(&self.pool, row.id, row.version).await;
         let saved = Session::try_from(row)?;
         failpoint::reach(saved_failpoint(saved.state.name())).await?;
         Ok(saved)

@@ -5,7 +5,7 @@ use sqlx::types::Json;
 use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 
-use super::{Error, Store};
+use super::{Error, Store, StoredPolicy};
 
 impl Store {
     /// The stored policy of a topic.
@@ -14,6 +14,14 @@ impl Store {
             .fetch_optional(&self.pool)
             .await?;
         Ok(policy.map(|Json(policy)| policy))
+    }
+
+    /// The stored policy of a topic, with its JSON as the database holds it.
+    pub(crate) async fn stored_policy(&self, topic: &str) -> Result<StoredPolicy, Error> {
+        let json = query_scalar!("select policy from topics where topic = $1", topic).fetch_optional(&self.pool).await?;
+        let policy = json.clone().map(serde_json::from_value).transpose();
+        let policy = policy.map_err(|error| Error::Database(sqlx::Error::Decode(error.into())))?;
+        Ok(StoredPolicy { policy, json })
     }
 
     /// Stores a topic's policy and replaces the previous one.

@@ -56,7 +56,7 @@ async fn a_tenant_that_waits_for_its_own_row_leaves_connections_for_others() {
     sqlx::query("select from tenants where tenant = 'noisy' for update").execute(&mut *blocking).await.unwrap();
     let waiting = futures_util::future::join_all((0..30).map(|_| open(&broker, &noisy)));
     let other_tenant = async {
-        broker.eventually("the tenant waits", || async { broker.backends("wait_event_type = 'Lock'").await == 2 }).await;
+        broker.eventually("the tenant waits", || async { broker.backends("wait_event_type = 'Lock'").await > 0 }).await;
         for _ in 0..10 {
             open(&broker, &quiet).await.expect(201);
             assert!(broker.backends("wait_event_type = 'Lock'").await <= 2);

@@ -290,11 +290,6 @@ pub(super) fn layout_columns(layout: Layout) -> (&'static str, Option<i64>, Opti
     }
 }
 
-/// Seconds as the type of their column.
-pub(super) fn seconds_column(seconds: u32) -> i32 {
-    i32::try_from(seconds).expect("a policy allows seven days at most")
-}
-
 /// The headers of a record, in the documented order: the broker's, `traceparent`, then the client's.
 pub(in crate::store) fn record_headers(
     id: Uuid,

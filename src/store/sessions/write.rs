@@ -1,19 +1,18 @@
-//! The writes that create a session and that save its state changes.
+//! The writes that save a session's state changes.
 
 use lfs_broker_client::api::UploadState;
 use lfs_broker_client::checksum::Sha256;
-use sqlx::postgres::PgDatabaseError;
 use sqlx::types::Json;
-use sqlx::{PgConnection, query, query_scalar};
+use sqlx::{PgConnection, query};
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::row::{self, Row, StateColumns, record_headers, session_rows};
-use super::{CreateOutcome, Quota, Transition};
+use super::Transition;
+use super::row::{Row, StateColumns, record_headers, session_rows};
 use crate::session::{Session, State, Verification, ordering_key, shard};
+use crate::store::Error;
 use crate::store::pool::Pool;
-use crate::store::{Error, Store};
 
 /// Up to this version a history is not compacted. A session without failures ends at version 4.
 const COMPACT_AFTER_VERSION: i64 = 6;
@@ -21,14 +20,6 @@ const COMPACT_AFTER_VERSION: i64 = 6;
 const MAX_CYCLE_LENGTH: i64 = 4;
 /// How many history rows a session keeps at most: one page of the API.
 const MAX_HISTORY_ROWS: i64 = 1000;
-
-fn size_bytes(session: &Session) -> i64 {
-    i64::try_from(session.spec.size_bytes).expect("a policy allows 5 TiB at most")
-}
-
-fn numbered(hashes: &[Sha256]) -> Vec<(u32, Sha256)> {
-    (1..).zip(hashes.iter().copied()).collect()
-}
 
 fn part_columns(parts: &[(u32, Sha256)]) -> (Vec<i32>, Vec<Vec<u8>>) {
     let number = |number: u32| i32::try_from(number).expect("at most 10,000 parts");
@@ -52,127 +43,10 @@ pub(super) async fn insert_parts(connection: &mut PgConnection, id: Uuid, parts:
     Ok(())
 }
 
-/// Writes a new session, its part hashes, its idempotency key and its quota usage: all of it or nothing.
-///
-/// It is one statement, because every open of a tenant waits for the tenant's row. So no round trip happens while the row is
-/// locked.
-pub(super) async fn create(
-    store: &Store,
-    session: &Session,
-    part_hashes: &[Sha256],
-    idempotency: Option<(&str, &[u8])>,
-    quota: Quota,
-) -> Result<CreateOutcome, Error> {
-    match insert(&store.pool, session, part_hashes, idempotency, quota).await {
-        Ok(true) => Ok(CreateOutcome::Created),
-        Ok(false) => {
-            // An earlier request with the same key may have used the quota. Then this request is a replay of it.
-            if let Some((key, _)) = idempotency
-                && store.session_by_idempotency_key(&session.tenant, &session.subject, key).await?.is_some()
-            {
-                return Ok(CreateOutcome::KeyExists);
-            }
-            let open_sessions = query_scalar!("select open_sessions from tenants where tenant = $1", session.tenant);
-            let open_sessions = open_sessions.fetch_optional(&store.pool).await?.unwrap_or(0);
-            let has_too_many = quota.open_sessions > 0 && open_sessions >= quota.open_sessions;
-            Ok(if has_too_many { CreateOutcome::TooManySessions } else { CreateOutcome::TooManyBytes })
-        }
-        Err(error) => match error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) {
-            // 23505, unique_violation: the key exists already, and nothing was written.
-            Some(error) if error.code() == "23505" && error.constraint() == Some("idempotency_keys_pkey") => {
-                Ok(CreateOutcome::KeyExists)
-            }
-            // 55P03, lock_not_available: another transaction is storing the same key.
-            Some(error) if error.code() == "55P03" && error.r#where().is_some_and(|at| at.contains("idempotency_keys")) => {
-                Ok(CreateOutcome::KeyInFlight)
-            }
-            _ => Err(error.into()),
-        },
-    }
-}
-
-/// Inserts a new session. `false`: it would exceed the tenant's quota.
-async fn insert(
-    pool: &Pool,
-    session: &Session,
-    part_hashes: &[Sha256],
-    idempotency: Option<(&str, &[u8])>,
-    quota: Quota,
-) -> Result<bool, sqlx::Error> {
-    let spec = &session.spec;
-    let (mode, part_bytes, parts, hashes) = row::layout_columns(spec.layout);
-    let (numbers, part_hashes) = part_columns(&numbered(part_hashes));
-    let (key, request_sha256) = idempotency.unzip();
-    let created = query_scalar!(
-        r#"with reserved as (
-             insert into tenants as t (tenant, open_sessions, reserved_bytes)
-             select $2::text, 1, $14::bigint where $27::bigint = 0 or $14 <= $27
-             on conflict (tenant) do update set open_sessions = t.open_sessions + 1,
-                 reserved_bytes = t.reserved_bytes + excluded.reserved_bytes
-             where ($26::bigint = 0 or t.open_sessions < $26)
-                 and ($27 = 0 or t.reserved_bytes + excluded.reserved_bytes <= $27
-                     -- Together with the bytes that URLs of failed uploads may still store, at most twice the quota.
-                     and t.reserved_bytes + excluded.reserved_bytes + t.held_bytes - $27 <= $27)
-             returning tenant),
-         opened as (
-             insert into upload_sessions (
-                 id, tenant, subject, state, created_at, updated_at, expires_at, expires_latest_at,
-                 topic, record_key, record_partition, record_headers, traceparent, content_type, filename,
-                 size_bytes, checksum_alg, checksum, min_integrity, bucket, object_key, kms_key_id,
-                 mode, part_size_bytes, part_count, part_hashes, url_seconds, session_seconds)
-             select $1, tenant, $3, 'open', $4, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-                 $21, $22, $23, $24, $25, $28
-             from reserved),
-         history as (
-             insert into upload_history (session_id, version, at, to_state, reason, by)
-             select $1, 1, $4, 'open', 'opened', 'client:' || $3 from reserved),
-         part_hashes as (
-             insert into upload_parts (session_id, part_number, sha256)
-             select $1, number, sha256 from reserved, unnest($29::int[], $30::bytea[]) as p(number, sha256)),
-         idempotency_key as (
-             insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
-             select tenant, $3, $31::text, $32, $1, $4 from reserved where $31 is not null)
-         select exists (select from reserved) as "created!""#,
-        session.id,
-        session.tenant,
-        session.subject,
-        session.created_at,
-        session.expires_at,
-        session.expires_latest_at,
-        spec.topic,
-        spec.key,
-        spec.partition,
-        Json(&spec.headers) as _,
-        spec.traceparent,
-        spec.content_type,
-        spec.filename,
-        size_bytes(session),
-        spec.algorithm.name(),
-        spec.digest.as_ref().map(|digest| digest.value.as_slice()),
-        spec.min_integrity.name(),
-        session.bucket,
-        session.object_key,
-        spec.kms_key_id,
-        mode,
-        part_bytes,
-        parts,
-        hashes,
-        row::seconds_column(spec.url_seconds),
-        quota.open_sessions,
-        quota.reserved_bytes,
-        row::seconds_column(spec.session_seconds),
-        &numbers,
-        &part_hashes,
-        key,
-        request_sha256
-    );
-    created.fetch_one(pool).await
-}
-
 /// Saves a session's state change. `None`: another writer changed the session first.
 ///
 /// An expiry also compares `expires_at` with the current time, because signing parts extends it without a new version. It is
-/// one statement, as [`create`]. The lock on topic and key is taken before anything else and held until the commit.
+/// one statement, because every open and end of a tenant's uploads waits for the tenant's row. The lock on topic and key is taken before anything else and held until the commit.
 pub(super) async fn save(pool: &Pool, transition: &Transition<'_>, shards: i32) -> Result<Option<Row>, Error> {
     let session = transition.to;
     let spec = &session.spec;
@@ -242,19 +116,16 @@ pub(super) async fn save(pool: &Pool, transition: &Transition<'_>, shards: i32) 
 }
 
 /// Compacts the history of a saved session if it may be long. After a failure the next state change tries again.
-pub(super) async fn compact_history_if_long(pool: &Pool, saved: &Row) {
-    if saved.version <= COMPACT_AFTER_VERSION {
+pub(super) async fn compact_history_if_long(pool: &Pool, id: Uuid, version: i64) {
+    if version <= COMPACT_AFTER_VERSION {
         return;
     }
-    if let Err(error) = compact_history(pool, saved.id).await {
-        warn!(
-            session.id = %saved.id, %error,
-            "compacting the history of {} failed: {error}; the next state change retries it", saved.id
-        );
+    if let Err(error) = compact_history(pool, id).await {
+        warn!(session.id = %id, %error, "compacting the history of {id} failed: {error}; the next state change retries it");
     }
 }
 
-fn all_headers(session: &Session, verification: &Verification) -> Vec<(String, String)> {
+pub(super) fn all_headers(session: &Session, verification: &Verification) -> Vec<(String, String)> {
     let spec = &session.spec;
     let integrity = verification.integrity.name();
     record_headers(session.id, integrity, verification.version_id.clone(), spec.traceparent.clone(), spec.headers.clone())
