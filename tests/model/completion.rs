@@ -21,6 +21,10 @@ pub(crate) struct Design {
     pub(crate) signs_if_none_match: bool,
     /// A transition is written only if the row still has the state and version that its writer has read.
     pub(crate) checks_version: bool,
+    /// A completion without a claim is written only if the session is open and the row has the version that was read.
+    pub(crate) checks_version_unclaimed: bool,
+    /// A completion without a claim ends only a session whose object is as declared. Everything else needs a claim.
+    pub(crate) claims_what_is_not_verified: bool,
     /// The object in S3 decides, not the response to the join of the parts.
     pub(crate) trusts_stored_state: bool,
     /// The session ends in PostgreSQL before any of its data is removed from S3.
@@ -36,6 +40,8 @@ impl Design {
     pub(crate) const CURRENT: Self = Self {
         signs_if_none_match: true,
         checks_version: true,
+        checks_version_unclaimed: true,
+        claims_what_is_not_verified: true,
         trusts_stored_state: true,
         ends_session_first: true,
         cleans_up_twice: true,
@@ -181,7 +187,8 @@ impl Completion {
             actions.extend(system.cleanup.map(|_| Action::CrashSweeper));
         }
         if system.faults_left > 0 {
-            let waits_for_s3 = |task: &Task| !matches!(task.step, Step::Claiming | Step::Decided(_) | Step::Releasing);
+            let waits_for_s3 =
+                |task: &Task| !matches!(task.step, Step::Claiming | Step::Found(_) | Step::Decided(_) | Step::Releasing);
             for (number, _) in tasks().filter(|(_, task)| waits_for_s3(task)) {
                 actions.extend([Action::NoResponse(number), Action::Refuse(number)]);
             }
@@ -206,6 +213,19 @@ impl Completion {
     /// One step of a task; `None` when the task has ended.
     fn work(&self, system: &mut SystemState, task: Task) -> Option<Task> {
         let step = match task.step {
+            Step::Looking => match system.object {
+                Some(bytes) if self.layout == Layout::Single && bytes != Bytes::Wrong => Step::Found(Verdict::Good(bytes)),
+                Some(Bytes::Wrong) if !self.design.claims_what_is_not_verified => Step::Found(Verdict::Wrong),
+                None if !self.design.claims_what_is_not_verified => Step::Found(Verdict::Wrong),
+                _ => Step::Claiming,
+            },
+            Step::Found(verdict) => {
+                let is_unchanged = task.is_current && system.session == SessionState::Open;
+                if is_unchanged || !self.design.checks_version_unclaimed {
+                    system.decide(verdict);
+                }
+                return None;
+            }
             Step::Claiming => return system.claim(task),
             Step::Head if self.is_multipart() && task.attempt == 1 => Step::List,
             Step::Head => match system.object {
@@ -358,11 +378,12 @@ impl Model for Completion {
             Action::PutLands(put) => self.land_put(&mut system, put),
             Action::RequestComplete => {
                 system.completes_left -= 1;
-                system.start_task(1, false);
+                let first = if self.is_multipart() { Step::Claiming } else { Step::Looking };
+                system.start_task(first, 1, false);
             }
             Action::TakeOver => {
                 if let SessionState::Completing { lease, must_read } = system.session {
-                    system.start_task(lease.attempt + 1, must_read);
+                    system.start_task(Step::Claiming, lease.attempt + 1, must_read);
                 }
             }
             Action::RunTask(number, task) => {
@@ -393,7 +414,10 @@ impl Model for Completion {
             Action::NoResponse(number) => system.lose_response(number),
             Action::Refuse(number) => {
                 system.lose_response(number);
-                system.tasks[number] = system.tasks[number].map(|task| Task { step: Step::Decided(Verdict::Missing), ..task });
+                system.tasks[number] = system.tasks[number].map(|task| match task.step {
+                    Step::Claiming => task,
+                    _ => Task { step: Step::Decided(Verdict::Missing), ..task },
+                });
             }
             Action::ExpireUnverified(number) => {
                 let task = system.tasks[number].take()?;
@@ -432,7 +456,8 @@ impl Model for Completion {
                 is_clean || !matches!(system.session, SessionState::Failed(..)) || !model.is_at_rest(system)
             }),
             Property::always(ONLY_WRONG_REJECTED, |_, system: &SystemState| {
-                let rejects = |task: &Task| task.step == Step::Decided(Verdict::Wrong) && task.is_current;
+                let is_wrong = |step| matches!(step, Step::Decided(Verdict::Wrong) | Step::Found(Verdict::Wrong));
+                let rejects = |task: &Task| is_wrong(task.step) && task.is_current;
                 system.object == Some(Bytes::Wrong) || !system.tasks.iter().flatten().any(rejects)
             }),
             Property::always(ONE_END, |_, system: &SystemState| system.ends <= 1),
@@ -479,6 +504,20 @@ impl Model for Completion {
                     is_second && system.cleanup.is_some_and(|cleanup| cleanup.step == CleanupStep::Recording(true))
                 },
             ));
+        }
+        if self.layout == Layout::Single {
+            properties.extend([
+                Property::sometimes("two tasks find the object without a claim", |_, system: &SystemState| {
+                    system.tasks.iter().flatten().filter(|task| matches!(task.step, Step::Found(_))).count() == 2
+                }),
+                Property::sometimes(
+                    "a session fails while a task without a claim looks at its object",
+                    |_, system: &SystemState| {
+                        let has_found = |task: &Task| matches!(task.step, Step::Found(_));
+                        matches!(system.session, SessionState::Failed(..)) && system.tasks.iter().flatten().any(has_found)
+                    },
+                ),
+            ]);
         }
         properties
     }

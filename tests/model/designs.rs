@@ -189,6 +189,18 @@ fn a_transition_without_a_version_check_ends_a_session_twice() {
 }
 
 #[test]
+fn a_completion_without_a_claim_that_checks_no_version_ends_a_session_twice() {
+    let unchecked = |design: &mut completion::Design| design.checks_version_unclaimed = false;
+    refute("no version check without a claim", completion(Layout::Single, unchecked), ONE_END);
+}
+
+#[test]
+fn a_completion_without_a_claim_that_rejects_what_it_does_not_find_rejects_a_good_upload() {
+    let hasty = |design: &mut completion::Design| design.claims_what_is_not_verified = false;
+    refute("rejects without a claim", completion(Layout::Single, hasty), ONLY_WRONG_REJECTED);
+}
+
+#[test]
 fn trusting_the_response_of_a_join_rejects_a_good_upload() {
     refute(
         "trusts the response",

@@ -97,6 +97,10 @@ pub(crate) struct Task {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Step {
+    /// The task has read the row, and looks at the object of a single PUT before it claims anything.
+    Looking,
+    /// Without a claim, the HEAD has found an object with this verdict.
+    Found(Verdict),
     /// The task has read the row, but has not written the claim yet.
     Claiming,
     Head,
@@ -158,7 +162,8 @@ pub(super) enum CleanupStep {
 impl SystemState {
     /// Whether a task has the lease and renews it.
     pub(super) fn is_worked_on(&self, lease: Lease) -> bool {
-        self.tasks.iter().flatten().any(|task| task.attempt == lease.attempt && task.step != Step::Claiming)
+        let has_claimed = |task: &&Task| !matches!(task.step, Step::Looking | Step::Found(_) | Step::Claiming);
+        self.tasks.iter().flatten().filter(has_claimed).any(|task| task.attempt == lease.attempt)
     }
 
     /// Whether no request of the session can arrive in S3 any more: the longest PUT, the longest request and S3's timeout
@@ -169,9 +174,9 @@ impl SystemState {
     }
 
     /// Starts a task that reads the row to complete the session.
-    pub(super) fn start_task(&mut self, attempt: u8, must_read: bool) {
+    pub(super) fn start_task(&mut self, step: Step, attempt: u8, must_read: bool) {
         if let Some(free) = self.tasks.iter_mut().find(|task| task.is_none()) {
-            *free = Some(Task { step: Step::Claiming, attempt, must_read, is_current: true });
+            *free = Some(Task { step, attempt, must_read, is_current: true });
         }
     }
 
@@ -282,6 +287,8 @@ impl SystemState {
                 self.late_joins.extend(self.upload.map(|upload| (upload, bytes)));
                 Step::HeadAgain(JoinResult::Unknown)
             }
+            // Nothing was claimed yet, and the claim follows.
+            Step::Looking => Step::Claiming,
             _ => Step::Releasing,
         };
     }
