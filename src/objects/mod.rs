@@ -103,14 +103,6 @@ pub enum Error {
         /// When the retention ends; `None` for a legal hold, which has no end.
         until: Option<OffsetDateTime>,
     },
-    /// The signature would not cover a required header, so no URL is returned.
-    #[error("a presigned URL signs the headers {signed:?} but must sign {required:?}")]
-    UnsignedHeader {
-        /// The headers that the signature covers.
-        signed: Vec<String>,
-        /// The headers that it must cover.
-        required: Vec<String>,
-    },
     /// The settings are not valid for an S3 client.
     #[error("s3 settings: {0}")]
     Settings(String),
@@ -119,7 +111,7 @@ pub enum Error {
 impl Error {
     /// Whether the store's response is final: a retry helps only after an operator has changed something.
     pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused { .. } | Self::Settings(_) | Self::UnsignedHeader { .. })
+        matches!(self, Self::Refused { .. } | Self::Settings(_))
     }
 }
 

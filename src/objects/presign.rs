@@ -1,17 +1,22 @@
 //! Presigned URLs: the requests that a client may send to S3, and for how long.
 //!
 //! Every declared property is signed as a header, because S3 enforces only signed headers: a checksum in the query
-//! protects nothing. The SDK chooses the headers that it signs, so the broker checks each URL before it returns it.
+//! protects nothing. The SDK's signer signs every header of a request; a test compares the URLs with those of the whole SDK.
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::{self, Write as _};
 use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{Builder, Credentials, IdentityCache, ProvideCredentials as _, SharedCredentialsProvider};
-use aws_sdk_s3::presigning::{PresignedRequest, PresigningConfig};
-use aws_sdk_s3::types::ServerSideEncryption;
+use aws_sdk_s3::presigning::PresigningConfig;
+use aws_sigv4::http_request::{
+    self, PercentEncodingMode, SignableBody, SignableRequest, SignatureLocation, SigningSettings, UriPathNormalizationMode,
+};
+use aws_sigv4::sign::v4;
 use lfs_broker_client::checksum::{Algorithm, Digest, Sha256};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio::sync::Mutex;
 
 use super::download::{content_disposition, safe_content_type};
@@ -106,36 +111,58 @@ impl Objects {
         content_type: Option<&str>,
         expires_in: Duration,
     ) -> Result<PresignedUrl, Error> {
-        let (client, presigning) = self.0.download_signer.presigning(expires_in).await?;
-        let request = client
-            .get_object()
-            .bucket(&location.bucket)
-            .key(&location.key)
-            .set_version_id(version_id.map(str::to_owned))
-            .response_content_disposition(content_disposition(filename))
-            .response_content_type(safe_content_type(content_type))
-            // The browser must save the verified bytes. With another encoding it would decode them first.
-            .response_content_encoding("identity")
-            .presigned(presigning.clone())
-            .await
-            .map_err(|error| call_error("signing a GET", &error))?;
-        check_signed_headers("GET", &request, &[], presigning.expires())
+        let mut query: Query = Vec::with_capacity(5);
+        query.extend(version_id.map(|version_id| ("versionId", version_id.into())));
+        query.push(("response-content-disposition", content_disposition(filename).into()));
+        query.push(("response-content-type", safe_content_type(content_type).into()));
+        // The browser must save the verified bytes. With another encoding it would decode them first.
+        query.push(("response-content-encoding", "identity".into()));
+        query.push(("x-id", "GetObject".into()));
+        self.0.download_signer.sign("GET", location, query, BTreeMap::new(), expires_in).await
     }
 }
+
+/// The parameters of a URL, before they are encoded.
+type Query<'a> = Vec<(&'static str, Cow<'a, str>)>;
 
 /// Signs for one endpoint with one credential.
 pub(super) struct Signer {
     config: Builder,
     source: SharedCredentialsProvider,
-    cached: Mutex<Option<CachedClient>>,
+    cached: Mutex<Option<CachedCredentials>>,
 }
 
-/// A client with a fixed credential, so that the expiry of its signatures is known.
-struct CachedClient {
+/// A fixed credential, so that the expiry of its signatures is known, and what the SDK says about requests with it.
+struct CachedCredentials {
+    credentials: Credentials,
     client: Client,
+    endpoints: HashMap<String, Endpoint>,
     expires_at: Option<SystemTime>,
     renew_at: SystemTime,
 }
+
+/// Where the SDK sends requests for a bucket.
+#[derive(Clone)]
+struct Endpoint {
+    /// The URL of the bucket, to which a key is appended.
+    bucket_url: String,
+    /// The region in the signature.
+    region: String,
+}
+
+/// How requests are signed now.
+struct Signing {
+    credentials: Credentials,
+    endpoint: Endpoint,
+    settings: SigningSettings,
+    now: SystemTime,
+    expires_in: Duration,
+}
+
+/// All bytes that a URL encodes: all but the unreserved characters of RFC 3986, 2.3.
+const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// In a path the slash separates segments.
+const IN_PATH: &AsciiSet = &IN_QUERY.remove(b'/');
 
 impl Signer {
     pub(super) fn new(config: Builder, source: SharedCredentialsProvider) -> Self {
@@ -143,33 +170,20 @@ impl Signer {
     }
 
     pub(super) async fn put(&self, object: &NewObject<'_>, expires_in: Duration) -> Result<PresignedUrl, Error> {
-        let (client, presigning) = self.presigning(expires_in).await?;
-        let mut request = client
-            .put_object()
-            .bucket(&object.location.bucket)
-            .key(&object.location.key)
-            .content_length(content_length(object.size_bytes))
-            .content_type(object.content_type)
-            .if_none_match("*")
-            .metadata(TOKEN_KEY, object.token);
-        let mut required = vec!["content-length", "content-type", "if-none-match", "x-amz-meta-lfs-upload-id"];
+        let mut headers = BTreeMap::from([
+            ("content-length".to_owned(), object.size_bytes.to_string()),
+            ("content-type".to_owned(), object.content_type.to_owned()),
+            ("if-none-match".to_owned(), "*".to_owned()),
+            (format!("x-amz-meta-{TOKEN_KEY}"), object.token.to_owned()),
+        ]);
         if let Some(key_id) = object.kms_key_id {
-            request = request.server_side_encryption(ServerSideEncryption::AwsKms).ssekms_key_id(key_id);
-            required.extend(["x-amz-server-side-encryption", "x-amz-server-side-encryption-aws-kms-key-id"]);
+            headers.insert("x-amz-server-side-encryption".to_owned(), "aws:kms".to_owned());
+            headers.insert("x-amz-server-side-encryption-aws-kms-key-id".to_owned(), key_id.to_owned());
         }
-        if let Some(digest) = object.digest {
-            required.extend(digest.algorithm.header());
-            request = match digest.algorithm {
-                Algorithm::Sha256 => request.checksum_sha256(digest.base64()),
-                Algorithm::Crc64nvme => request.checksum_crc64_nvme(digest.base64()),
-                Algorithm::Crc32c => request.checksum_crc32_c(digest.base64()),
-                Algorithm::Crc32 => request.checksum_crc32(digest.base64()),
-                Algorithm::Md5 => request.content_md5(digest.base64()),
-                Algorithm::None => request,
-            };
+        if let Some((header, digest)) = object.digest.and_then(|digest| Some((digest.algorithm.header()?, digest))) {
+            headers.insert(header.to_owned(), digest.base64());
         }
-        let request = request.presigned(presigning.clone()).await.map_err(|error| call_error("signing a PUT", &error))?;
-        check_signed_headers("PUT", &request, &required, presigning.expires())
+        self.sign("PUT", object.location, vec![("x-id", "PutObject".into())], headers, expires_in).await
     }
 
     pub(super) async fn part(
@@ -181,31 +195,50 @@ impl Signer {
         sha256: Option<&Sha256>,
         expires_in: Duration,
     ) -> Result<PresignedUrl, Error> {
-        let (client, presigning) = self.presigning(expires_in).await?;
-        let request = client
-            .upload_part()
-            .bucket(&location.bucket)
-            .key(&location.key)
-            .upload_id(s3_upload_id)
-            .part_number(i32::try_from(number).unwrap_or(i32::MAX))
-            .content_length(content_length(size_bytes))
-            .set_checksum_sha256(sha256.map(Sha256::base64))
-            .presigned(presigning.clone())
-            .await
-            .map_err(|error| call_error("signing a part", &error))?;
-        let mut required = vec!["content-length"];
-        required.extend(sha256.and_then(|_| Algorithm::Sha256.header()));
-        check_signed_headers("PUT", &request, &required, presigning.expires())
+        let query =
+            vec![("x-id", "UploadPart".into()), ("partNumber", number.to_string().into()), ("uploadId", s3_upload_id.into())];
+        let mut headers = BTreeMap::from([("content-length".to_owned(), size_bytes.to_string())]);
+        if let Some((header, sha256)) = Algorithm::Sha256.header().zip(sha256) {
+            headers.insert(header.to_owned(), sha256.base64());
+        }
+        self.sign("PUT", location, query, headers, expires_in).await
     }
 
-    /// A client that signs, and the validity of its signatures.
-    async fn presigning(&self, requested: Duration) -> Result<(Client, PresigningConfig), Error> {
+    /// Signs a request with all its headers.
+    async fn sign(
+        &self,
+        method: &'static str,
+        location: &ObjectLocation,
+        query: Query<'_>,
+        headers: BTreeMap<String, String>,
+        expires_in: Duration,
+    ) -> Result<PresignedUrl, Error> {
+        let Signing { credentials, endpoint, settings, now, expires_in } = self.signing(&location.bucket, expires_in).await?;
+        let mut url = format!("{}/{}", endpoint.bucket_url, utf8_percent_encode(&location.key, IN_PATH));
+        let append = |url: &mut String, name: &str, value: &str| {
+            let separator = if url.contains('?') { '&' } else { '?' };
+            let _ = write!(url, "{separator}{}={}", utf8_percent_encode(name, IN_QUERY), utf8_percent_encode(value, IN_QUERY));
+        };
+        query.iter().for_each(|(name, value)| append(&mut url, name, value));
+        let identity = credentials.into();
+        let params = v4::SigningParams::builder().identity(&identity).region(&endpoint.region).name("s3").time(now);
+        let params = params.settings(settings).build().map_err(|error| Error::Settings(error_chain(&error)))?.into();
+        let signed_headers = headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let signed = SignableRequest::new(method, url.as_str(), signed_headers, SignableBody::UnsignedPayload)
+            .and_then(|request| http_request::sign(request, &params));
+        let (instructions, _) = signed.map_err(|error| Error::Settings(error_chain(&error)))?.into_parts();
+        instructions.params().iter().for_each(|(name, value)| append(&mut url, name, value));
+        Ok(PresignedUrl { method, url, headers, expires_in })
+    }
+
+    /// The credential, the endpoint of a bucket, and the validity of signatures.
+    async fn signing(&self, bucket: &str, requested: Duration) -> Result<Signing, Error> {
         let mut cached = self.cached.lock().await;
         let now = SystemTime::now();
         if cached.as_ref().is_none_or(|cached| cached.renew_at <= now) {
             self.renew(&mut cached, now).await?;
         }
-        let cached = cached.as_ref().ok_or_else(|| Error::Unavailable("no s3 credentials are available".to_owned()))?;
+        let cached = cached.as_mut().ok_or_else(|| Error::Unavailable("no s3 credentials are available".to_owned()))?;
         let remaining = match cached.expires_at {
             Some(expires_at) => expires_at.duration_since(now).unwrap_or_default().saturating_sub(EXPIRY_MARGIN),
             None => MAX_URL_LIFETIME,
@@ -219,15 +252,21 @@ impl Signer {
                 remaining.as_millis()
             )));
         }
-        let presigning = PresigningConfig::builder().start_time(now).expires_in(expires_in).build();
-        Ok((cached.client.clone(), presigning.map_err(|error| Error::Settings(error_chain(&error)))?))
+        let endpoint = cached.endpoint(bucket).await?;
+        // As the SDK signs for S3: a key is encoded once, and its dots are part of its name.
+        let mut settings = SigningSettings::default();
+        settings.signature_location = SignatureLocation::QueryParams;
+        settings.expires_in = Some(expires_in);
+        settings.percent_encoding_mode = PercentEncodingMode::Single;
+        settings.uri_path_normalization_mode = UriPathNormalizationMode::Disabled;
+        Ok(Signing { credentials: cached.credentials.clone(), endpoint, settings, now, expires_in })
     }
 
     /// Gets credentials from the source. A failure of the source is an error only if the old credentials can no longer sign.
-    async fn renew(&self, cached: &mut Option<CachedClient>, now: SystemTime) -> Result<(), Error> {
+    async fn renew(&self, cached: &mut Option<CachedCredentials>, now: SystemTime) -> Result<(), Error> {
         let failure = match tokio::time::timeout(SOURCE_TIMEOUT, self.source.provide_credentials()).await {
             Ok(Ok(credentials)) => {
-                *cached = Some(self.client_with(credentials, now));
+                *cached = Some(self.cache(credentials, now));
                 return Ok(());
             }
             Ok(Err(error)) => error_chain(&error),
@@ -242,7 +281,7 @@ impl Signer {
         }
     }
 
-    fn client_with(&self, credentials: Credentials, now: SystemTime) -> CachedClient {
+    fn cache(&self, credentials: Credentials, now: SystemTime) -> CachedCredentials {
         let expires_at = credentials.expiry();
         let renew_at = match expires_at {
             Some(expires_at) => {
@@ -251,44 +290,32 @@ impl Signer {
             None => now + REREAD_INTERVAL,
         };
         // The credential is fixed, so the SDK's cache would only keep each old credential in memory.
-        let config = self.config.clone().credentials_provider(credentials).identity_cache(IdentityCache::no_cache());
+        let config = self.config.clone().credentials_provider(credentials.clone()).identity_cache(IdentityCache::no_cache());
         let client = Client::from_conf(config.build());
-        CachedClient { client, expires_at, renew_at }
+        CachedCredentials { credentials, client, endpoints: HashMap::new(), expires_at, renew_at }
     }
 }
 
-/// Converts the SDK's request, and rejects it unless the signature covers exactly the headers that must be sent.
-fn check_signed_headers(
-    method: &'static str,
-    request: &PresignedRequest,
-    required: &[&str],
-    expires_in: Duration,
-) -> Result<PresignedUrl, Error> {
-    let headers: BTreeMap<String, String> = request
-        .headers()
-        .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
-        .filter(|(name, _)| name != "host")
-        .collect();
-    let signed = signed_headers(request.uri());
-    let is_covered = |name: &str| headers.contains_key(name) && signed.iter().any(|signed| signed == name);
-    let is_complete = required.iter().all(|name| is_covered(name))
-        && headers.keys().all(|name| is_covered(name))
-        && signed.iter().all(|name| name == "host" || headers.contains_key(name));
-    if request.method() != method || !is_complete {
-        return Err(Error::UnsignedHeader { signed, required: required.iter().map(|&name| name.to_owned()).collect() });
+impl CachedCredentials {
+    /// The endpoint of a bucket, from a URL that the SDK signs: it knows all rules of regions, paths and host names.
+    async fn endpoint(&mut self, bucket: &str) -> Result<Endpoint, Error> {
+        if let Some(endpoint) = self.endpoints.get(bucket) {
+            return Ok(endpoint.clone());
+        }
+        const KEY: &str = "key";
+        let presigning = PresigningConfig::expires_in(Duration::from_secs(1));
+        let presigning = presigning.map_err(|error| Error::Settings(error_chain(&error)))?;
+        let request = self.client.get_object().bucket(bucket).key(KEY).presigned(presigning).await;
+        let request = request.map_err(|error| call_error("signing a GET", &error))?;
+        let (url, query) = request.uri().split_once('?').unwrap_or((request.uri(), ""));
+        // X-Amz-Credential is KEY/DATE/REGION/SERVICE/aws4_request (AWS, "Authenticating Requests: Using Query Parameters").
+        let scope = query.split('&').find_map(|pair| pair.strip_prefix("X-Amz-Credential=")).unwrap_or_default();
+        let endpoint = url.strip_suffix(&format!("/{KEY}")).zip(scope.rsplit("%2F").nth(2));
+        let (bucket_url, region) = endpoint.ok_or_else(|| Error::Settings(format!("the SDK signed an unknown URL: {url}")))?;
+        let endpoint = Endpoint { bucket_url: bucket_url.to_owned(), region: region.to_owned() };
+        self.endpoints.insert(bucket.to_owned(), endpoint.clone());
+        Ok(endpoint)
     }
-    Ok(PresignedUrl { method, url: request.uri().to_owned(), headers, expires_in })
-}
-
-/// The names in `X-Amz-SignedHeaders`.
-fn signed_headers(url: &str) -> Vec<String> {
-    let query = url.split_once('?').map_or("", |(_, query)| query);
-    let names = query.split('&').find_map(|pair| pair.strip_prefix("X-Amz-SignedHeaders=")).unwrap_or("");
-    names.replace("%3B", ";").split(';').filter(|name| !name.is_empty()).map(str::to_owned).collect()
-}
-
-fn content_length(size_bytes: u64) -> i64 {
-    i64::try_from(size_bytes).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -310,6 +337,77 @@ mod tests {
             ..Settings::default()
         };
         Objects::connect(&settings).await.unwrap()
+    }
+
+    /// The names in `X-Amz-SignedHeaders`.
+    fn signed_headers(url: &str) -> Vec<String> {
+        parameter(url, "X-Amz-SignedHeaders").split("%3B").map(str::to_owned).collect()
+    }
+
+    fn parameter<'a>(url: &'a str, name: &str) -> &'a str {
+        let (_, query) = url.split_once('?').unwrap();
+        query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')).unwrap()
+    }
+
+    /// The path and the parameters of a URL, in any order.
+    fn pieces(url: &str) -> Vec<&str> {
+        let mut pieces: Vec<&str> = url.split(['?', '&']).collect();
+        pieces[1..].sort_unstable();
+        pieces
+    }
+
+    /// The validity that the whole SDK needs to sign as this URL was signed.
+    fn presigning_of(url: &str) -> PresigningConfig {
+        let format = time::macros::format_description!("[year][month][day]T[hour][minute][second]Z");
+        let signed_at = time::PrimitiveDateTime::parse(parameter(url, "X-Amz-Date"), format).unwrap().assume_utc();
+        let expires_in = Duration::from_secs(parameter(url, "X-Amz-Expires").parse().unwrap());
+        PresigningConfig::builder().start_time(signed_at.into()).expires_in(expires_in).build().unwrap()
+    }
+
+    fn signer(endpoint: Option<&str>) -> (Signer, Client) {
+        let credentials = Credentials::new("TEMP", "secret", Some("ses/si+on=".to_owned()), None, "test");
+        let mut config = aws_sdk_s3::Config::builder()
+            .behavior_version(aws_config::BehaviorVersion::v2026_01_12())
+            .region(aws_sdk_s3::config::Region::new("eu-west-3"));
+        config.set_endpoint_url(endpoint.map(str::to_owned));
+        config.set_force_path_style(endpoint.map(|_| true));
+        let client = Client::from_conf(config.clone().credentials_provider(credentials.clone()).build());
+        (Signer::new(config, SharedCredentialsProvider::new(credentials)), client)
+    }
+
+    #[tokio::test]
+    async fn urls_are_those_of_the_whole_sdk() {
+        let digest = Digest::from(Sha256::of(b"hello"));
+        for endpoint in [None, Some("https://s3.example.net"), Some("http://127.0.0.1:9000/base")] {
+            let (signer, client) = signer(endpoint);
+            for key in ["acme/videos/lfs/1", "a b/../c//d%20é/+~*'(1)!=&?;@:,$/e.f"] {
+                let location = ObjectLocation { bucket: "bucket".to_owned(), key: key.to_owned() };
+                let object = NewObject {
+                    location: &location,
+                    token: "0190",
+                    content_type: "video/mp4; codecs=\"a,b\"",
+                    size_bytes: 5,
+                    digest: Some(&digest),
+                    kms_key_id: Some("key-1"),
+                };
+                let signed = signer.put(&object, MINUTE).await.unwrap();
+                let put = client.put_object().bucket("bucket").key(key).content_length(5).content_type(object.content_type);
+                let put = put.if_none_match("*").metadata(TOKEN_KEY, "0190").checksum_sha256(digest.base64());
+                let put = put.server_side_encryption(aws_sdk_s3::types::ServerSideEncryption::AwsKms).ssekms_key_id("key-1");
+                let expected = put.presigned(presigning_of(&signed.url)).await.unwrap();
+                assert_eq!(pieces(&signed.url), pieces(expected.uri()));
+                let part = signer.part(&location, "up+load/1", 7, 5, Some(&Sha256::of(b"hello")), MINUTE).await.unwrap();
+                let upload_part = client.upload_part().bucket("bucket").key(key).upload_id("up+load/1").part_number(7);
+                let upload_part = upload_part.content_length(5).checksum_sha256(digest.base64());
+                let expected = upload_part.presigned(presigning_of(&part.url)).await.unwrap();
+                assert_eq!(pieces(&part.url), pieces(expected.uri()));
+                let query = vec![("versionId", "v/1".into()), ("x-id", "GetObject".into())];
+                let get = signer.sign("GET", &location, query, BTreeMap::new(), MINUTE).await.unwrap();
+                let expected = client.get_object().bucket("bucket").key(key).version_id("v/1");
+                let expected = expected.presigned(presigning_of(&get.url)).await.unwrap();
+                assert_eq!(pieces(&get.url), pieces(expected.uri()));
+            }
+        }
     }
 
     fn location() -> ObjectLocation {

@@ -195,6 +195,29 @@ async fn an_upload_survives_a_failure_after_its_pointer_is_enqueued() {
     hashed_upload_with_failpoint("saved.verified", "").await;
 }
 
+/// Uploads by a single PUT through a broker with this failpoint: its completion has no claim.
+async fn single_put_with_failpoint(point: &'static str) {
+    join_all(ACTIONS.map(|action| async move {
+        let mut run = FailpointRun::new(point, action, "", &[]).await;
+        let opened = run.open(b"hello", &json!({})).await;
+        run.broker.put(&opened.json["upload"], b"hello").await.expect(200);
+        let done = run.complete(&opened.id()).await;
+        run.replace_if_exited().await;
+        run.assert_published_once(&opened, &done, b"hello").await;
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn a_single_put_survives_a_failure_after_its_object_is_found_without_a_claim() {
+    single_put_with_failpoint("complete.checked").await;
+}
+
+#[tokio::test]
+async fn a_single_put_survives_a_failure_after_it_is_saved_without_a_claim() {
+    single_put_with_failpoint("saved.verified").await;
+}
+
 #[tokio::test]
 async fn an_upload_survives_a_failure_after_the_previous_owner_is_fenced() {
     hashed_upload_with_failpoint("relay.fenced", "").await;
