@@ -168,7 +168,7 @@ pub(crate) struct Deployment {
 #[derive(Clone)]
 pub struct Store {
     pool: pool::Pool,
-    options: PgConnectOptions,
+    options: Arc<PgConnectOptions>,
     tenant_limiter: Arc<TenantLimiter>,
     clock: Arc<clock::Clock>,
     /// The opens that wait for a statement of their tenant.
@@ -190,7 +190,7 @@ impl Store {
         let tenant_limiter = Arc::new(TenantLimiter::new(settings.tenant_connections));
         Ok(Self {
             pool,
-            options,
+            options: Arc::new(options),
             tenant_limiter,
             clock: Arc::default(),
             opens: group_commit::GroupCommit::default(),
@@ -205,7 +205,7 @@ impl Store {
     /// When the database is unreachable or a migration fails.
     pub async fn migrate(&self) -> Result<(), Error> {
         // A separate connection without a statement timeout: building the index of a large table can take minutes.
-        let options = self.options.clone().options([("statement_timeout", "0")]);
+        let options = PgConnectOptions::clone(&self.options).options([("statement_timeout", "0")]);
         let connected = self.pool.with_timeout(async {
             Ok(PgConnection::connect_with(&options).await.map_err(|error| pool::with_address(&options, error))?)
         });

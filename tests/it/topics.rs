@@ -130,6 +130,44 @@ async fn a_topic_must_be_enabled_and_then_is_enabled_at_once_on_every_replica() 
 }
 
 #[tokio::test]
+async fn a_policy_that_another_replica_changes_or_deletes_applies_to_the_next_open() {
+    let broker = TestBroker::start().await;
+    let replica = broker.replica().await;
+    let body = json!({"topic": broker.topic, "size": 5, "sha256": crate::harness::sha256(b"hello")});
+    let open_through_replica = async || {
+        let url = format!("http://{}/lfs/uploads", replica.address());
+        broker.send(broker.client().post(url).json(&body)).await
+    };
+    // The replica remembers a policy from its last open, also that there is none.
+    for round in 0..2 {
+        broker.put_policy(&broker.topic, &json!({"url_seconds": 100 + round})).await.expect(200);
+        let opened = open_through_replica().await.expect(201);
+        assert_eq!(opened.json["upload"]["expires_in"], 100 + round);
+        broker.put_policy(&broker.topic, &json!({"max_bytes": 4})).await.expect(200);
+        open_through_replica().await.expect_problem(422, "object-too-large");
+        broker.put_policy(&broker.topic, &json!({"prefix": "b"})).await.expect(200);
+        let opened = open_through_replica().await.expect(201);
+        assert!(opened.json["object_key"].as_str().unwrap().starts_with("b/"), "{}", opened.text);
+        broker.delete(&format!("/lfs/topics/{}", broker.topic)).await.expect(204);
+        let opened = open_through_replica().await.expect(201);
+        assert!(!opened.json["object_key"].as_str().unwrap().starts_with("b/"), "{}", opened.text);
+    }
+    replica.stop().await;
+}
+
+#[tokio::test]
+async fn many_opens_of_one_tenant_together_keep_each_tenants_quota_exactly() {
+    let broker = TestBroker::start_with(|settings| settings.broker.quota.open_sessions = 20).await;
+    let opened = futures_util::future::join_all((0..60).map(|_| broker.open(b"hello", json!({})))).await;
+    let count = |status: u16| opened.iter().filter(|response| response.status == status).count();
+    assert_eq!((count(201), count(429)), (20, 40));
+    assert_eq!(broker.tenant_usage().await, (20, 100));
+    let ids: std::collections::HashSet<String> =
+        opened.iter().filter(|response| response.status == 201).map(|response| response.id()).collect();
+    assert_eq!(ids.len(), 20);
+}
+
+#[tokio::test]
 async fn size_content_type_and_checksum_are_checked_against_the_policy() {
     let broker = TestBroker::start().await;
     let policy = json!({"max_bytes": 5, "content_types": ["image/*", "Text/plain"], "checksums": ["sha256", "crc32"], "min_integrity": "checksum"});
