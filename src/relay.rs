@@ -3,7 +3,9 @@
 //! A relay that acquires a shard first fences the shard's previous owner in Kafka. Then it reads the last committed marker
 //! to find out which claimed rows were published. Only then does it send. A batch is claimed and this claim committed
 //! before any record is sent, and the batch's marker is part of the same Kafka transaction. So a claimed row is published
-//! if the marker lists it; otherwise it is sent again. With `at_least_once` there is no transaction: the marker is sent
+//! if the marker lists it; otherwise it is sent again. The marker is sent together with the records, so it does not list
+//! their offsets: the new owner looks these up in the topics, for rows that the database does not know as published. A
+//! listed row is published even if its topic no longer has the record. With `at_least_once` there is no transaction: the marker is sent
 //! first and lists nothing, so all claimed rows are sent again.
 //!
 //! PostgreSQL may lose commits at any moment: a backup is restored, or the promoted standby lacks the last commits.
@@ -74,6 +76,8 @@ struct ShardPublisher {
     /// When a failure was last logged, by topic (or shard) and reason.
     log_throttle: Mutex<HashMap<(String, String), Instant>>,
     isolation: Isolation,
+    /// Since when the offsets of a shard's published pointers cannot be looked up.
+    failed_lookups: Mutex<HashMap<i32, Instant>>,
     /// Kafka did not accept a marker, or could not return the last one: the marker topic may be missing.
     recheck_marker_topic: AtomicBool,
 }
@@ -141,6 +145,7 @@ impl Relay {
                 deployment,
                 log_throttle: Mutex::default(),
                 isolation: Isolation::default(),
+                failed_lookups: Mutex::default(),
                 recheck_marker_topic: AtomicBool::new(false),
             }),
             restore_check,

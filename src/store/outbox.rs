@@ -54,6 +54,22 @@ pub(crate) struct Deferred {
     pub(crate) next_try_at: OffsetDateTime,
 }
 
+/// The sessions of a marker whose publication the database has not recorded.
+#[derive(Debug)]
+pub(crate) struct Unrecorded {
+    pub(crate) verified: Vec<UnrecordedSession>,
+    /// How many of the sessions are neither verified nor published, although Kafka holds their records.
+    pub(crate) unfinished: i64,
+}
+
+/// A verified session whose pointer Kafka holds.
+#[derive(Debug)]
+pub(crate) struct UnrecordedSession {
+    pub(crate) id: Uuid,
+    pub(crate) topic: String,
+    pub(crate) pointer: String,
+}
+
 /// The lease on one shard. It is valid until another owner takes the shard over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ShardLease {
@@ -281,6 +297,27 @@ impl Store {
         .await?;
         failpoint::reach("relay.marked").await?;
         Ok(count)
+    }
+
+    /// Which of these sessions are not marked published. They need not have outbox rows.
+    pub(crate) async fn unrecorded(&self, published: &[Uuid]) -> Result<Unrecorded, Error> {
+        let rows = query!(
+            "select id, topic, pointer, state = 'verified' as \"is_verified!\" from upload_sessions
+             where id = any($1) and state <> 'published'",
+            published
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let mut unrecorded = Unrecorded { verified: Vec::new(), unfinished: 0 };
+        for row in rows {
+            match row.pointer {
+                Some(pointer) if row.is_verified => {
+                    unrecorded.verified.push(UnrecordedSession { id: row.id, topic: row.topic, pointer });
+                }
+                _ => unrecorded.unfinished += 1,
+            }
+        }
+        Ok(unrecorded)
     }
 
     /// How many of these sessions are neither verified nor published in the database, although Kafka holds their records.

@@ -187,7 +187,7 @@ async fn pointers_go_to_the_requested_partition_and_need_no_key() {
 
 impl TestBroker {
     /// How many rows the outbox has.
-    async fn outbox_rows(&self) -> i64 {
+    pub(crate) async fn outbox_rows(&self) -> i64 {
         let waiting: (i64,) = sqlx::query_as("select count(*) from outbox").fetch_one(&self.db).await.unwrap();
         waiting.0
     }
