@@ -28,7 +28,7 @@ use uuid::Uuid;
 use crate::failpoint::InjectedError;
 
 pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
-pub(crate) use outbox::{Claim, Deferred, OutboxRow, ShardLease, Unrecorded, UnrecordedSession};
+pub(crate) use outbox::{Claim, ClaimRequest, Deferred, OutboxRow, ShardLease, Unrecorded, UnrecordedSession};
 pub use sessions::Quota;
 pub(crate) use sessions::{CreateOutcome, Filter, SessionPage, Transition};
 pub(crate) use tenant_limiter::TenantLimiter;
