@@ -31,6 +31,7 @@ use crate::kafka::{self, Kafka};
 use crate::objects::{self, Objects};
 use crate::policy;
 use crate::restore_check::{self, KafkaAhead, RestoreCheck};
+use crate::session::RecordMetadata;
 use crate::store::{self, Store};
 
 /// Concurrent calls to S3.
@@ -92,7 +93,8 @@ struct Run<'a> {
     prefixes_by_bucket: BTreeMap<String, BTreeSet<String>>,
     /// Whether the database was older than Kafka at the start of the run.
     database_is_older: bool,
-    /// The partition and offset of each record that the last marker of a shard lists, by upload.
+    /// The partition and offset of each record that the last marker of a shard lists with its offset, by upload. Without the
+    /// offset a marker proves no record: another record may have the same upload id.
     marker_records: HashMap<Uuid, (i32, i64)>,
     /// The digests of the objects that this run has read, by upload and ETag.
     digest_cache: Mutex<HashMap<(Uuid, Option<String>), record_verification::Digests>>,
@@ -117,7 +119,7 @@ impl Audit {
         let started_at = self.store.now().await?;
         let restore_check = RestoreCheck::new(self.store.clone(), self.kafka.clone(), deployment);
         let markers = restore_check.markers().await?.unwrap_or_default();
-        let published = markers.into_iter().flat_map(|(_, marker)| marker.published);
+        let published = markers.into_iter().flat_map(|(_, marker)| marker.published).filter(RecordMetadata::has_offset);
         // Read the markers before the records, so that a shard continues only from a batch whose records were read. If a
         // broker commits a later batch meanwhile, the relay still refuses the shard until the next audit.
         let ahead = shards_ahead(&restore_check).await?;

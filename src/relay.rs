@@ -3,7 +3,9 @@
 //! A relay that acquires a shard first fences the shard's previous owner in Kafka. Then it reads the last committed marker
 //! to find out which claimed rows were published. Only then does it send. A batch is claimed and this claim committed
 //! before any record is sent, and the batch's marker is part of the same Kafka transaction. So a claimed row is published
-//! if the marker lists it; otherwise it is sent again. With `at_least_once` there is no transaction: the marker is sent
+//! if the marker lists it; otherwise it is sent again. The marker is sent together with the records, so it does not list
+//! their offsets: the new owner looks these up in the topics, for rows that the database does not know as published. A
+//! listed row is published even if its topic no longer has the record. With `at_least_once` there is no transaction: the marker is sent
 //! first and lists nothing, so all claimed rows are sent again.
 //!
 //! PostgreSQL may lose commits at any moment: a backup is restored, or the promoted standby lacks the last commits.
@@ -18,7 +20,6 @@ mod stall;
 mod topic_lookup;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -28,14 +29,24 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use crate::failpoint;
 use crate::kafka::{self, Kafka, Record, RecordRejection, ShardProducer};
 use crate::notify::ChangeNotifier;
 use crate::restore_check::{KafkaAhead, RestoreCheck};
-use crate::store::{self, Claim, Deployment, OutboxRow, ShardLease, Store};
+use crate::store::{self, Claim, ClaimRequest, Deployment, OutboxRow, ShardLease, Store};
 use isolation::Isolation;
 
 /// The most pointers in one transaction. 500 take 7 ms (median); more would only lose more work when one aborts.
 const MAX_BATCH_RECORDS: i64 = 500;
+
+/// About how many pointers one statement claims over all shards. Its rows are in memory at the same time.
+const MAX_CLAIMED_RECORDS: usize = 4000;
+
+/// The pointers that each shard may claim even if there are very many shards.
+const MIN_BATCH_RECORDS: i64 = 20;
+
+/// The pause before a shard is claimed again whose row another transaction has locked. Such a lock takes milliseconds.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long a crashed owner keeps its shards. The lease may be short, because the fence in Kafka makes a takeover safe:
 /// a broker that restarts publishes within five seconds.
@@ -74,6 +85,8 @@ struct ShardPublisher {
     /// When a failure was last logged, by topic (or shard) and reason.
     log_throttle: Mutex<HashMap<(String, String), Instant>>,
     isolation: Isolation,
+    /// Since when the offsets of a shard's published pointers cannot be looked up.
+    failed_lookups: Mutex<HashMap<i32, Instant>>,
     /// Kafka did not accept a marker, or could not return the last one: the marker topic may be missing.
     recheck_marker_topic: AtomicBool,
 }
@@ -141,6 +154,7 @@ impl Relay {
                 deployment,
                 log_throttle: Mutex::default(),
                 isolation: Isolation::default(),
+                failed_lookups: Mutex::default(),
                 recheck_marker_topic: AtomicBool::new(false),
             }),
             restore_check,
@@ -166,14 +180,13 @@ impl Relay {
             }
             return Err(error);
         }
-        let mut started = Vec::with_capacity(self.leases.len());
-        for lease in &self.leases {
-            if let Entry::Vacant(vacant) = self.running.entry(lease.shard) {
-                started.push(lease.shard);
-                let fenced = self.fenced_shards.remove(&lease.shard);
-                vacant.insert(self.tasks.spawn(Arc::clone(&self.publisher).run_batch(*lease, fenced)).id());
+        let started = match self.start_batches().await {
+            Ok(started) => started,
+            Err(error) => {
+                self.drop_fenced_shards();
+                return Err(error.into());
             }
-        }
+        };
         let deadline = tokio::time::Instant::now() + TICK_WAIT;
         let mut sent = 0;
         let mut failed = None;
@@ -193,6 +206,33 @@ impl Relay {
             Some(error) if sent == 0 => Err(error),
             _ => Ok(sent),
         }
+    }
+
+    /// Claims the next batch of every owned shard that has none running, in one statement, and starts a task for each shard
+    /// that has something to do. Returns these shards.
+    async fn start_batches(&mut self) -> Result<Vec<i32>, store::Error> {
+        let idle = self.leases.iter().copied().filter(|lease| !self.running.contains_key(&lease.shard));
+        let (paused, ready): (Vec<ShardLease>, Vec<ShardLease>) =
+            idle.partition(|lease| self.publisher.isolation.is_paused(lease.shard));
+        let requests = ready.into_iter().map(|lease| {
+            let last_batch = self.fenced_shards.get(&lease.shard).map(|fenced| fenced.last_batch);
+            ClaimRequest { lease, last_batch }
+        });
+        let requests: Vec<ClaimRequest> = requests.collect();
+        let claims = self.publisher.claim_batches(&requests).await?;
+        let ready = requests.into_iter().map(|request| request.lease).zip(claims.into_iter().map(Some));
+        let mut started = Vec::new();
+        for (lease, claim) in ready.chain(paused.into_iter().map(|lease| (lease, None))) {
+            if matches!(claim, Some(Claim::Idle)) {
+                self.publisher.isolation.clear_shard(lease.shard);
+                continue;
+            }
+            started.push(lease.shard);
+            let fenced = self.fenced_shards.remove(&lease.shard);
+            let task = self.tasks.spawn(Arc::clone(&self.publisher).run_batch(lease, fenced, claim));
+            self.running.insert(lease.shard, task.id());
+        }
+        Ok(started)
     }
 
     /// Handles the result of a shard's batch.
@@ -330,10 +370,27 @@ impl ShardPublisher {
         }
     }
 
-    /// Runs one batch of a shard.
-    async fn run_batch(self: Arc<Self>, lease: ShardLease, mut fenced: Option<FencedShard>) -> BatchOutcome {
+    /// Claims the next batch of each of these shards.
+    async fn claim_batches(&self, requests: &[ClaimRequest]) -> Result<Vec<Claim>, store::Error> {
+        if requests.is_empty() {
+            return Ok(Vec::new());
+        }
+        let limit = i64::try_from(MAX_CLAIMED_RECORDS / requests.len()).unwrap_or(MAX_BATCH_RECORDS);
+        self.store.claim_batches(requests, limit.clamp(MIN_BATCH_RECORDS, MAX_BATCH_RECORDS), self.store.now().await?).await
+    }
+
+    /// Runs one batch of a shard. Without a claim, the shard pauses.
+    async fn run_batch(
+        self: Arc<Self>,
+        lease: ShardLease,
+        mut fenced: Option<FencedShard>,
+        claim: Option<Claim>,
+    ) -> BatchOutcome {
         let started = Instant::now();
-        let result = self.publish_batch(lease, &mut fenced).await;
+        let result = match claim {
+            Some(claim) => self.publish_batch(lease, &mut fenced, claim).await,
+            None => Ok(0),
+        };
         match &result {
             Err(Error::ShardLost) => self.isolation.clear_shard(lease.shard),
             Err(Error::Store(_)) => {}
@@ -356,37 +413,46 @@ impl ShardPublisher {
         (lease, fenced, result)
     }
 
-    async fn publish_batch(&self, lease: ShardLease, slot: &mut Option<FencedShard>) -> Result<usize, Error> {
-        if self.isolation.is_paused(lease.shard) {
-            return Ok(0);
+    /// Publishes the batch that was claimed. If the shard is not taken over yet, takes it over and claims its first batch.
+    async fn publish_batch(&self, lease: ShardLease, slot: &mut Option<FencedShard>, claim: Claim) -> Result<usize, Error> {
+        let (mut recovered, mut claim) = (0, claim);
+        if matches!(claim, Claim::NotTakenOver) {
+            let (fenced, count) = self.take_over(lease).await?;
+            let request = ClaimRequest { lease, last_batch: Some(fenced.last_batch) };
+            (recovered, *slot) = (count, Some(fenced));
+            claim = self.claim_batches(&[request]).await?.pop().unwrap_or(Claim::Idle);
         }
-        let mut recovered = 0;
-        let fenced = match slot {
-            Some(fenced) => fenced,
-            // A shard without outbox rows needs no producer.
-            None if !self.store.has_outbox_rows(lease.shard).await? => {
-                self.isolation.clear_shard(lease.shard);
-                return Ok(0);
-            }
-            None => {
-                let (fenced, count) = self.take_over(lease).await?;
-                recovered = count;
-                slot.insert(fenced)
-            }
-        };
-        let now = self.store.now().await?;
-        let (batch, mut rows) = match self.store.claim_batch(lease, fenced.last_batch, MAX_BATCH_RECORDS, now).await? {
+        let known = slot.as_ref().map_or(0, |fenced| fenced.last_batch);
+        let (batch, rows) = match claim {
             Claim::Claimed { batch, rows } => (batch, rows),
-            Claim::Idle => {
+            Claim::Idle | Claim::NotTakenOver => {
                 self.isolation.clear_shard(lease.shard);
+                return Ok(recovered);
+            }
+            Claim::Busy => {
+                tokio::time::sleep(BUSY_PAUSE).await;
+                self.notifier.relay.notify_one();
                 return Ok(recovered);
             }
             Claim::ShardLost => return Err(Error::ShardLost),
             Claim::Changed { last_batch: found, has_claimed_rows } => {
-                return Err(Error::ShardChanged { shard: lease.shard, known: fenced.last_batch, found, has_claimed_rows });
+                return Err(Error::ShardChanged { shard: lease.shard, known, found, has_claimed_rows });
             }
         };
+        Ok(recovered + self.send_batch(lease, slot, batch, rows).await?)
+    }
+
+    /// Sends the rows of a batch to Kafka, and writes the outcome to the database.
+    async fn send_batch(
+        &self,
+        lease: ShardLease,
+        slot: &mut Option<FencedShard>,
+        batch: i64,
+        mut rows: Vec<OutboxRow>,
+    ) -> Result<usize, Error> {
+        let Some(fenced) = slot.as_mut() else { return Ok(0) };
         fenced.last_batch = batch;
+        failpoint::reach("relay.claimed").await.map_err(store::Error::from)?;
         let selection = self.isolation.select(lease.shard, &rows);
         self.defer(lease, batch, &selection.rejected, &mut rows).await?;
         let selected = rows.iter().filter(|row| selection.send.contains(&row.session_id));
@@ -407,7 +473,7 @@ impl ShardPublisher {
             }
             Err(failed) => Err(failed),
         };
-        Ok(recovered + self.apply_outcome(lease, slot, (batch, &selection.send), rows, result).await?)
+        self.apply_outcome(lease, slot, (batch, &selection.send), rows, result).await
     }
 }
 

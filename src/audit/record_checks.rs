@@ -9,6 +9,7 @@ use super::object_checks::is_failed;
 use super::report::{FindingKind, NewFinding, ReportBuilder};
 use super::{Error, PUBLISH_GRACE, Run, parse_object_key};
 use crate::kafka::{ScannedRange, ScannedRecord};
+use crate::session::RecordMetadata;
 use crate::store::SessionStatus;
 
 /// A partition that the audit reads.
@@ -133,7 +134,9 @@ impl Run<'_> {
             }
             let (bytes, position) = (session.size_bytes.unsigned_abs(), log.position(record.offset));
             let mut add = |kind, example| report.add(NewFinding { kind, bytes, fixed: false, example });
-            let is_here = (session.partition, session.offset) == (Some(log.partition), Some(record.offset));
+            // The relay saved no offset, because it did not find the record. There is only one, so it is this record.
+            let is_here = session.offset == Some(RecordMetadata::UNKNOWN_OFFSET)
+                || (session.partition, session.offset) == (Some(log.partition), Some(record.offset));
             match session.state.as_str() {
                 // The relay saved the publication between the two queries.
                 "published" if is_here && session.pointer.as_deref().map(str::as_bytes) == Some(&record.value) => {}

@@ -109,7 +109,7 @@ impl Broker {
                 State::Verified(_) if !is_past_deadline => {}
                 State::Verified(verification) => return verified(&session, verification),
                 State::Published(verification, metadata) => {
-                    let record = Some(record(&session, metadata));
+                    let record = record(&session, metadata);
                     return Ok(Completed { record, ..verified(&session, verification)? });
                 }
                 State::Aborted => return Err(session_error(SessionError::Aborted, &session)),

@@ -29,7 +29,7 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Err
     };
     let verification = session.state.verification();
     let record = match &session.state {
-        State::Published(_, metadata) => Some(record(session, metadata)),
+        State::Published(_, metadata) => record(session, metadata),
         _ => None,
     };
     let next = match &session.state {
@@ -67,10 +67,12 @@ pub(super) fn view(session: &Session, now: OffsetDateTime) -> Result<Upload, Err
     })
 }
 
-/// The position of the published record.
-pub(super) fn record(session: &Session, metadata: &RecordMetadata) -> Record {
+/// The position of the published record; `None` if it is not known. That happens only if a relay stopped before it saved
+/// the position, and the record was deleted from its topic before the next relay looked for it.
+pub(super) fn record(session: &Session, metadata: &RecordMetadata) -> Option<Record> {
     let RecordMetadata { partition, offset, .. } = *metadata;
-    Record { topic: session.spec.topic.clone(), partition, offset, timestamp: metadata.timestamp() }
+    let topic = session.spec.topic.clone();
+    metadata.has_offset().then(|| Record { topic, partition, offset, timestamp: metadata.timestamp() })
 }
 
 /// The pointer as it was stored.

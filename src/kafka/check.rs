@@ -85,7 +85,7 @@ impl Kafka {
     /// # Errors
     /// The reason why publishing would fail, with its cause if that is known.
     pub async fn check(&self, deployment: Uuid) -> Result<(), CheckError> {
-        match self.write_probe(deployment).await {
+        match self.write_probe(&format!("lfs-broker.{deployment}.check")).await {
             Err(CheckError::Kafka(Error::Unreachable(reason))) => {
                 Err(self.unreachable_addresses().await.unwrap_or(CheckError::Kafka(Error::Unreachable(reason))))
             }
@@ -93,7 +93,8 @@ impl Kafka {
         }
     }
 
-    async fn write_probe(&self, deployment: Uuid) -> Result<(), CheckError> {
+    /// Writes a record to the marker topic, in a transaction of `transactional_id` that it aborts.
+    pub(super) async fn write_probe(&self, transactional_id: &str) -> Result<(), CheckError> {
         // The relay creates the topic before it takes over its first shard. Until then there is no partition to write to.
         let metadata = match self.query_topic_metadata(MARKER_TOPIC).await {
             Err(Error::Refused(reason)) if reason.contains("authoriz") => {
@@ -111,7 +112,7 @@ impl Kafka {
         for name in ["transaction.timeout.ms", "message.timeout.ms", "socket.timeout.ms"] {
             settings.properties.insert(name.to_owned(), STEP_TIMEOUT_MS.to_owned());
         }
-        let id = format!("lfs-broker.{deployment}.check");
+        let id = transactional_id.to_owned();
         run_blocking(move || Ok(write_probe_record(&settings, &id, partition))).await?
     }
 

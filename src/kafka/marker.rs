@@ -1,4 +1,7 @@
 //! The marker: it lists the pointers that a shard's last committed transaction published. The next owner of the shard reads it.
+//!
+//! The marker is sent together with the records that it lists, so it does not know their offsets. The next owner looks an
+//! offset up in the topic if the database does not have it. Markers of earlier versions contain the offsets.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +11,7 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use tracing::warn;
 
 use super::client::{self, Context};
-use super::{Error, MARKER_TOPIC, RecordMetadata, Settings};
+use super::{Error, MARKER_TOPIC, Record, RecordMetadata, Settings};
 
 /// Reading takes milliseconds, or longer while another deployment has an open transaction in the partition.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -22,8 +25,23 @@ const FIRST_SCAN_OFFSETS: i64 = 256;
 pub struct Marker {
     /// The number under which the batch's rows were claimed.
     pub batch: i64,
-    /// The records that the batch published.
+    /// The records that the batch published. A position that was not known when the marker was sent is -1, as in Java's
+    /// `RecordMetadata`: see [`RecordMetadata::UNKNOWN_OFFSET`].
     pub published: Vec<RecordMetadata>,
+}
+
+impl Marker {
+    /// The marker of a batch that is sent at `timestamp_ms`. A partition is known if the client asked for it, or if the
+    /// partitioner chose it; otherwise librdkafka chooses one later.
+    pub(super) fn of(batch: i64, records: &[Record], timestamp_ms: i64) -> Self {
+        let listed = |record: &Record| RecordMetadata {
+            upload_id: record.upload_id,
+            partition: record.partition.unwrap_or(RecordMetadata::UNKNOWN_PARTITION),
+            offset: RecordMetadata::UNKNOWN_OFFSET,
+            timestamp_ms,
+        };
+        Self { batch, published: records.iter().map(listed).collect() }
+    }
 }
 
 /// The transactional id of a shard. Kafka fences producers by it, and it is the key of the shard's markers.
@@ -123,5 +141,25 @@ fn is_transient(error: &KafkaError) -> bool {
         // The reader has a group id but never joins the group, so an error of the group does not matter.
         Error::Refused(_) => error.rdkafka_error_code() == Some(RDKafkaErrorCode::GroupAuthorizationFailed),
         _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_of_a_marker_is_read_with_and_without_offsets() {
+        let id = uuid::Uuid::nil();
+        let record = |offset| RecordMetadata { upload_id: id, partition: 2, offset, timestamp_ms: 7 };
+        let json = |offset| {
+            format!(r#"{{"batch":3,"published":[{{"upload_id":"{id}","partition":2,"offset":{offset},"timestamp_ms":7}}]}}"#)
+        };
+        for offset in [-1, 42] {
+            let marker = Marker { batch: 3, published: vec![record(offset)] };
+            assert_eq!(serde_json::to_string(&marker).unwrap(), json(offset));
+            assert_eq!(serde_json::from_str::<Marker>(&json(offset)).unwrap(), marker);
+            assert_eq!(marker.published[0].has_offset(), offset == 42);
+        }
     }
 }

@@ -9,7 +9,7 @@ use rdkafka::message::Message;
 use rdkafka::producer::{FutureRecord, Producer};
 use uuid::Uuid;
 
-use super::tests::{read, record, settings};
+use super::tests::{listed, read, record, settings};
 use super::{Delivery, Kafka, Marker, PublishError, Record, Settings, client};
 
 fn server() -> String {
@@ -60,7 +60,7 @@ async fn a_batch_is_published_with_its_marker() {
     assert_eq!(producer.last_marker().await.unwrap(), None);
     let sent: Vec<_> = (0..500).map(|_| pointer(&topic)).collect();
     let published = producer.publish(7, &sent).await.unwrap();
-    assert_eq!(producer.last_marker().await.unwrap(), Some(Marker { batch: 7, published: published.clone() }));
+    assert_eq!(producer.last_marker().await.unwrap(), Some(Marker { batch: 7, published: listed(&published) }));
     assert_eq!(committed_ids(&topic).await, sorted_ids(&sent));
     for delivered in [&published[0], &published[499]] {
         let (topic, partition) = (topic.clone(), delivered.partition);
@@ -78,7 +78,7 @@ async fn an_aborted_batch_publishes_nothing_and_keeps_the_last_marker() {
     let producer = kafka.open_producer(&id, 1).await.unwrap();
     let first = [pointer(&topic)];
     let published = producer.publish(1, &first).await.unwrap();
-    let marker = Marker { batch: 1, published };
+    let marker = Marker { batch: 1, published: listed(&published) };
 
     // librdkafka rejects the large record after the other record was sent, so the transaction is aborted.
     let large = Record { value: vec![b' '; 2_000_000], ..pointer(&topic) };
@@ -124,7 +124,7 @@ async fn a_new_owner_fences_the_previous_owner_and_reads_its_last_marker() {
     let published = zombie.publish(1, &first).await.unwrap();
 
     let owner = kafka.open_producer(&id, 2).await.unwrap();
-    assert_eq!(owner.last_marker().await.unwrap(), Some(Marker { batch: 1, published }));
+    assert_eq!(owner.last_marker().await.unwrap(), Some(Marker { batch: 1, published: listed(&published) }));
     let fenced = zombie.publish(2, &[pointer(&topic)]).await;
     assert!(matches!(fenced, Err(PublishError::Fenced(_))), "{fenced:?}");
     let again = zombie.publish(3, &[pointer(&topic)]).await;
@@ -132,7 +132,7 @@ async fn a_new_owner_fences_the_previous_owner_and_reads_its_last_marker() {
 
     let second = [pointer(&topic)];
     let published = owner.publish(2, &second).await.unwrap();
-    assert_eq!(owner.last_marker().await.unwrap(), Some(Marker { batch: 2, published }));
+    assert_eq!(owner.last_marker().await.unwrap(), Some(Marker { batch: 2, published: listed(&published) }));
     assert_eq!(committed_ids(&topic).await, sorted_ids(&[first, second].concat()));
 }
 
@@ -197,7 +197,7 @@ async fn reading_the_last_marker_waits_for_an_open_transaction_of_another_produc
         other.commit_transaction(super::REQUEST_TIMEOUT * 5).unwrap();
         other
     });
-    assert_eq!(waiting.await.unwrap(), Some(Marker { batch: 1, published }));
+    assert_eq!(waiting.await.unwrap(), Some(Marker { batch: 1, published: listed(&published) }));
     super::drop_blocking(ended.await.unwrap());
 }
 

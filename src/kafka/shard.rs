@@ -144,31 +144,32 @@ impl ShardProducer {
             let failed = self.step_failure(&error);
             return Err(self.without_commit(failed));
         }
-        let sent = self.send(&records.iter().collect::<Vec<_>>()).await;
-        if let Some(failed) = self.batch_failure(records, &sent).await {
+        // librdkafka registers the partitions of a transaction with Kafka, and collects them for some milliseconds first. So
+        // the marker is sent together with the records: a second round of sends would wait for a second registration.
+        let now_ms = now_ms();
+        let enqueued: Vec<_> = records.iter().map(|record| self.enqueue(record, now_ms)).collect();
+        let marker = self.enqueue_marker(&Marker::of(batch, records, now_ms), now_ms);
+        let sent = delivered(records.iter(), enqueued, now_ms).await;
+        let marker_sent = delivery_report(marker).await.map(drop);
+        if let Some(failed) = self.transaction_failure(records, &sent, marker_sent).await {
             return Err(self.abort(failed).await);
         }
         if let Err(error) = failpoint::reach("relay.sent").await {
-            return Err(self.abort(PublishError::Retry(error.to_string())).await);
-        }
-        let published: Vec<RecordMetadata> = sent.into_iter().flatten().collect();
-        if let Err(failed) = self.send_marker(Marker { batch, published: published.clone() }).await {
-            return Err(self.abort(failed).await);
-        }
-        if let Err(error) = failpoint::reach("relay.listed").await {
             return Err(self.abort(PublishError::Retry(error.to_string())).await);
         }
         // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the response
         // and started a new epoch. Only the marker shows whether the transaction was committed.
         self.step(|producer| producer.commit_transaction(STEP_TIMEOUT)).await.map_err(|error| self.step_failure(&error))?;
         failpoint::reach("relay.committed").await?;
-        Ok(published)
+        Ok(sent.into_iter().flatten().collect())
     }
 
     async fn publish_at_least_once(&self, batch: i64, records: &[Record]) -> Result<Vec<RecordMetadata>, PublishError> {
         // The marker goes first. So Kafka always has the number of every batch of which a record was sent, and a restored
         // database is detected. This marker cannot list the published records.
-        if let Err(failed) = self.send_marker(Marker { batch, published: Vec::new() }).await {
+        let marker = self.enqueue_marker(&Marker { batch, published: Vec::new() }, now_ms());
+        if let Err(error) = delivery_report(marker).await {
+            let failed = self.marker_failure(error).await;
             // After an outage of Kafka, leaders may have moved. `assign_partitions` then needs fresh metadata.
             records.iter().for_each(|record| self.kafka.invalidate_topic(&record.topic));
             return Err(failed);
@@ -192,25 +193,6 @@ impl ShardProducer {
         }
     }
 
-    /// Sends every record, then awaits every acknowledgement. A commit that has to wait for an acknowledgement takes 100 ms.
-    async fn send(&self, records: &[&Record]) -> Vec<Result<RecordMetadata, KafkaError>> {
-        let now_ms = now_ms();
-        let sent: Vec<_> = records.iter().map(|record| self.enqueue(record, now_ms)).collect();
-        let mut results = Vec::with_capacity(records.len());
-        for (record, sent) in records.iter().zip(sent) {
-            results.push(match sent {
-                Ok(delivery) => delivery_report(delivery).await.map(|report| RecordMetadata {
-                    upload_id: record.upload_id,
-                    partition: report.partition,
-                    offset: report.offset,
-                    timestamp_ms: timestamp(report.timestamp, now_ms),
-                }),
-                Err(error) => Err(error),
-            });
-        }
-        results
-    }
-
     /// Sends a record only after all earlier records of its topic and key are acknowledged. Without a transaction, a later
     /// record cannot be taken back if an earlier record is rejected.
     async fn send_in_order(&self, records: &[Record]) -> Vec<Result<RecordMetadata, KafkaError>> {
@@ -224,7 +206,9 @@ impl ShardProducer {
                 waiting.into_iter().partition(|index| order(&records[*index]).is_none_or(|order| seen.insert(order)));
             let (blocked, ready): (Vec<usize>, Vec<usize>) =
                 first_of_key.into_iter().partition(|index| order(&records[*index]).is_some_and(|order| failed.contains(&order)));
-            let sent = self.send(&ready.iter().map(|index| &records[*index]).collect::<Vec<_>>()).await;
+            let now_ms = now_ms();
+            let enqueued = ready.iter().map(|index| self.enqueue(&records[*index], now_ms)).collect();
+            let sent = delivered(ready.iter().map(|index| &records[*index]), enqueued, now_ms).await;
             for (index, outcome) in ready.into_iter().zip(sent) {
                 failed.extend(order(&records[index]).filter(|_| outcome.is_err()));
                 outcomes[index] = Some(outcome);
@@ -252,25 +236,51 @@ impl ShardProducer {
         self.producer().send_result(message).map_err(|(error, _)| error)
     }
 
-    async fn send_marker(&self, marker: Marker) -> Result<(), PublishError> {
-        let value = serde_json::to_vec(&marker).expect("a marker has no map and no float, so it always serializes");
+    fn enqueue_marker(&self, marker: &Marker, timestamp_ms: i64) -> Result<DeliveryFuture, KafkaError> {
+        let value = serde_json::to_vec(marker).expect("a marker has no map and no float, so it always serializes");
         let record = FutureRecord::to(MARKER_TOPIC)
             .partition(self.marker_partition)
             .key(&self.transactional_id)
             .payload(&value)
-            .timestamp(now_ms());
-        let sent = match self.producer().send_result(record) {
-            Ok(delivery) => delivery_report(delivery).await,
-            Err((error, _)) => Err(error),
-        };
-        match sent {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let cause = self.transaction_error().await.unwrap_or(error);
-                let failed = || PublishError::MarkerNotWritten(format!("{MARKER_TOPIC}: {}", reason(&cause)));
-                Err(self.fatal_error().unwrap_or_else(failed))
-            }
+            .timestamp(timestamp_ms);
+        self.producer().send_result(record).map_err(|(error, _)| error)
+    }
+
+    /// The failure of a batch whose marker was not written, although no record is the cause.
+    async fn marker_failure(&self, error: KafkaError) -> PublishError {
+        let cause = self.transaction_error().await.unwrap_or(error);
+        let failed = || PublishError::MarkerNotWritten(format!("{MARKER_TOPIC}: {}", reason(&cause)));
+        self.fatal_error().unwrap_or_else(failed)
+    }
+
+    /// The failure of a transaction, from the outcomes of its records and its marker; `None` if all were delivered. If a
+    /// record failed on its own, the record is the cause.
+    async fn transaction_failure(
+        &self,
+        records: &[Record],
+        sent: &[Result<RecordMetadata, KafkaError>],
+        marker: Result<(), KafkaError>,
+    ) -> Option<PublishError> {
+        let Err(error) = marker else { return self.batch_failure(records, sent).await };
+        let has_own_failure = sent.iter().any(|sent| sent.as_ref().is_err_and(is_own_failure));
+        if !has_own_failure && (is_own_failure(&error) || sent.iter().all(Result::is_ok)) {
+            return Some(self.marker_failure(error).await);
         }
+        let failed = self.batch_failure(records, sent).await;
+        // Kafka rejected a topic of the transaction, and librdkafka does not say which. It may be the marker topic.
+        if !has_own_failure && matches!(failed, Some(PublishError::Rejected { .. })) {
+            return self.marker_topic_failure().await.map(PublishError::MarkerNotWritten).or(failed);
+        }
+        failed
+    }
+
+    /// Why the marker topic cannot be written, if a transaction with only a record of this topic fails too.
+    async fn marker_topic_failure(&self) -> Option<String> {
+        if let Ok(None) = self.kafka.marker_partition_count().await {
+            return Some(format!("kafka has no topic {MARKER_TOPIC}"));
+        }
+        let written = self.kafka.write_probe(&format!("{}.check", self.transactional_id)).await;
+        written.err().map(|error| error.to_string())
     }
 
     /// The failure of a batch, from the outcomes of its records; `None` if no record failed.
@@ -466,8 +476,26 @@ fn is_fencing_code(code: RDKafkaErrorCode) -> bool {
     matches!(code, Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
 }
 
-async fn delivery_report(delivery: DeliveryFuture) -> Result<DeliveryReport, KafkaError> {
-    match delivery.await {
+/// Awaits the acknowledgements of records that were enqueued. A commit that has to wait for one takes 100 ms.
+async fn delivered(
+    records: impl Iterator<Item = &Record>,
+    enqueued: Vec<Result<DeliveryFuture, KafkaError>>,
+    sent_ms: i64,
+) -> Vec<Result<RecordMetadata, KafkaError>> {
+    let mut results = Vec::with_capacity(enqueued.len());
+    for (record, delivery) in records.zip(enqueued) {
+        results.push(delivery_report(delivery).await.map(|report| RecordMetadata {
+            upload_id: record.upload_id,
+            partition: report.partition,
+            offset: report.offset,
+            timestamp_ms: timestamp(report.timestamp, sent_ms),
+        }));
+    }
+    results
+}
+
+async fn delivery_report(delivery: Result<DeliveryFuture, KafkaError>) -> Result<DeliveryReport, KafkaError> {
+    match delivery?.await {
         Ok(Ok(report)) => Ok(report),
         Ok(Err((error, _))) => Err(error),
         Err(_) => Err(KafkaError::Canceled),

@@ -9,7 +9,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedMessage};
 use uuid::Uuid;
 
-use super::{Delivery, Error, Kafka, PartitionedBatch, PublishError, Record, Settings};
+use super::{Delivery, Error, Kafka, PartitionedBatch, PublishError, Record, RecordMetadata, Settings};
 
 pub(super) fn settings(bootstrap_servers: String, delivery: Delivery) -> Settings {
     // A short timeout, so that tests that wait for it are fast.
@@ -26,6 +26,11 @@ pub(super) fn record(topic: &str, key: Option<&str>) -> Record {
         value: br#"{"kfs_lfs":1}"#.to_vec(),
         headers: vec![("b".into(), b"2".to_vec()), ("a".into(), vec![0, 255]), ("b".into(), Vec::new())],
     }
+}
+
+/// What the marker of a batch lists: the published records, whose positions were not known when it was sent.
+pub(super) fn listed(published: &[RecordMetadata]) -> Vec<RecordMetadata> {
+    published.iter().map(|record| RecordMetadata { partition: -1, offset: -1, ..*record }).collect()
 }
 
 /// Reads a partition from its beginning to its end.
@@ -338,8 +343,14 @@ async fn a_transaction_publishes_its_records_and_its_marker() {
     for batch in 1..=3 {
         let sent: Vec<_> = (0..5).map(|_| record("videos", None)).collect();
         let published = producer.publish(batch, &sent).await.unwrap();
-        assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch, published }));
+        let marker = super::Marker { batch, published: listed(&published) };
+        assert_eq!(producer.last_marker().await.unwrap(), Some(marker));
     }
+    // The marker contains a partition that was known before the records were sent.
+    let published = producer.publish(4, &[Record { partition: Some(3), ..record("videos", None) }]).await.unwrap();
+    let marker = producer.last_marker().await.unwrap().unwrap();
+    assert_eq!(marker.published, [RecordMetadata { offset: -1, ..published[0] }]);
+    assert_eq!(marker.published[0].partition, 3);
     assert_eq!(kafka.last_marker("lfs-broker.test.0", 1).await.unwrap(), None, "the marker belongs to another shard");
 }
 
@@ -375,9 +386,9 @@ async fn a_record_in_the_marker_topic_that_is_not_a_marker_is_skipped() {
         garbage.payload = value;
         other_producer.send_result(garbage).unwrap().await.unwrap().unwrap();
     }
-    assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch: 1, published }));
+    assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch: 1, published: listed(&published) }));
     let published = producer.publish(2, &[record("videos", None)]).await.unwrap();
-    assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch: 2, published }));
+    assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch: 2, published: listed(&published) }));
 }
 
 #[tokio::test]
@@ -422,6 +433,22 @@ async fn a_topic_that_kafka_rejects_in_a_transaction_is_reported_and_the_produce
     assert_eq!(rejected.len(), 2);
     producer.publish(4, &[good]).await.unwrap();
     server.refuse_topic("secret", false).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_marker_that_kafka_rejects_is_reported_and_no_record_is() {
+    let (server, kafka) = start_kafka(Delivery::ExactlyOnce, "videos", 1).await;
+    let mut producer = kafka.open_producer("lfs-broker.test.0", 0).await.unwrap();
+    producer.publish(1, &[record("videos", None)]).await.unwrap();
+    server.refuse_topic(super::MARKER_TOPIC, true).await.unwrap();
+    let failed = producer.publish(2, &[record("videos", None)]).await;
+    let Err(PublishError::MarkerNotWritten(reason)) = &failed else { panic!("{failed:?}") };
+    assert!(reason.contains(super::MARKER_TOPIC), "{reason}");
+    server.refuse_topic(super::MARKER_TOPIC, false).await.unwrap();
+    if producer.needs_replacement() {
+        producer = kafka.open_producer("lfs-broker.test.0", 0).await.unwrap();
+    }
+    producer.publish(3, &[record("videos", None)]).await.unwrap();
 }
 
 #[test]

@@ -286,7 +286,6 @@ mod tests {
 
     fn rows(topics: &[(&str, usize)]) -> Vec<OutboxRow> {
         let row = |topic: &str| OutboxRow {
-            number: 0,
             session_id: Uuid::now_v7(),
             topic: topic.to_owned(),
             partition: None,

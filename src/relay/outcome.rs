@@ -13,7 +13,7 @@ use super::{Error, FencedShard, MAX_BATCH_RECORDS, ShardPublisher};
 use crate::failpoint;
 use crate::kafka::{self, Delivery, PublishError, RecordRejection};
 use crate::session::RecordMetadata;
-use crate::store::{self, Deferred, OutboxRow, ShardLease};
+use crate::store::{self, Deferred, OutboxRow, ShardLease, Unrecorded};
 
 /// A rejected record is sent again after 1, 2, 4, ... seconds, and at most this many.
 const MAX_DEFER_SECONDS: i64 = 60;
@@ -37,7 +37,7 @@ impl ShardPublisher {
         // Everything that the marker lists counts, claimed or not. After a restore, a relay that kept running may have
         // claimed a different batch under the same number.
         let claimed = self.store.claimed(lease.shard).await?;
-        let listed: Vec<RecordMetadata> = match &marker {
+        let mut listed: Vec<RecordMetadata> = match &marker {
             Some(marker) => marker.published.clone(),
             // No batch was ever committed, or the marker was deleted: the topics themselves must be read.
             None if !claimed.is_empty() && self.kafka.delivery() == Delivery::ExactlyOnce => {
@@ -45,11 +45,13 @@ impl ShardPublisher {
             }
             None => Vec::new(),
         };
-        let unfinished = self.store.count_unverified(&listed.iter().map(|record| record.upload_id).collect::<Vec<_>>()).await?;
+        let ids: Vec<Uuid> = listed.iter().map(|record| record.upload_id).collect();
+        let Unrecorded { verified, unfinished } = self.store.unrecorded(&ids).await?;
         if unfinished > 0 {
             let batch = marker.map_or(0, |marker| marker.batch);
             return Err(Error::UnfinishedInDatabase { shard: lease.shard, batch, unfinished });
         }
+        self.add_offsets(lease.shard, &mut listed, &verified).await?;
         if !listed.is_empty() {
             self.store.mark_published(&listed, self.store.now().await?).await?;
             listed.iter().for_each(|record| self.notifier.notify(record.upload_id));

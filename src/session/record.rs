@@ -10,15 +10,28 @@ use uuid::Uuid;
 pub struct RecordMetadata {
     /// The session of the pointer.
     pub upload_id: Uuid,
-    /// The record's partition.
+    /// The record's partition, or [`Self::UNKNOWN_PARTITION`].
     pub partition: i32,
-    /// The record's offset in the partition.
+    /// The record's offset in the partition, or [`Self::UNKNOWN_OFFSET`].
     pub offset: i64,
     /// The record's timestamp in milliseconds since 1970, as Kafka stores it.
     pub timestamp_ms: i64,
 }
 
 impl RecordMetadata {
+    /// The partition of a record that was published, but whose partition is not known. Java's producer uses the same value:
+    /// `RecordMetadata.UNKNOWN_PARTITION` of `org.apache.kafka.clients.producer`.
+    pub const UNKNOWN_PARTITION: i32 = -1;
+
+    /// The offset of a record that was published, but whose offset is not known. Java's `RecordMetadata.offset()` returns the
+    /// same value if `hasOffset()` is false.
+    pub const UNKNOWN_OFFSET: i64 = -1;
+
+    /// Whether the record's position is known.
+    pub fn has_offset(&self) -> bool {
+        self.offset >= 0
+    }
+
     /// The position of a record whose timestamp is known as a time.
     pub(crate) fn new(upload_id: Uuid, partition: i32, offset: i64, timestamp: OffsetDateTime) -> Self {
         let timestamp_ms = i64::try_from(timestamp.unix_timestamp_nanos() / 1_000_000).expect("every time fits");

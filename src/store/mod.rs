@@ -30,7 +30,7 @@ use crate::failpoint::InjectedError;
 use crate::session::Session;
 
 pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
-pub(crate) use outbox::{Claim, Deferred, OutboxRow, ShardLease};
+pub(crate) use outbox::{Claim, ClaimRequest, Deferred, OutboxRow, ShardLease, Unrecorded, UnrecordedSession};
 pub use sessions::Quota;
 pub(crate) use sessions::{CreateOutcome, Filter, NewSession, SessionPage, StoredPolicy, Transition, VerifiedPut};
 pub(crate) use tenant_limiter::TenantLimiter;

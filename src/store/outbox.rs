@@ -1,7 +1,9 @@
 //! The outbox: pointers that Kafka has not acknowledged, and the leases on its shards.
 
+mod claim;
+
 use sqlx::types::Json;
-use sqlx::{PgConnection, query, query_scalar};
+use sqlx::{query, query_scalar};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -10,14 +12,11 @@ use super::{Error, Store};
 use crate::failpoint;
 use crate::session::RecordMetadata;
 
-/// How many refused rows one batch retries. The number is small, because rows that were never refused wait until the retried rows
-/// are deferred again. When Kafka accepts the retried rows, the next batch follows at once.
-const MAX_RETRIED_ROWS: i64 = 20;
+pub(crate) use claim::{Claim, ClaimRequest};
 
 /// A row of the outbox: a pointer that Kafka has not acknowledged.
 #[derive(Debug, Clone)]
 pub(crate) struct OutboxRow {
-    pub(crate) number: i64,
     pub(crate) session_id: Uuid,
     pub(crate) topic: String,
     pub(crate) partition: Option<i32>,
@@ -28,30 +27,28 @@ pub(crate) struct OutboxRow {
     pub(crate) batch: Option<i64>,
 }
 
-/// The outcome of claiming the next batch of a shard.
-#[derive(Debug)]
-pub(crate) enum Claim {
-    /// These rows have the batch's number now and must be sent.
-    Claimed { batch: i64, rows: Vec<OutboxRow> },
-    /// No row is due.
-    Idle,
-    /// Another owner or a later epoch has the shard.
-    ShardLost,
-    /// The shard's state differs from the state that its owner wrote last, so no row was claimed. The database lost commits, or
-    /// another process wrote to the shard.
-    Changed {
-        last_batch: i64,
-        /// Whether rows are claimed although the owner left none claimed.
-        has_claimed_rows: bool,
-    },
-}
-
 /// A pointer that Kafka refused, with the error and the time of the next attempt.
 #[derive(Debug)]
 pub(crate) struct Deferred {
     pub(crate) session_id: Uuid,
     pub(crate) error: String,
     pub(crate) next_try_at: OffsetDateTime,
+}
+
+/// The sessions of a marker whose publication the database has not recorded.
+#[derive(Debug)]
+pub(crate) struct Unrecorded {
+    pub(crate) verified: Vec<UnrecordedSession>,
+    /// How many of the sessions are neither verified nor published, although Kafka holds their records.
+    pub(crate) unfinished: i64,
+}
+
+/// A verified session whose pointer Kafka holds.
+#[derive(Debug)]
+pub(crate) struct UnrecordedSession {
+    pub(crate) id: Uuid,
+    pub(crate) topic: String,
+    pub(crate) pointer: String,
 }
 
 /// The lease on one shard. It is valid until another owner takes the shard over.
@@ -97,52 +94,17 @@ impl Store {
         Ok(())
     }
 
-    /// Whether a shard has rows to send, or claimed rows whose outcome is not recorded.
-    pub(crate) async fn has_outbox_rows(&self, shard: i32) -> Result<bool, Error> {
-        let has_rows = query_scalar!(
-            r#"select exists (select from outbox where shard = $1 and batch is null)
-                   or exists (select from outbox where shard = $1 and batch is not null) as "has_rows!""#,
-            shard
-        );
-        Ok(has_rows.fetch_one(&self.pool).await?)
-    }
-
     /// Claimed rows of a shard whose outcome is not recorded: their relay stopped before, during or after sending them.
     pub(crate) async fn claimed(&self, shard: i32) -> Result<Vec<OutboxRow>, Error> {
         let rows = sqlx::query_as!(
             RawOutboxRow,
-            r#"select number, session_id, topic, partition, key, value, headers as "headers: Json<Vec<(String, String)>>", attempts, batch
+            r#"select session_id, topic, partition, key, value, headers as "headers: Json<Vec<(String, String)>>", attempts, batch
                from outbox where shard = $1 and batch is not null order by number"#,
             shard
         )
         .fetch_all(&self.pool)
         .await?;
         Ok(rows.into_iter().map(OutboxRow::from).collect())
-    }
-
-    /// Claims the next batch of a shard: writes a new batch number to its rows, under the lock of the shard's row. It requires
-    /// that the shard is as its owner left it: `last_batch` is the last number, and no row is claimed.
-    pub(crate) async fn claim_batch(
-        &self,
-        lease: ShardLease,
-        last_batch: i64,
-        limit: i64,
-        now: OffsetDateTime,
-    ) -> Result<Claim, Error> {
-        let claim = with_timeout(WORKER_TIMEOUT, async {
-            let mut tx = self.pool.worker_pool().begin().await?;
-            let claim = claim_batch(&mut tx, lease, last_batch, limit, now).await?;
-            match claim {
-                Claim::Claimed { .. } => tx.commit().await?,
-                _ => tx.rollback().await?,
-            }
-            Ok(claim)
-        })
-        .await?;
-        if matches!(claim, Claim::Claimed { .. }) {
-            failpoint::reach("relay.claimed").await?;
-        }
-        Ok(claim)
     }
 
     /// Releases the rows of these batches, except those in `published`, which Kafka holds. Their state in the database does not
@@ -283,6 +245,27 @@ impl Store {
         Ok(count)
     }
 
+    /// Which of these sessions are not marked published. They need not have outbox rows.
+    pub(crate) async fn unrecorded(&self, published: &[Uuid]) -> Result<Unrecorded, Error> {
+        let rows = query!(
+            "select id, topic, pointer, state = 'verified' as \"is_verified!\" from upload_sessions
+             where id = any($1) and state <> 'published'",
+            published
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let mut unrecorded = Unrecorded { verified: Vec::new(), unfinished: 0 };
+        for row in rows {
+            match row.pointer {
+                Some(pointer) if row.is_verified => {
+                    unrecorded.verified.push(UnrecordedSession { id: row.id, topic: row.topic, pointer });
+                }
+                _ => unrecorded.unfinished += 1,
+            }
+        }
+        Ok(unrecorded)
+    }
+
     /// How many of these sessions are neither verified nor published in the database, although Kafka holds their records.
     pub(crate) async fn count_unverified(&self, published: &[Uuid]) -> Result<i64, Error> {
         let count = query_scalar!(
@@ -315,7 +298,6 @@ impl Store {
                 );
                 let metadata = RecordMetadata::new(row.id, row.partition, row.offset, row.at);
                 let outbox_row = OutboxRow {
-                    number: 0,
                     session_id: row.id,
                     topic: row.topic,
                     partition: Some(row.partition),
@@ -331,78 +313,8 @@ impl Store {
     }
 }
 
-/// Claims the rows that are due. Rows that were never refused come first, then refused rows that may be retried. So many refused
-/// rows do not delay the others.
-///
-/// No row overtakes an earlier row of its topic and key. A row that was never refused is due at once, whatever its `next_try_at`.
-/// A row waits while an earlier row of its key is refused, even if that row is due, because the batch may have no room for it.
-/// So at most one refused row of each key is chosen, and the order among refused rows does not matter. They are ordered by
-/// `next_try_at`: ordering them by number would make PostgreSQL search the whole outbox.
-async fn claim_batch(
-    tx: &mut PgConnection,
-    lease: ShardLease,
-    last_batch: i64,
-    limit: i64,
-    now: OffsetDateTime,
-) -> Result<Claim, Error> {
-    // This does not see rows that another owner claims while this statement waits for the lock. But then the epoch differs.
-    let shard = query!(
-        r#"select last_batch, exists (select from outbox where shard = $1 and batch is not null) as "has_claimed_rows!"
-           from relay_shards where shard = $1 and owner = $2 and epoch = $3 for update"#,
-        lease.shard,
-        lease.owner,
-        lease.epoch
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    let Some(shard) = shard else { return Ok(Claim::ShardLost) };
-    if shard.last_batch != last_batch || shard.has_claimed_rows {
-        return Ok(Claim::Changed { last_batch: shard.last_batch, has_claimed_rows: shard.has_claimed_rows });
-    }
-    let batch = last_batch + 1;
-    let rows = sqlx::query_as!(
-        RawOutboxRow,
-        r#"update outbox set batch = $3, attempts = attempts + 1
-           where number in (
-               select number from (
-                   (select due.number, false as refused from outbox due
-                    where due.shard = $1 and due.batch is null and due.error is null
-                      and not exists (
-                          select from outbox earlier
-                          where earlier.shard = $1 and earlier.error is not null
-                            and earlier.ordering = due.ordering and earlier.number < due.number)
-                    order by due.number limit $2)
-                   union all
-                   (select due.number, true from outbox due
-                    where due.shard = $1 and due.batch is null and due.error is not null and due.next_try_at <= $4
-                      and not exists (
-                          select from outbox earlier
-                          where earlier.shard = $1 and earlier.error is not null
-                            and earlier.ordering = due.ordering and earlier.number < due.number)
-                    order by due.next_try_at limit least($2, $5))) due
-               order by refused, number limit $2)
-           returning number, session_id, topic, partition, key, value,
-                     headers as "headers: Json<Vec<(String, String)>>", attempts, batch"#,
-        lease.shard,
-        limit,
-        batch,
-        now,
-        MAX_RETRIED_ROWS
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    if rows.is_empty() {
-        return Ok(Claim::Idle);
-    }
-    query!("update relay_shards set last_batch = $2 where shard = $1", lease.shard, batch).execute(&mut *tx).await?;
-    let mut rows: Vec<OutboxRow> = rows.into_iter().map(OutboxRow::from).collect();
-    rows.sort_by_key(|row| row.number);
-    Ok(Claim::Claimed { batch, rows })
-}
-
 /// An [`OutboxRow`] as the columns have it, with its headers in JSON.
 struct RawOutboxRow {
-    number: i64,
     session_id: Uuid,
     topic: String,
     partition: Option<i32>,
@@ -416,7 +328,6 @@ struct RawOutboxRow {
 impl From<RawOutboxRow> for OutboxRow {
     fn from(row: RawOutboxRow) -> Self {
         Self {
-            number: row.number,
             session_id: row.session_id,
             topic: row.topic,
             partition: row.partition,

@@ -62,7 +62,7 @@ async fn sql(broker: &TestBroker, statement: &'static str, id: Uuid) -> u64 {
     sqlx::query(statement).bind(id).execute(&broker.db).await.unwrap().rows_affected()
 }
 
-fn producer() -> FutureProducer {
+pub(crate) fn producer() -> FutureProducer {
     rdkafka::ClientConfig::new().set("bootstrap.servers", &servers().kafka).set("linger.ms", "0").create().unwrap()
 }
 

@@ -234,14 +234,8 @@ async fn an_upload_survives_a_failure_after_a_dead_owners_batch_is_resolved() {
 }
 
 #[tokio::test]
-async fn an_upload_survives_a_failure_after_its_record_is_sent() {
+async fn an_upload_survives_a_failure_after_its_record_and_its_marker_are_sent() {
     hashed_upload_with_failpoint("relay.sent", "").await;
-}
-
-#[tokio::test]
-#[ignore = "needs a real Kafka: .ci/run runs it"]
-async fn an_upload_survives_a_failure_after_the_marker_is_sent() {
-    hashed_upload_with_failpoint("relay.listed", "").await;
 }
 
 #[tokio::test]

@@ -59,6 +59,7 @@ mod secrets;
 mod settings;
 mod shared_limits;
 mod single_put;
+mod takeover;
 mod tls;
 mod tokens;
 mod topics;

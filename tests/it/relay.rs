@@ -187,7 +187,7 @@ async fn pointers_go_to_the_requested_partition_and_need_no_key() {
 
 impl TestBroker {
     /// How many rows the outbox has.
-    async fn outbox_rows(&self) -> i64 {
+    pub(crate) async fn outbox_rows(&self) -> i64 {
         let waiting: (i64,) = sqlx::query_as("select count(*) from outbox").fetch_one(&self.db).await.unwrap();
         waiting.0
     }
@@ -295,6 +295,34 @@ async fn a_relay_waits_until_another_owners_lease_has_expired() {
     broker.complete(&opened.id()).await.expect(200);
     assert!(begun.elapsed() >= Duration::from_secs(3), "published under another's lease, after {:?}", begun.elapsed());
     assert_eq!(broker.records(&broker.topic).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_shard_that_another_transaction_has_locked_delays_no_other_shard() {
+    let broker = TestBroker::start_with(|settings| settings.broker.complete_wait = Duration::ZERO).await;
+    broker.publish_soon(&broker.topic).await;
+    // This lock conflicts with a claim, but not with the renewal of the leases.
+    let mut locking = broker.db.begin().await.unwrap();
+    sqlx::query("select from relay_shards where shard = 0 for key share").execute(&mut *locking).await.unwrap();
+    let waiting = async |condition: &'static str| -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select count(*) from outbox where {condition}")))
+            .fetch_one(&broker.db)
+            .await
+            .unwrap()
+    };
+    // Uploads without a key are spread over all shards.
+    let mut uploads = 0;
+    while waiting("shard = 0").await == 0 || uploads < 8 {
+        uploads += 1;
+        assert!(uploads < 100, "no upload is in shard 0");
+        let opened = broker.open_and_put(b"hello", json!({})).await;
+        broker.complete_until_verified(&opened.id()).await;
+    }
+    broker.eventually("the other shards publish", || async { waiting("shard <> 0").await == 0 }).await;
+    assert!(waiting("shard = 0 and batch is null").await > 0);
+    locking.rollback().await.unwrap();
+    broker.eventually("every pointer is published", || async { broker.outbox_rows().await == 0 }).await;
+    assert_eq!(broker.distinct_records().await.len(), uploads + 1);
 }
 
 /// A test broker whose Kafka is away while a thousand pointers of 20 keys wait, and the address of that Kafka.

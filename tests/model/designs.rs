@@ -43,6 +43,30 @@ fn pointers_are_published_once_when_the_database_is_restored_from_a_backup() {
 }
 
 #[test]
+fn pointers_are_published_once_when_their_records_are_removed_before_the_lookup() {
+    check("a removed record", Publication::current(b"aa", 1, 2).with_removals(1));
+    check("removed records of two keys", Publication::current(b"ab", 1, 1).with_removals(2));
+}
+
+#[test]
+fn a_marker_that_is_read_before_its_transaction_is_committed_loses_a_pointer() {
+    let design = publication(b"a", |design| design.reads_committed_marker = false);
+    refute("a marker sent before the transaction", Publication { faults: 0, ..design }, PUBLISHED_IS_IN_KAFKA);
+}
+
+#[test]
+fn a_marker_of_an_aborted_transaction_loses_a_pointer() {
+    let design = publication(b"a", |design| design.reads_committed_marker = false);
+    refute("an aborted marker", Publication { crashes: 0, faults: 2, ..design }, PUBLISHED_IS_IN_KAFKA);
+}
+
+#[test]
+fn sending_a_listed_pointer_again_because_its_topic_lacks_the_record_publishes_twice() {
+    let design = publication(b"a", |design| design.trusts_marker_without_record = false);
+    refute("trusts the topic", Publication { faults: 0, ..design }.with_removals(1), NEVER_TWICE);
+}
+
+#[test]
 fn a_relay_that_does_not_check_its_batch_number_publishes_twice_when_the_database_is_restored() {
     let design = publication(b"aa", |design| design.checks_batch_number = false);
     refute("no check of the batch number", Publication { crashes: 0, faults: 0, ..design }.with_backup(), NEVER_TWICE);

@@ -2,6 +2,12 @@
 //!
 //! Two replicas relay one shard, as in `relay.rs`, `store/outbox.rs` and `kafka/shard.rs`. Lost leases and fenced producers
 //! are flags that other steps set, not epochs, so that states that differ only in numbers are the same.
+//!
+//! A batch sends its records and its marker together, so the marker lists uploads and not offsets. A new owner decides by
+//! the last committed marker alone which rows are published. Then it reads the topics, but only to learn the offsets of the
+//! listed rows that PostgreSQL does not show as published. A listed row is published even if its topic no longer has the
+//! record. The model has no offsets: here the lookup is one more step during which everything else may happen, and the
+//! rejected designs believe its answer. A topic whose records are removed before this step is a fault of its own.
 
 mod system;
 
@@ -37,6 +43,11 @@ pub(crate) struct Design {
     pub(crate) claims_only_when_resolved: bool,
     /// After a restore the shard's next owner gets an epoch that was never used before.
     pub(crate) has_unique_epochs: bool,
+    /// The marker is part of the batch's transaction, and an owner reads only committed markers. Otherwise an owner reads
+    /// the marker as soon as it is sent.
+    pub(crate) reads_committed_marker: bool,
+    /// A listed row is published even if its record is no longer in its topic.
+    pub(crate) trusts_marker_without_record: bool,
     /// Every row that the marker lists is marked published, claimed or not.
     pub(crate) marks_all_listed: bool,
     /// A row that Kafka holds is never released, even if it was marked published before.
@@ -74,6 +85,8 @@ impl Design {
         checks_batch_number: true,
         claims_only_when_resolved: true,
         has_unique_epochs: true,
+        reads_committed_marker: true,
+        trusts_marker_without_record: true,
         marks_all_listed: true,
         keeps_claims_of_published: true,
         only_owner_defers: true,
@@ -100,6 +113,8 @@ pub(crate) struct Publication {
     pub(crate) crashes: u8,
     /// The number of all other faults.
     pub(crate) faults: u8,
+    /// How many records are removed from their topic after their commit: by compaction, by retention, or with the topic.
+    pub(crate) removals: u8,
     /// How many backups of PostgreSQL are made. One may be restored once while every process keeps running.
     pub(crate) backups: u8,
 }
@@ -137,6 +152,8 @@ pub(crate) enum Action {
     AbortAndReplaceProducer(usize),
     /// Kafka aborts a transaction that took too long, and fences its producer.
     TimeOut(usize),
+    /// A committed record is removed from its topic.
+    RemoveRecord(usize),
     /// The current PostgreSQL becomes the backup, or a standby that lacks later commits.
     MakeBackup,
     /// The backup is restored; the lease in it may have expired.
@@ -147,11 +164,15 @@ pub(crate) enum Action {
 
 impl Publication {
     pub(crate) fn current(keys: &'static [u8], crashes: u8, faults: u8) -> Self {
-        Self { design: Design::CURRENT, keys, crashes, faults, backups: 0 }
+        Self { design: Design::CURRENT, keys, crashes, faults, removals: 0, backups: 0 }
     }
 
     pub(crate) fn with_backup(self) -> Self {
         Self { backups: 1, ..self }
+    }
+
+    pub(crate) fn with_removals(self, removals: u8) -> Self {
+        Self { removals, ..self }
     }
 
     fn add_normal_actions(&self, system: &SystemState, actions: &mut Vec<Action>) {
@@ -226,6 +247,11 @@ impl Publication {
         }
         if system.crashes_left > 0 {
             actions.extend((0..REPLICAS).filter(has_memory).map(Action::Crash));
+        }
+        // Nobody looks for the record of a pointer that is marked published.
+        let may_be_looked_up = |pointer: &usize| system.has_record(*pointer) && system.pointers[*pointer] != Pointer::Published;
+        if system.removals_left > 0 {
+            actions.extend((0..self.keys.len()).filter(may_be_looked_up).map(Action::RemoveRecord));
         }
         if system.faults_left == 0 {
             return;
@@ -310,6 +336,7 @@ impl Publication {
                 Step::BatchCompared(marker)
             }
             Step::MarkerRead(marker) | Step::BatchCompared(marker) => self.read_claims(system, marker),
+            Step::LookingUp(claims, listed) => Step::Resolving(claims, self.look_up(system, listed)),
             Step::Resolving(_, listed) if !system.mark_published(listed) => Step::Idle,
             Step::Resolving(claims, listed) => {
                 Step::Releasing(claims, listed.map(|is_listed| is_listed && self.design.keeps_claims_of_published))
@@ -331,6 +358,9 @@ impl Publication {
             }
             Step::Claimed(claims) => {
                 system.transactions.push(Transaction { lists: claims, waiter: Some(replica), is_committing: false });
+                if !self.design.reads_committed_marker {
+                    system.set_marker(claims);
+                }
                 Step::Sent(claims)
             }
             Step::Sent(claims) => {
@@ -368,8 +398,13 @@ impl Publication {
         if claims == [None; POINTERS] && system.pointers.iter().zip(listed).all(is_resolved) {
             Step::Ready
         } else {
-            Step::Resolving(claims, listed)
+            Step::LookingUp(claims, listed)
         }
+    }
+
+    /// Looks for the records of the listed rows in their topics, and returns the rows that count as published.
+    fn look_up(&self, system: &SystemState, listed: [bool; POINTERS]) -> [bool; POINTERS] {
+        std::array::from_fn(|pointer| listed[pointer] && (self.design.trusts_marker_without_record || system.has_record(pointer)))
     }
 
     fn begin_audit(&self, system: &mut SystemState) {
@@ -430,10 +465,12 @@ impl Model for Publication {
             shard: Shard { owner: Owner::None, is_free: false, last_batch: 0 },
             relays: [Relay::IDLE; REPLICAS],
             log: Vec::new(),
+            removed: [false; POINTERS],
             transactions: Vec::new(),
             marker: None,
             crashes_left: self.crashes,
             faults_left: self.faults,
+            removals_left: self.removals,
             backups_left: self.backups,
             backup: None,
             sent_before: None,
@@ -476,6 +513,10 @@ impl Model for Publication {
             Action::AuditBegins => self.begin_audit(&mut system),
             Action::AuditEnds => self.end_audit(&mut system),
             Action::Crash(replica) => system.crash(replica),
+            Action::RemoveRecord(pointer) => {
+                system.removed[pointer] = true;
+                system.removals_left -= 1;
+            }
             Action::MakeBackup => system.make_backup(),
             Action::RestoreBackup(is_free) => system.restore_backup(is_free),
             Action::RenewWithSameEpoch(replica) => {
@@ -549,6 +590,11 @@ impl Model for Publication {
                     system.resolves(|listed| !listed.contains(&true))
                 }),
             ]);
+        }
+        if self.removals > 0 {
+            properties.push(Property::sometimes("a listed record is not found in its topic", |_, system: &SystemState| {
+                system.resolves(|listed| (0..POINTERS).any(|pointer| listed[pointer] && !system.has_record(pointer)))
+            }));
         }
         if self.backups > 0 {
             properties.extend([

@@ -20,11 +20,14 @@ pub(crate) struct SystemState {
     /// The committed records. Records of an open transaction are added at its commit: with fencing no second transaction
     /// can be open beside it.
     pub(super) log: Vec<usize>,
+    /// The pointers whose committed record is no longer in its topic.
+    pub(super) removed: [bool; POINTERS],
     pub(super) transactions: Vec<Transaction>,
     /// The last committed marker.
     pub(super) marker: Option<Marker>,
     pub(super) crashes_left: u8,
     pub(super) faults_left: u8,
+    pub(super) removals_left: u8,
     pub(super) backups_left: u8,
     pub(super) backup: Option<Backup>,
     /// The pointers that were in Kafka, or in a relay's memory on their way to it, when the backup was restored.
@@ -99,7 +102,9 @@ pub(crate) enum Step {
     BatchCompared(Option<Marker>),
     /// The marker is ahead: the relay publishes nothing before an audit.
     Refused,
-    /// The relay has read the claimed rows, and which rows the marker lists.
+    /// The relay has read the claimed rows, and which rows the marker lists. It looks for their records in their topics.
+    LookingUp(Claims, [bool; POINTERS]),
+    /// The relay knows which rows are published.
     Resolving(Claims, [bool; POINTERS]),
     /// Kafka does not hold these rows, except for some.
     Releasing(Claims, [bool; POINTERS]),
@@ -137,6 +142,11 @@ impl SystemState {
         self.log.iter().filter(|record| **record == pointer).count()
     }
 
+    /// Whether a reader of committed records finds the pointer in its topic.
+    pub(super) fn has_record(&self, pointer: usize) -> bool {
+        self.records(pointer) > 0 && !self.removed[pointer]
+    }
+
     /// Whether the first records of these pointers are in the order in which they were queued.
     pub(super) fn is_in_order(&self, of_key: impl Fn(&&usize) -> bool) -> bool {
         let offset = |pointer: &usize| self.log.iter().position(|record| record == pointer);
@@ -151,7 +161,7 @@ impl SystemState {
         self.pointers.iter().any(|pointer| matches!(pointer, Pointer::Queued { .. }))
     }
 
-    /// Whether a relay has read a list of published rows that meets the condition.
+    /// Whether a relay has a list of published rows that meets the condition.
     pub(super) fn resolves(&self, meets_condition: impl Fn(&[bool; POINTERS]) -> bool) -> bool {
         self.relays.iter().any(|relay| matches!(&relay.step, Step::Resolving(_, listed) if meets_condition(listed)))
     }
@@ -292,11 +302,16 @@ impl SystemState {
         self.log.extend(self.numbered.iter().copied().filter(is_sent));
         // The order of pointers that PostgreSQL has lost is unknown.
         self.log.extend((0..POINTERS).filter(|pointer| is_sent(pointer) && !self.numbered.contains(pointer)));
-        let batch = committed.lists.into_iter().flatten().max().unwrap_or_default();
-        self.marker = Some(Marker { lists: committed.lists.map(|claim| claim.is_some()), batch });
+        self.set_marker(committed.lists);
         if let Some(replica) = committed.waiter {
             self.set_step(replica, Step::MarkingPublished(committed.lists));
         }
+    }
+
+    /// Makes the marker of a batch the last one that an owner reads.
+    pub(super) fn set_marker(&mut self, lists: Claims) {
+        let batch = lists.into_iter().flatten().max().unwrap_or_default();
+        self.marker = Some(Marker { lists: lists.map(|claim| claim.is_some()), batch });
     }
 
     /// Sets the relay's step. An idle relay has no memory.
