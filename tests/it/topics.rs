@@ -136,7 +136,7 @@ async fn a_policy_that_another_replica_changes_or_deletes_applies_to_the_next_op
     let body = json!({"topic": broker.topic, "size": 5, "sha256": crate::harness::sha256(b"hello")});
     let open_through_replica = async || {
         let url = format!("http://{}/lfs/uploads", replica.address());
-        broker.send(broker.client().post(url).json(&body)).await
+        broker.send(broker.http.post(url).json(&body)).await
     };
     // The replica remembers a policy from its last open, also that there is none.
     for round in 0..2 {
