@@ -357,10 +357,7 @@ impl Publication {
                 Step::Idle
             }
             Step::Claimed(claims) => {
-                system.transactions.push(Transaction { lists: claims, waiter: Some(replica), is_committing: false });
-                if !self.design.reads_committed_marker {
-                    system.set_marker(claims);
-                }
+                self.send(system, replica, claims);
                 Step::Sent(claims)
             }
             Step::Sent(claims) => {
@@ -387,6 +384,14 @@ impl Publication {
                 }
                 Step::Releasing(claims, NONE)
             }
+        }
+    }
+
+    /// Sends the records and their marker in a new transaction.
+    fn send(&self, system: &mut SystemState, replica: usize, claims: Claims) {
+        system.transactions.push(Transaction { lists: claims, waiter: Some(replica), is_committing: false });
+        if !self.design.reads_committed_marker {
+            system.set_marker(claims);
         }
     }
 

@@ -133,12 +133,17 @@ impl Store {
             MAX_RETRIED_ROWS
         );
         let rows = with_timeout(WORKER_TIMEOUT, async { Ok(claims.fetch_all(self.pool.worker_pool()).await?) }).await?;
-        let mut by_shard: BTreeMap<i32, Vec<ClaimedRow>> = BTreeMap::new();
-        for row in rows {
-            by_shard.entry(row.shard).or_default().push(row);
-        }
-        Ok(requests.iter().map(|request| claim(*request, by_shard.remove(&request.lease.shard).unwrap_or_default())).collect())
+        Ok(claims_of(requests, rows))
     }
+}
+
+/// The claims in the order of the requests, from the result of the statement.
+fn claims_of(requests: &[ClaimRequest], rows: Vec<ClaimedRow>) -> Vec<Claim> {
+    let mut by_shard: BTreeMap<i32, Vec<ClaimedRow>> = BTreeMap::new();
+    for row in rows {
+        by_shard.entry(row.shard).or_default().push(row);
+    }
+    requests.iter().map(|request| claim(*request, by_shard.remove(&request.lease.shard).unwrap_or_default())).collect()
 }
 
 /// The claim of one shard, from its rows in the result of the statement.
