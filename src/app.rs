@@ -1,13 +1,13 @@
 //! The app: connects the dependencies, runs the workers, and shuts down in order.
 
+mod workers;
+
 use std::net::SocketAddr;
-use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -19,29 +19,25 @@ use crate::broker::{self, Broker, BrokerDeps};
 use crate::completion::{self, CompletionWorker, Tasks};
 use crate::http::{self, App, Tls};
 use crate::kafka::{self, Kafka};
-use crate::notify::ChangeNotifier;
+use crate::notify::{self, ChangeNotifier};
 use crate::objects::{self, Capabilities, Objects, PROBE_TIMEOUT};
 use crate::policy;
 use crate::readiness::{self, ReadinessChecker, ReadinessState, put_check_failure};
 use crate::relay::Relay;
+use crate::replica_link::ReplicaLink;
 use crate::restore_check::{self, RestoreCheck};
 use crate::store::{self, Store};
 use crate::sweeper::{self, Sweeper};
 use crate::verifier::Verifier;
+use workers::{run_change_poller, run_relay, run_restore_check, run_sweeper, run_until_shutdown, run_verifier};
 
-/// How often the relay and the verifier poll for work. A notification starts them sooner.
-const POLL_INTERVAL: Duration = Duration::from_millis(500);
-/// How often the versions of the subscribed sessions are polled, because another replica may have changed them.
-const CHANGE_POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long a worker waits after a failure before it retries.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// How long running completions may take at least, even if the requests used up the whole grace period.
 const COMPLETION_GRACE: Duration = Duration::from_secs(1);
+/// How long the link may take to send the last messages to the other replicas.
+const LINK_GRACE: Duration = Duration::from_secs(1);
 
 /// How long the start waits for the markers. An open transaction of a crashed replica can hide them for a minute.
 const MARKERS_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the database is compared with Kafka while it is older than Kafka or the comparison has not succeeded yet.
-const COMPARE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long the start waits for the S3 probe to end.
 const PROBE_WAIT: Duration = Duration::from_secs(3);
@@ -77,6 +73,8 @@ pub struct Settings {
     pub completion: completion::Settings,
     /// The sweeper.
     pub sweeper: sweeper::Settings,
+    /// The leases of the outbox's shards, and the polls for what no notification reported.
+    pub notify: notify::Settings,
 }
 
 /// Why the broker does not start.
@@ -124,6 +122,14 @@ pub struct Running {
     grace: Duration,
     workers: Vec<JoinHandle<()>>,
     completions: Tasks,
+    link: Link,
+}
+
+/// The running link to the other replicas. It ends last, so that they learn what the shutdown of this replica changes.
+struct Link {
+    /// Cancels the link's token, also when it is dropped.
+    stop: DropGuard,
+    task: JoinHandle<()>,
 }
 
 impl Settings {
@@ -175,7 +181,7 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     let (probed, ()) =
         tokio::try_join!(probe_store(&settings, &objects, &store, &readiness), check_not_restored(&restore_check))?;
     let (capabilities, probing) = probed;
-    let notifier = Arc::new(ChangeNotifier::default());
+    let notifier = Arc::new(ChangeNotifier::new(settings.notify.clone()));
     let owner = Uuid::new_v4();
     let completion_worker = CompletionWorker {
         store: store.clone(),
@@ -210,6 +216,8 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
         must_refuse_copy_source: settings.must_refuse_copy_source(),
     });
     let tls = settings.http.tls.as_ref().map(Tls::open).transpose()?;
+    let link_stopped = CancellationToken::new();
+    let link = ReplicaLink::new(store.clone(), Arc::clone(&notifier), owner);
     let stopped = CancellationToken::new();
     let shutdown = http::Shutdown { announced: CancellationToken::new(), stopped: stopped.clone() };
     let (stop, grace) = (stopped.clone().drop_guard(), settings.http.shutdown_grace);
@@ -228,8 +236,9 @@ pub async fn start_on(settings: Settings, store: Store) -> Result<Running, Error
     if let (Some(tls), Some(files)) = (tls, settings.http.tls) {
         workers.push(tokio::spawn(run_until_shutdown(stopped, tls.reload_on_change(files))));
     }
+    let link = Link { stop: link_stopped.clone().drop_guard(), task: tokio::spawn(link.run(link_stopped)) };
     info!(%address, "serving on {scheme}://{address}");
-    Ok(Running { address, store, stop, shutdown, grace, workers, completions })
+    Ok(Running { address, store, stop, shutdown, grace, workers, completions, link })
 }
 
 /// Binds the listen address. Returns it with the future that serves it until the shutdown.
@@ -288,6 +297,10 @@ impl Running {
         if tokio::time::timeout_at(deadline.max(Instant::now() + COMPLETION_GRACE), self.completions.wait()).await.is_err() {
             warn!("uploads were still completing at shutdown; another replica continues them when their leases end");
         }
+        drop(self.link.stop);
+        if tokio::time::timeout(LINK_GRACE, self.link.task).await.is_err() {
+            info!("the last messages to the other replicas were not sent; they poll for what they missed");
+        }
         self.store.close().await;
     }
 
@@ -297,6 +310,7 @@ impl Running {
             worker.abort();
         }
         self.completions.abort();
+        self.link.task.abort();
     }
 }
 
@@ -395,116 +409,5 @@ async fn serve(server: impl Future<Output = ()>, grace: Duration, stopped: Cance
     tokio::select! {
         () = server => {}
         () = grace_ended => warn!("dropped requests that did not finish within {} s of the shutdown", grace.as_secs_f32()),
-    }
-}
-
-/// Runs a task until it ends, or drops it at the shutdown.
-async fn run_until_shutdown(stopped: CancellationToken, task: impl Future<Output = ()>) {
-    stopped.run_until_cancelled(task).await;
-}
-
-async fn run_relay(relay: Relay, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
-    let relay = Arc::new(Mutex::new(relay));
-    let tick = || async { relay.lock().await.tick().await };
-    run_worker("relay", tick, POLL_INTERVAL, &notifier.relay, stopped).await;
-    relay.lock().await.stop().await;
-}
-
-async fn run_verifier(verifier: Verifier, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
-    run_worker("verifier", || verifier.tick(), POLL_INTERVAL, &notifier.verifier, stopped).await;
-}
-
-async fn run_sweeper(sweeper: Sweeper, stopped: CancellationToken) {
-    let notifier = Arc::clone(&sweeper.notifier);
-    let every = sweeper.settings.interval;
-    // Each worker runs independently, so that a slow S3 does not delay the release of quotas. `never` is never notified: the
-    // workers that use it run at each interval only.
-    let never = Notify::new();
-    tokio::join!(
-        run_worker("sweeper of overdue uploads", || sweeper.expire_overdue(), every, &never, stopped.clone()),
-        run_worker("sweeper of reserved bytes", || sweeper.release_held_bytes(), every, &never, stopped.clone()),
-        run_worker("sweeper", || sweeper.clean_up(), every, &notifier.sweeper, stopped.clone()),
-        run_worker("sweeper of idempotency keys", || sweeper.delete_expired_keys(), every, &never, stopped),
-    );
-}
-
-/// Compares the database with Kafka until the comparison passes, so that readiness reports when the two are reconciled. The
-/// relay and the sweeper compare again before they publish or delete.
-async fn run_restore_check(restore_check: RestoreCheck, stopped: CancellationToken) {
-    let tick = || async {
-        if !restore_check.is_passed() {
-            // The relay and the sweeper log why a comparison failed, when they have something to publish or delete.
-            let _ = restore_check.check().await;
-        }
-        Ok::<usize, store::Error>(0)
-    };
-    let never = Notify::new();
-    // An unresponsive Kafka must not delay the shutdown.
-    run_until_shutdown(stopped.clone(), run_worker("comparison with Kafka", tick, COMPARE_INTERVAL, &never, stopped)).await;
-}
-
-/// Polls the versions of the subscribed sessions, which other replicas may change: one query for all of them.
-async fn run_change_poller(store: Store, notifier: Arc<ChangeNotifier>, stopped: CancellationToken) {
-    let tick = || async {
-        let ids = notifier.subscribed_ids();
-        if !ids.is_empty() {
-            notifier.notify_if_newer(&store.versions(&ids).await?);
-        }
-        Ok::<usize, store::Error>(0)
-    };
-    run_worker("change poller", tick, CHANGE_POLL_INTERVAL, &Notify::new(), stopped).await;
-}
-
-/// Runs a worker until the shutdown. The next tick follows at once while there is work, else after a notification or `every`.
-async fn run_worker<T, F, E>(name: &str, mut tick: T, every: Duration, wake: &Notify, stopped: CancellationToken)
-where
-    T: FnMut() -> F,
-    F: Future<Output = Result<usize, E>>,
-    E: std::fmt::Display,
-{
-    while !stopped.is_cancelled() {
-        // If a panic ended the worker, queued uploads would pile up unnoticed: log the panic and continue.
-        let pause = match AssertUnwindSafe(tick()).catch_unwind().await {
-            Ok(Ok(0)) => every,
-            Ok(Ok(_)) => continue,
-            Ok(Err(error)) => {
-                warn!(%error, "the {name} failed: {error}; retrying in about {} s", RETRY_PAUSE.as_secs());
-                RETRY_PAUSE
-            }
-            Err(_) => {
-                error!("the {name} panicked, which is a bug; retrying in about {} s", RETRY_PAUSE.as_secs());
-                RETRY_PAUSE
-            }
-        };
-        // Jitter: replicas that start together must not stay synchronized.
-        let jittered = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
-        tokio::select! {
-            () = tokio::time::sleep(jittered) => {}
-            () = wake.notified() => {}
-            () = stopped.cancelled() => {}
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_worker_continues_after_a_panic() {
-        let stopped = CancellationToken::new();
-        let (mut ticks, wake) = (0, Notify::new());
-        let tick = || {
-            ticks += 1;
-            let (ticks, stop) = (ticks, stopped.clone());
-            async move {
-                assert!(ticks > 1, "the test needs a panic");
-                stop.cancel();
-                Ok::<usize, store::Error>(0)
-            }
-        };
-        let worker = run_worker("worker", tick, POLL_INTERVAL, &wake, stopped.clone());
-        tokio::time::timeout(Duration::from_secs(20), worker).await.expect("the worker continues, and stops when asked");
-        assert_eq!(ticks, 2);
     }
 }

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use crate::app::{self, Running};
 use crate::kafka::Delivery;
 use crate::store::{self, Store};
-use crate::{auth, broker, completion, http, objects, policy, relay, sweeper};
+use crate::{auth, broker, completion, http, notify, objects, policy, relay, sweeper};
 
 /// The bucket of `dev`.
 const BUCKET: &str = "lfs-dev";
@@ -358,6 +358,7 @@ fn app_settings(settings: &Settings, store: store::Settings, s3: &S3, bootstrap:
         broker: broker::Settings::default(),
         completion: completion::Settings::default(),
         sweeper: sweeper::Settings::default(),
+        notify: notify::Settings::default(),
     }
 }
 

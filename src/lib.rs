@@ -15,7 +15,7 @@
 //! - [`store`] contains the SQL, [`objects`] the S3 calls, [`kafka`] the Kafka calls, and [`auth`] verifies tokens.
 //! - [`session`] and [`policy`] are pure rules: what is allowed, without I/O, clock or randomness.
 //!
-//! `notify` wakes the workers and the waiting requests of one process. `telemetry` writes the log: one line for each event,
+//! [`notify`] wakes the workers and the waiting requests, and `replica_link` carries this to other replicas. `telemetry` writes the log: one line for each event,
 //! with untrusted text escaped. `failpoint` lets tests inject faults between two side effects; a release has no failpoints.
 
 pub mod app;
@@ -30,11 +30,12 @@ pub mod dev;
 mod failpoint;
 pub mod http;
 pub mod kafka;
-mod notify;
+pub mod notify;
 pub mod objects;
 pub mod policy;
 mod readiness;
 mod relay;
+mod replica_link;
 pub mod restore_check;
 pub mod session;
 pub mod store;

@@ -20,7 +20,6 @@ mod stall;
 mod topic_lookup;
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -31,9 +30,9 @@ use uuid::Uuid;
 
 use crate::failpoint;
 use crate::kafka::{self, Kafka, Record, RecordRejection, ShardProducer};
-use crate::notify::ChangeNotifier;
+use crate::notify::{ChangeNotifier, Others};
 use crate::restore_check::{KafkaAhead, RestoreCheck};
-use crate::store::{self, Claim, ClaimRequest, Deployment, OutboxRow, ShardLease, Store};
+use crate::store::{self, Claim, ClaimRequest, Deployment, OutboxRow, Renewal, RenewalRequest, ShardLease, Store};
 use isolation::Isolation;
 
 /// The most pointers in one transaction. 500 take 7 ms (median); more would only lose more work when one aborts.
@@ -48,9 +47,8 @@ const MIN_BATCH_RECORDS: i64 = 20;
 /// The pause before a shard is claimed again whose row another transaction has locked. Such a lock takes milliseconds.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
-/// How long a crashed owner keeps its shards. The lease may be short, because the fence in Kafka makes a takeover safe:
-/// a broker that restarts publishes within five seconds.
-const LEASE: Duration = Duration::from_secs(3);
+/// The shortest pause between two ticks of a relay that waits for the lease of a dead replica to end.
+const MIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a tick waits for the batches that it started. A batch takes some ten milliseconds. A slow Kafka must not delay
 /// the next batch of the other shards or the renewal of the leases.
 const TICK_WAIT: Duration = Duration::from_millis(100);
@@ -68,6 +66,10 @@ pub(crate) struct Relay {
     /// The tasks of the running batches. Dropping the set aborts them.
     tasks: JoinSet<BatchOutcome>,
     renewed_at: Option<Instant>,
+    /// When the membership or a lease of another replica ends, unless that replica renews it.
+    next_end: Option<Instant>,
+    /// The renewal of this tick found no rows in the outbox.
+    is_idle: bool,
     /// When the relay last stopped trusting the database. A shard whose takeover began before is dropped.
     invalidated_at: Option<Instant>,
     has_marker_topic: bool,
@@ -164,6 +166,8 @@ impl Relay {
             running: HashMap::new(),
             tasks: JoinSet::new(),
             renewed_at: None,
+            next_end: None,
+            is_idle: false,
             invalidated_at: None,
             has_marker_topic: false,
         }
@@ -179,6 +183,9 @@ impl Relay {
                 _ => {}
             }
             return Err(error);
+        }
+        if self.is_idle && self.running.is_empty() {
+            return Ok(0);
         }
         let started = match self.start_batches().await {
             Ok(started) => started,
@@ -254,8 +261,12 @@ impl Relay {
         match result {
             Ok(count) => {
                 // The shard may have been lost and acquired again meanwhile. Then its lease has another epoch.
-                let fenced = fenced
-                    .filter(|fenced| self.leases.contains(&lease) && self.invalidated_at < Some(fenced.takeover_started_at));
+                let is_owned = self.leases.contains(&lease);
+                if !is_owned {
+                    // If the shard is above this replica's share, it can be given back now.
+                    self.publisher.notifier.request_renewal();
+                }
+                let fenced = fenced.filter(|fenced| is_owned && self.invalidated_at < Some(fenced.takeover_started_at));
                 self.fenced_shards.extend(fenced.map(|fenced| (shard, fenced)));
                 Ok(count)
             }
@@ -306,8 +317,33 @@ impl Relay {
         self.invalidated_at = Some(Instant::now());
     }
 
-    /// Acquires free shards and renews this relay's leases, every third of a lease.
+    /// How long the next tick may wait if nothing wakes the relay. An idle relay only renews its leases; the renewal also
+    /// finds pointers of which no notification arrived.
+    pub(crate) fn pause(&self) -> Duration {
+        let notifier = &self.publisher.notifier;
+        if !self.is_idle || notifier.replicas.must_poll() {
+            return notifier.settings.poll_interval.min(self.renewal_interval());
+        }
+        // When another replica dies, its shards are taken over as soon as its leases have ended.
+        let until_next_end = self.next_end.map(|end| end.saturating_duration_since(Instant::now()));
+        self.renewal_interval().min(until_next_end.unwrap_or(Duration::MAX)).max(MIN_PAUSE)
+    }
+
+    /// How often an idle relay renews its leases: with jitter and one lost renewal, the lease is still valid.
+    fn renewal_interval(&self) -> Duration {
+        self.publisher.notifier.settings.shard_lease * 3 / 8
+    }
+
+    fn is_renewal_due(&self) -> bool {
+        let lease = self.publisher.notifier.settings.shard_lease;
+        let is_requested = self.publisher.notifier.replicas.take_renewal_request();
+        let has_ended = self.next_end.is_some_and(|end| end <= Instant::now());
+        is_requested || has_ended || self.renewed_at.is_none_or(|at| at.elapsed() >= lease / 4)
+    }
+
+    /// Renews this relay's leases and balances the shards with the other replicas, if it is time to.
     async fn renew_leases(&mut self) -> Result<(), Error> {
+        self.is_idle = false;
         let ShardPublisher { kafka, deployment, recheck_marker_topic, .. } = &*self.publisher;
         let must_recheck = recheck_marker_topic.load(Ordering::Acquire);
         if !self.has_marker_topic || must_recheck {
@@ -322,52 +358,67 @@ impl Relay {
             self.has_marker_topic = true;
             recheck_marker_topic.store(false, Ordering::Release);
         }
-        if self.renewed_at.is_some_and(|at| at.elapsed() < LEASE / 3) {
+        if !self.is_renewal_due() {
             return Ok(());
         }
-        self.leases = self.publisher.acquire_shards(self.owner).await?;
-        self.renewed_at = Some(Instant::now());
+        let running: Vec<i32> = self.running.keys().copied().collect();
+        let (renewal, next_end) = self.publisher.renew(self.owner, &running, false).await?;
+        (self.renewed_at, self.next_end) = (Some(Instant::now()), next_end);
+        // A shard that was just acquired is read after its previous owner can no longer be told of its pointers.
+        self.is_idle = !renewal.has_outbox_rows && !renewal.has_acquired;
+        self.leases = renewal.leases(self.owner);
         let leases = &self.leases;
         self.fenced_shards
             .retain(|shard, fenced| leases.iter().any(|lease| lease.shard == *shard && lease.epoch == fenced.epoch));
+        if self.is_idle {
+            leases.iter().for_each(|lease| self.publisher.isolation.clear_shard(lease.shard));
+        }
         Ok(())
     }
 
     /// Waits for the running batches and releases the shards, so that another replica can acquire them at once.
     pub(crate) async fn stop(&mut self) {
         let (publisher, owner) = (Arc::clone(&self.publisher), self.owner);
-        let ended = async {
-            while let Some(ended) = self.tasks.join_next().await {
-                // The result is not needed: the next owner finds out from the marker and the claimed rows.
-                let _ = self.handle_outcome(ended);
+        while !self.tasks.is_empty() {
+            // No other relay may take over a shard in the middle of a batch. The other shards are given back now.
+            let running: Vec<i32> = self.running.keys().copied().collect();
+            if let Err(error) = publisher.renew(owner, &running, true).await {
+                warn!(%error, "could not renew the leases of the shards: {error}; retrying");
             }
-        };
-        tokio::select! {
-            () = ended => {}
-            never = publisher.renew_leases_while_draining(owner) => match never {},
+            // The result is not needed: the next owner finds out from the marker and the claimed rows.
+            let ended = tokio::time::timeout(self.renewal_interval(), self.tasks.join_next()).await;
+            ended.ok().flatten().map(|ended| self.handle_outcome(ended));
         }
         self.fenced_shards.clear();
         self.leases.clear();
-        if let Err(error) = publisher.store.release_shards(owner).await {
-            info!(%error, "could not release the shards: {error}; their leases expire within {} s", LEASE.as_secs());
+        match publisher.store.remove_replica(owner).await {
+            Ok(()) => publisher.notifier.replicas.announce_change(),
+            Err(error) => {
+                let seconds = publisher.notifier.settings.shard_lease.as_secs_f32();
+                info!(%error, "could not release the shards: {error}; their leases expire within {seconds} s");
+            }
         }
     }
 }
 
 impl ShardPublisher {
-    async fn acquire_shards(&self, owner: Uuid) -> Result<Vec<ShardLease>, store::Error> {
-        let now = self.store.now().await?;
-        self.store.acquire_shards(owner, now, now + LEASE).await
-    }
-
-    /// Renews the leases while the last batches are running: no other relay may take over a shard in the middle of a batch.
-    async fn renew_leases_while_draining(&self, owner: Uuid) -> Infallible {
-        loop {
-            tokio::time::sleep(LEASE / 3).await;
-            if let Err(error) = self.acquire_shards(owner).await {
-                warn!(%error, "could not renew the leases of the shards: {error}; retrying in {} s", (LEASE / 3).as_secs());
-            }
+    /// Renews the leases of a replica, and tells the workers and the other replicas what follows. Also returns when the
+    /// membership or a lease of another replica ends.
+    async fn renew(&self, owner: Uuid, running: &[i32], is_leaving: bool) -> Result<(Renewal, Option<Instant>), store::Error> {
+        let (asked_at, now) = (Instant::now(), self.store.now().await?);
+        let until = now + self.notifier.settings.shard_lease;
+        let renewal = self.store.renew_replica(RenewalRequest { owner, now, until, running, is_leaving }).await?;
+        let replicas = &self.notifier.replicas;
+        let others = Others { has_replicas: renewal.has_other_replicas, has_silent: renewal.has_unlisted_owner };
+        replicas.record_renewal(renewal.leases(owner).iter().map(|lease| lease.shard).collect(), others);
+        if renewal.has_joined || renewal.has_given_back {
+            replicas.announce_change();
         }
+        if renewal.has_expired_lease {
+            self.notifier.verifier.notify_one();
+        }
+        let next_end = renewal.next_end.and_then(|end| Duration::try_from(end - now).ok()).map(|wait| asked_at + wait);
+        Ok((renewal, next_end))
     }
 
     /// Claims the next batch of each of these shards.

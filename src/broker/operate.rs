@@ -24,7 +24,7 @@ impl Broker {
                 State::Verified(_) => {
                     let by = format!("client:{}", caller.subject);
                     if self.store.redrive(id, request.clear_partition, &by, now).await? {
-                        self.notifier.relay.notify_one();
+                        self.notifier.pointer_queued(self.store.deployment().await?.shard_of(&session));
                         self.notifier.notify(id);
                         break;
                     }
@@ -56,7 +56,7 @@ impl Broker {
         tracing::info!(session.id = %id, "discarded upload {id}: Kafka refuses its pointer");
         self.notifier.sweeper.notify_one();
         // Later pointers with the same key are no longer blocked.
-        self.notifier.relay.notify_one();
+        self.notifier.pointer_queued(self.store.deployment().await?.shard_of(&session));
         self.notifier.notify(id);
         self.read(caller, id, &ReadUpload::default()).await
     }

@@ -29,9 +29,7 @@ impl CompletionWorker {
     pub(super) async fn save_outcome(&self, next: Session, by: &str) {
         let id = next.id;
         let (reason, wake) = match &next.state {
-            State::Verified(verification) => {
-                (format!("verified with integrity {}", verification.integrity.name()), Some(&self.notifier.relay))
-            }
+            State::Verified(verification) => (format!("verified with integrity {}", verification.integrity.name()), None),
             State::Completing { .. } => {
                 ("the broker must read the bytes to verify them".to_owned(), Some(&self.notifier.verifier))
             }
@@ -58,6 +56,9 @@ impl CompletionWorker {
         }
         if let Some(wake) = wake {
             wake.notify_one();
+        }
+        if let (State::Verified(_), Ok(deployment)) = (&next.state, self.store.deployment().await) {
+            self.notifier.pointer_queued(deployment.shard_of(&next));
         }
     }
 }

@@ -31,14 +31,16 @@ impl CompletionWorker {
         if let Err(failed) = failpoint::reach("complete.checked").await {
             return Some(Err(failed.into()));
         }
-        let id = session.id;
+        let (id, shard) = (session.id, self.store.deployment().await.map(|deployment| deployment.shard_of(&session)));
         let saved =
             self.store.save_verified(VerifiedPut { session, claimed_at, by: by.to_owned(), reason: reason.clone() }).await;
         if saved.is_ok() {
             info!(session.id = %id, reason, "completion moved upload {id} to verified");
         }
         // Also after an error: the response to the commit may be lost.
-        self.notifier.relay.notify_one();
+        if let Ok(shard) = shard {
+            self.notifier.pointer_queued(shard);
+        }
         Some(saved)
     }
 }

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::error::Error;
-use crate::{app, auth, broker, completion, http, kafka, objects, policy, store, sweeper};
+use crate::{app, auth, broker, completion, http, kafka, notify, objects, policy, store, sweeper};
 
 /// One setting: a row of the table.
 pub(super) struct Setting {
@@ -76,6 +76,7 @@ impl Default for Draft {
             broker: broker::Settings::default(),
             completion: completion::Settings::default(),
             sweeper: sweeper::Settings::default(),
+            notify: notify::Settings::default(),
         };
         Self { app, raw: Raw::default() }
     }

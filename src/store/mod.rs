@@ -11,8 +11,10 @@ mod audit;
 mod clock;
 mod group_commit;
 mod migrate;
+mod notifications;
 mod outbox;
 mod pool;
+mod replicas;
 mod sessions;
 mod tenant_limiter;
 mod topics;
@@ -27,16 +29,21 @@ use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use crate::failpoint::InjectedError;
-use crate::session::Session;
+use crate::session::{self, Session};
 
 pub(crate) use audit::{ObjectOwner, ObservedRecord, PAGE_SIZE, SessionStatus};
+pub(crate) use notifications::{MAX_PAYLOAD_BYTES, Notifications};
 pub(crate) use outbox::{Claim, ClaimRequest, Deferred, OutboxRow, ShardLease, Unrecorded, UnrecordedSession};
+pub(crate) use replicas::{Renewal, RenewalRequest};
 pub use sessions::Quota;
 pub(crate) use sessions::{CreateOutcome, Filter, NewSession, SessionPage, StoredPolicy, Transition, VerifiedPut};
 pub(crate) use tenant_limiter::TenantLimiter;
 
 /// The default timeout of one call. A client gets a response within two seconds, even if the database does not respond.
 pub const CALL_TIMEOUT: Duration = Duration::from_millis(1700);
+
+/// Whether the database accepts no writes.
+const IS_READ_ONLY: &str = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool";
 
 /// How to reach PostgreSQL, and how many connections and how much time one replica may use.
 #[derive(Clone)]
@@ -164,6 +171,13 @@ pub(crate) struct Deployment {
     pub(crate) shards: i32,
 }
 
+impl Deployment {
+    /// The shard of a session's pointer.
+    pub(crate) fn shard_of(self, session: &Session) -> i32 {
+        session::shard(&session.spec.topic, session.spec.key.as_deref(), session.id, self.shards)
+    }
+}
+
 /// A handle to the database; cheap to clone.
 #[derive(Clone)]
 pub struct Store {
@@ -263,8 +277,7 @@ impl Store {
 
     /// Checks that the database answers and accepts writes.
     pub(crate) async fn reachable(&self) -> Result<(), Error> {
-        let is_read_only = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool";
-        match sqlx::query_scalar::<_, bool>(is_read_only).fetch_one(&self.pool).await? {
+        match sqlx::query_scalar::<_, bool>(IS_READ_ONLY).fetch_one(&self.pool).await? {
             true => Err(Error::ReadOnly),
             false => Ok(()),
         }
@@ -272,10 +285,13 @@ impl Store {
 
     /// Runs updates that match no row and rolls them back. It fails when the role lacks write privileges.
     pub(crate) async fn check_write(&self) -> Result<(), Error> {
-        self.reachable().await?;
         self.pool
             .with_timeout(async {
                 let mut tx = self.pool.begin().await?;
+                if sqlx::query_scalar(IS_READ_ONLY).fetch_one(&mut *tx).await? {
+                    tx.rollback().await?;
+                    return Err(Error::ReadOnly);
+                }
                 sqlx::query("update deployment set shards = shards where false").execute(&mut *tx).await?;
                 // PostgreSQL checks the privilege on the table even though no row matches.
                 sqlx::query("update upload_sessions set version = version where false").execute(&mut *tx).await?;

@@ -60,40 +60,6 @@ pub(crate) struct ShardLease {
 }
 
 impl Store {
-    /// Acquires every shard that is free or already leased by `owner`, and extends its lease to `until`.
-    ///
-    /// A new epoch is the time in microseconds, so a database that lost commits never issues the same epoch twice. Otherwise a
-    /// batch that an earlier owner is still sending could be mistaken for the new owner's.
-    pub(crate) async fn acquire_shards(
-        &self,
-        owner: Uuid,
-        now: OffsetDateTime,
-        until: OffsetDateTime,
-    ) -> Result<Vec<ShardLease>, Error> {
-        let rows = query!(
-            "update relay_shards set owner = $1, until = $3,
-                 epoch = case when owner is distinct from $1 or until <= $2
-                              then greatest(epoch + 1, (extract(epoch from $2) * 1000000)::bigint) else epoch end
-             where owner is null or owner = $1 or until <= $2
-             returning shard, epoch",
-            owner,
-            now,
-            until
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        let mut leases: Vec<ShardLease> =
-            rows.into_iter().map(|row| ShardLease { shard: row.shard, owner, epoch: row.epoch }).collect();
-        leases.sort_by_key(|lease| lease.shard);
-        Ok(leases)
-    }
-
-    /// Releases all shards of a replica, so that other replicas do not wait for the leases to end.
-    pub(crate) async fn release_shards(&self, owner: Uuid) -> Result<(), Error> {
-        query!("update relay_shards set owner = null, until = null where owner = $1", owner).execute(&self.pool).await?;
-        Ok(())
-    }
-
     /// Claimed rows of a shard whose outcome is not recorded: their relay stopped before, during or after sending them.
     pub(crate) async fn claimed(&self, shard: i32) -> Result<Vec<OutboxRow>, Error> {
         let rows = sqlx::query_as!(

@@ -17,6 +17,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("verifier", 5),
     ("completion", 6),
     ("readiness", 6),
+    ("replica_link", 6),
     ("restore_check", 6),
     ("auth", 7),
     ("kafka", 7),

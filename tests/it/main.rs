@@ -51,6 +51,7 @@ mod presign_parts;
 mod problems;
 mod readiness;
 mod relay;
+mod replicas;
 mod resolve;
 mod restart;
 mod s3_faults;

@@ -187,7 +187,7 @@ async fn a_killed_broker_publishes_again_when_the_short_lease_of_its_relay_has_e
     broker.publish(b"first", json!({})).await;
     let opened = broker.open_and_put(b"second", json!({})).await;
     broker.crash(|_| {}).await;
-    // The lease of a relay lasts 3 s, that of a completion 30 s. Complete answers 202 if it waits for Kafka longer than this.
+    // The lease of a relay lasts 4 s, that of a completion 30 s. Complete answers 202 if it waits for Kafka longer than this.
     assert_eq!(broker.settings.broker.complete_wait, Duration::from_secs(20));
     broker.complete(&opened.id()).await.expect(200);
 }

@@ -144,6 +144,21 @@ fn reading_the_marker_without_a_fence_publishes_twice() {
 }
 
 #[test]
+fn a_shard_that_is_given_back_during_its_batch_is_safe_because_the_next_owner_fences() {
+    check("given back during a batch", publication(b"aa", |design| design.gives_back_after_batch = false));
+}
+
+#[test]
+fn a_shard_that_is_given_back_during_its_batch_publishes_twice_without_a_fence() {
+    let unsafe_handover = |design: &mut publication::Design| {
+        design.gives_back_after_batch = false;
+        design.fences_old_owner = false;
+    };
+    let design = publication(b"a", unsafe_handover);
+    refute("given back without a fence", Publication { crashes: 0, faults: 1, ..design }, NEVER_TWICE);
+}
+
+#[test]
 fn two_relays_that_skip_each_others_rows_change_the_order() {
     let skip_locked = |design: &mut publication::Design| {
         design.has_owner = false;

@@ -22,6 +22,8 @@ pub(crate) struct Design {
     pub(crate) has_owner: bool,
     /// Acquiring a shard makes Kafka fence the previous owner and abort its open transaction.
     pub(crate) fences_old_owner: bool,
+    /// An owner gives a shard back to balance the replicas only when no batch of it runs.
+    pub(crate) gives_back_after_batch: bool,
     pub(crate) resolution: Resolution,
     /// No new batch is claimed while an older claim is unresolved.
     pub(crate) resolves_first: bool,
@@ -74,6 +76,7 @@ impl Design {
     pub(crate) const CURRENT: Self = Self {
         has_owner: true,
         fences_old_owner: true,
+        gives_back_after_batch: true,
         resolution: Resolution::ByList,
         resolves_first: true,
         only_owner_releases: true,
@@ -143,6 +146,8 @@ pub(crate) enum Action {
     RollBack(usize),
     /// The owner lives, but is stopped or cut off from PostgreSQL.
     LeaseEnds,
+    /// The owner has more than its share of the shards and gives this one back.
+    GiveBack(usize),
     /// A request is not answered: it was executed or not, and the relay drops the shard.
     NoResponse(usize),
     /// Kafka refuses one record permanently.
@@ -273,6 +278,16 @@ impl Publication {
                 _ => {}
             }
             actions.push(Action::NoResponse(replica));
+            let may_give_back = match relay.step {
+                Step::Ready => true,
+                Step::Claimed(_) | Step::Sent(_) | Step::Committing(_) | Step::MarkingPublished(_) => {
+                    !self.design.gives_back_after_batch
+                }
+                _ => false,
+            };
+            if may_give_back && system.shard.owner == Owner::Replica(replica) && !system.shard.is_free {
+                actions.push(Action::GiveBack(replica));
+            }
         }
     }
 
@@ -536,6 +551,13 @@ impl Model for Publication {
                         system.numbered.retain(|numbered| *numbered != pointer);
                     }
                     Action::LeaseEnds => system.shard.is_free = true,
+                    Action::GiveBack(replica) => {
+                        system.shard.owner = Owner::None;
+                        match system.relays[replica].step {
+                            Step::Ready => system.set_step(replica, Step::Idle),
+                            _ => system.relays[replica].has_lost_lease = true,
+                        }
+                    }
                     Action::NoResponse(replica) => self.fail(&mut system, replica),
                     Action::Refuse(replica, refused) => {
                         system.abort_transaction(replica, |claims| Step::Deferring(claims, refused))

@@ -17,7 +17,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use lfs_broker::app;
 use lfs_broker::kafka::Delivery;
 use lfs_broker::store;
-use lfs_broker::{auth, broker, completion, http, kafka, objects, policy, sweeper};
+use lfs_broker::{auth, broker, completion, http, kafka, notify, objects, policy, sweeper};
 use lfs_broker_client::Client;
 use lfs_broker_client::api::SignedRequest;
 use lfs_broker_client::checksum::Sha256;
@@ -163,6 +163,7 @@ impl TestBroker {
             completion: completion::Settings::default(),
             // A test that needs a sweep advances the clock and wakes the sweeper by an abort, or lowers this interval.
             sweeper: sweeper::Settings { interval: Duration::from_millis(200), ..sweeper::Settings::default() },
+            notify: notify::Settings::default(),
         };
         change(&mut settings);
         let s3 = s3_client(&settings.objects);
