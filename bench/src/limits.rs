@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 use sqlx::{PgConnection, query};
 use tokio::process::Command;
 
@@ -104,13 +105,14 @@ pub(crate) struct BareCompletes {
 impl BareCompletes {
     /// Clients, each with its own connections and its own producer.
     pub(crate) async fn clients(servers: &Servers, payload: &Payload, clients: usize) -> Result<Vec<Self>, Failure> {
-        let mut found = Vec::new();
-        for (number, head) in Heads::clients(servers, payload, clients).await?.into_iter().enumerate() {
+        let heads = Heads::clients(servers, payload, clients).await?.into_iter().enumerate();
+        // Initialising a producer takes long, so all are initialised at the same time.
+        let starting = heads.map(|(number, head)| async move {
             let database = servers.database(DATABASE).await?;
             let transactions = Transactions::start(&servers.bootstrap, format!("bench-{clients}-{number}")).await?;
-            found.push(Self { head, database, transactions });
-        }
-        Ok(found)
+            Ok::<_, Failure>(Self { head, database, transactions })
+        });
+        try_join_all(starting).await
     }
 }
 

@@ -94,7 +94,8 @@ impl Plan {
         Self { is_full, rounds, sample: Duration::from_secs(seconds), deadline }
     }
 
-    fn remaining(&self) -> Duration {
+    /// The time until the end of the run.
+    pub(crate) fn remaining(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }
 }

@@ -21,6 +21,10 @@ const FEW_ROWS: i64 = 2000;
 const CHUNK: i64 = 100_000;
 /// The largest level of any run. The oldest row is as many milliseconds old.
 const MAX_ROWS: i64 = 5_000_000;
+/// How long a measurement of one level and the insertion of one chunk take on a slow machine. A level begins only if the run has
+/// the time for it.
+const MEASURE_TIME: Duration = Duration::from_secs(40);
+const FILL_TIME: Duration = Duration::from_secs(6);
 const LEVELS: [(i64, &str); 3] = [(100_000, "100 thousand"), (1_000_000, "1 million"), (MAX_ROWS, "5 million")];
 const SETTINGS: [(&str, &str); 1] = [("LFS_BROKER_SWEEP_SECONDS", "1")];
 const OPENING_CLIENTS: usize = 8;
@@ -60,6 +64,13 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
     let mut many = start(&run.servers, "many_rows").await?;
     let mut rows = FEW_ROWS;
     for (level, name) in LEVELS.into_iter().filter(|(level, _)| run.plan.is_full || *level < MAX_ROWS) {
+        let needed = MEASURE_TIME + FILL_TIME * u32::try_from((level - rows) / CHUNK).unwrap_or(u32::MAX);
+        if run.plan.remaining() < needed {
+            let seconds = needed.as_secs();
+            run.missing
+                .push(format!("rows: {name} rows need {seconds} s, and the run has less: run the line alone, or a full run"));
+            break;
+        }
         while rows < level {
             let next = (rows + CHUNK).min(level);
             fill(&mut many.database, rows, next).await?;
