@@ -46,7 +46,7 @@ impl Copier {
     async fn is_installed(self) -> bool {
         let (program, word) = match self {
             Self::Aws => ("aws", "aws-cli"),
-            Self::Mc => ("mc", "RELEASE"),
+            Self::Mc => ("mc", "MinIO"),
         };
         output(Command::new(program).arg("--version")).await.is_ok_and(|printed| printed.contains(word))
     }

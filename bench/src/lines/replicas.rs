@@ -1,5 +1,6 @@
 //! Replicas: clients that send each request to the next replica, with two and three replicas beside one. A complete shall take
-//! no longer when another replica publishes the pointer, and a watcher shall see it as soon.
+//! no longer when another replica publishes the pointer, and a watcher shall see it as soon. Under load the replicas wake
+//! often anyway, so a lone client also tries each replica alone.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,8 @@ use crate::{Failure, Run, load};
 const DATABASE: &str = "replicas";
 const MAX_REPLICAS: usize = 3;
 const CLIENTS: usize = 4;
-/// A short lease, so that a new replica gets its share of the shards soon.
+/// The relay's lease of a shard. A new replica shall have its share of the shards after this time.
 const LEASE: Duration = Duration::from_secs(3);
-const SETTINGS: [(&str, &str); 1] = [("LFS_BROKER_LEASE_SECONDS", "3")];
 const SLOWER: Target = Target::RatioAtMost(1.2);
 /// Shards are balanced if no replica has more than one shard more than another.
 const BALANCED: Target = Target::ValueAtMost(1.0);
@@ -27,6 +27,10 @@ struct Found {
     complete_p50: Vec<f64>,
     complete_p99: Vec<f64>,
     wait_p50: Vec<f64>,
+    /// The p50 of a lone client through the slowest replica.
+    lone_complete: Vec<f64>,
+    /// The p50 of a watcher on the replica after the one that completes, the slowest one.
+    lone_wait: Vec<f64>,
     imbalance: Vec<f64>,
 }
 
@@ -35,15 +39,16 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
     run.stop_main_broker().await?;
     run.servers.create_database(DATABASE).await?;
     let mut database = run.servers.database(DATABASE).await?;
-    let (payload, sample) = (Payload::random(SMALL_BYTES), run.plan.sample * 2);
+    let (payload, sample) = (Payload::random(SMALL_BYTES), run.plan.sample);
     let mut found: [Found; MAX_REPLICAS] = Default::default();
     for _ in 0..run.plan.rounds {
         let mut replicas = Vec::new();
         for found in &mut found {
             let name = format!("replica-{}", replicas.len());
-            replicas.push(Broker::start(&run.servers, &name, DATABASE, &SETTINGS).await?);
+            replicas.push(Broker::start(&run.servers, &name, DATABASE, &[]).await?);
             found.imbalance.push(settle(&mut database, replicas.len()).await?);
             measure_replicas(&run.servers, &replicas, &payload, sample, found).await?;
+            measure_each(&run.servers, &replicas, &payload, sample, found).await?;
         }
         for replica in replicas {
             replica.stop().await?;
@@ -52,9 +57,11 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
     let [one, others @ ..] = found;
     for (number, found) in (2..).zip(others) {
         let pairs = [
-            ("complete, p50", found.complete_p50, &one.complete_p50),
-            ("complete, p99", found.complete_p99, &one.complete_p99),
-            ("?wait, p50", found.wait_p50, &one.wait_p50),
+            ("complete, 4 clients, p50", found.complete_p50, &one.complete_p50),
+            ("complete, 4 clients, p99", found.complete_p99, &one.complete_p99),
+            ("?wait, 4 clients, p50", found.wait_p50, &one.wait_p50),
+            ("complete, lone client, p50 through the slowest", found.lone_complete, &one.lone_complete),
+            ("?wait, lone client, p50 through the slowest", found.lone_wait, &one.lone_wait),
         ];
         for (measure, values, limit_values) in pairs {
             let row = Row::ratio(format!("{measure}, {number} replicas, ms"), "one replica, ms", values, limit_values.clone());
@@ -87,6 +94,29 @@ async fn measure_replicas(
     found.complete_p50.push(completes.percentile_ms(50));
     found.complete_p99.push(completes.percentile_ms(99));
     found.wait_p50.push(waits.percentile_ms(50));
+    Ok(())
+}
+
+/// A lone client of each replica, one after the other. Its watcher is on the next replica.
+async fn measure_each(
+    servers: &Servers,
+    replicas: &[Broker],
+    payload: &Payload,
+    sample: Duration,
+    found: &mut Found,
+) -> Result<(), Failure> {
+    let (mut slowest_complete, mut slowest_wait) = (0.0_f64, 0.0_f64);
+    for (number, replica) in replicas.iter().enumerate() {
+        let next = &replicas[(number + 1) % replicas.len()];
+        let [client, watcher] = [replica, next].map(|replica| BrokerClient::new(&[replica.url()], &servers.tokens[..1]));
+        let client = Uploads { watcher: Some(watcher), ..Uploads::new(client, payload) };
+        let (_, mut clients) = load::run(vec![client], sample).await?;
+        let (completes, waits) = Uploads::take_latencies(&mut clients);
+        slowest_complete = slowest_complete.max(completes.percentile_ms(50));
+        slowest_wait = slowest_wait.max(waits.percentile_ms(50));
+    }
+    found.lone_complete.push(slowest_complete);
+    found.lone_wait.push(slowest_wait);
     Ok(())
 }
 
