@@ -21,6 +21,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 const BROKER_CLIENT_ID: &str = "lfs-broker";
 /// The logger of Kafka that writes a line for each request.
 const REQUEST_LOGGER: &str = "kafka.request.logger";
+/// How long the log must not grow before its requests are counted. An idle broker sends a request less often.
+const LOG_QUIET_TIME: Duration = Duration::from_millis(500);
+const MAX_LOG_READS: usize = 20;
 
 fn config(bootstrap: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
@@ -121,29 +124,59 @@ impl RequestLog {
         output(&mut command).await.map(drop)
     }
 
-    /// The length of the log. [`Self::requests_since`] counts from there.
+    /// The length of the log. [`Self::settled_since`] counts from there.
     pub(crate) fn position(&self) -> Result<usize, Failure> {
         Ok(std::fs::read(&self.path)?.len())
     }
 
-    /// How many requests of each kind the broker has sent since the position.
-    pub(crate) fn requests_since(&self, position: usize) -> Result<BTreeMap<String, usize>, Failure> {
-        let log = std::fs::read(&self.path)?;
-        let text = String::from_utf8_lossy(log.get(position..).unwrap_or_default()).into_owned();
-        Ok(count_requests(&text))
+    /// The requests that the broker has sent since the position. Kafka logs a request after its response was sent, so this waits
+    /// until the log no longer grows.
+    pub(crate) async fn settled_since(&self, position: usize) -> Result<Requests, Failure> {
+        let mut length = 0;
+        for _ in 0..MAX_LOG_READS {
+            let log = std::fs::read(&self.path)?;
+            if log.len() == length {
+                let text = String::from_utf8_lossy(log.get(position..).unwrap_or_default()).into_owned();
+                return Ok(Requests::parse(&text));
+            }
+            length = log.len();
+            tokio::time::sleep(LOG_QUIET_TIME).await;
+        }
+        Err(Failure("Kafka's log of requests did not stop growing".into()))
     }
 }
 
-fn count_requests(log: &str) -> BTreeMap<String, usize> {
-    let of_broker = format!("\"clientId\":\"{BROKER_CLIENT_ID}\"");
-    let mut counts = BTreeMap::new();
-    for line in log.lines().filter(|line| line.contains("Completed request") && line.contains(&of_broker)) {
-        let name = line.split_once("\"requestApiKeyName\":\"").and_then(|(_, rest)| rest.split_once('"'));
-        if let Some((name, _)) = name {
-            *counts.entry(name.to_owned()).or_default() += 1;
+/// Requests of the broker.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Requests(BTreeMap<String, usize>);
+
+impl Requests {
+    fn parse(log: &str) -> Self {
+        let of_broker = format!("\"clientId\":\"{BROKER_CLIENT_ID}\"");
+        let mut counts = BTreeMap::new();
+        for line in log.lines().filter(|line| line.contains("Completed request") && line.contains(&of_broker)) {
+            let name = line.split_once("\"requestApiKeyName\":\"").and_then(|(_, rest)| rest.split_once('"'));
+            if let Some((name, _)) = name {
+                *counts.entry(name.to_owned()).or_default() += 1;
+            }
         }
+        Self(counts)
     }
-    counts
+
+    /// How many there were.
+    pub(crate) fn total(&self) -> usize {
+        self.0.values().sum()
+    }
+
+    /// How many there were of this kind.
+    pub(crate) fn of(&self, name: &str) -> usize {
+        self.0.get(name).copied().unwrap_or_default()
+    }
+
+    /// How many there were of each kind.
+    pub(crate) fn by_name(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.0.iter().map(|(name, count)| (name.as_str(), *count))
+    }
 }
 
 #[cfg(test)]
@@ -162,7 +195,8 @@ mod tests {
             line("lfs-broker", "END_TXN"),
             line("lfs-broker", "PRODUCE"),
         ];
-        let counts = count_requests(&log.concat());
-        assert_eq!(counts, BTreeMap::from([("END_TXN".to_owned(), 1), ("PRODUCE".to_owned(), 2)]));
+        let requests = Requests::parse(&log.concat());
+        assert_eq!(requests.by_name().collect::<Vec<_>>(), [("END_TXN", 1), ("PRODUCE", 2)]);
+        assert_eq!((requests.total(), requests.of("PRODUCE"), requests.of("FETCH")), (3, 2, 0));
     }
 }

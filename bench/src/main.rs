@@ -5,6 +5,7 @@
 //! program. It prints a table and writes the same rows as JSON.
 
 mod broker;
+mod budgets;
 mod clients;
 mod http;
 mod kafka;
@@ -42,6 +43,9 @@ struct Arguments {
     /// The file for the result as JSON
     #[arg(long, value_name = "FILE", env = "LFS_BENCH_JSON", default_value = "bench.json")]
     json: PathBuf,
+    /// Also replaces the table of results in this Markdown file
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// The lines to measure [default: all]
     #[arg(value_enum, value_name = "LINE")]
     lines: Vec<Line>,
@@ -123,8 +127,8 @@ impl Run {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.map_err(Failure::from).and_then(|runtime| runtime.block_on(run(&arguments))) {
+    let report = runtime().and_then(|runtime| runtime.block_on(run(&arguments)));
+    match report.and_then(|report| show(&report, &arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("the benchmark failed: {failure}");
@@ -133,7 +137,23 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(arguments: &Arguments) -> Result<(), Failure> {
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+}
+
+/// Prints the report, and writes it to the files.
+fn show(report: &Report, arguments: &Arguments) -> Result<(), Failure> {
+    println!("{}\n{}", report.table(), report.notes());
+    report.write(&arguments.json)?;
+    println!("JSON: {}", arguments.json.display());
+    if let Some(markdown) = &arguments.markdown {
+        report.write_markdown(markdown)?;
+        println!("Markdown: {}", markdown.display());
+    }
+    Ok(())
+}
+
+async fn run(arguments: &Arguments) -> Result<Report, Failure> {
     let plan = Plan::of(arguments);
     let servers = Servers::connect().await?;
     limits::create_tables(&servers).await?;
@@ -156,10 +176,10 @@ async fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     run.stop_main_broker().await?;
     report.machine.push(machine::measure(&run.servers.dir, "end")?);
+    if arguments.lines.is_empty() || arguments.lines.contains(&Line::Counts) {
+        report.exceeded = budgets::exceeded(&run.rows);
+    }
     report.rows = run.rows;
     report.missing = run.missing;
-    println!("{}\n{}", report.table(), report.notes());
-    report.write(&arguments.json)?;
-    println!("JSON: {}", arguments.json.display());
-    Ok(())
+    Ok(report)
 }

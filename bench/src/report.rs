@@ -7,6 +7,9 @@ use serde::Serialize;
 
 use crate::Failure;
 
+/// How much of a reason stands below the table.
+const MAX_REASON_CHARS: usize = 160;
+
 /// What a row must reach.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,6 +80,8 @@ pub(crate) struct Report {
     pub(crate) rows: Vec<Row>,
     /// What was not measured, and why.
     pub(crate) missing: Vec<String>,
+    /// The counts with which CI would fail.
+    pub(crate) exceeded: Vec<String>,
 }
 
 impl Row {
@@ -95,6 +100,11 @@ impl Row {
         Self { target, ..self }
     }
 
+    /// The median of the measure.
+    pub(crate) fn median(&self) -> Option<f64> {
+        Spread::of(self.values.clone()).map(|found| found.median)
+    }
+
     /// The ratio of each round.
     fn ratios(&self) -> Option<Spread> {
         Spread::of(self.values.iter().zip(&self.limit_values).map(|(value, limit)| value / limit).collect())
@@ -102,7 +112,7 @@ impl Row {
 
     /// Whether the median reaches the target.
     fn is_met(&self) -> Option<bool> {
-        let (ratio, value) = (self.ratios().map(|found| found.median), Spread::of(self.values.clone()).map(|found| found.median));
+        let (ratio, value) = (self.ratios().map(|found| found.median), self.median());
         match self.target {
             Target::RatioAtLeast(least) => Some(ratio? >= least),
             Target::RatioAtMost(most) => Some(ratio? <= most),
@@ -154,6 +164,15 @@ fn target_text(target: Target) -> String {
     }
 }
 
+/// Replaces the text between `<!-- NAME -->` and `<!-- end of NAME -->`.
+pub(crate) fn replace_section(text: &str, name: &str, section: &str) -> Result<String, Failure> {
+    let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- end of {name} -->"));
+    let found = text.split_once(&begin).and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
+    let (before, after) =
+        found.ok_or_else(|| Failure(format!("the file has no section between {} and {end}", begin.trim_end())))?;
+    Ok(format!("{before}{begin}\n{section}\n{end}{after}"))
+}
+
 impl Report {
     /// The table in Markdown.
     pub(crate) fn table(&self) -> String {
@@ -181,15 +200,30 @@ impl Report {
 
     /// What stands below the table: the machine, and what was not measured.
     pub(crate) fn notes(&self) -> String {
-        let mut notes = format!("{} run on {} cores\n", self.mode, self.cores);
+        let mut notes = format!("{} run on {} cores\n\n", self.mode, self.cores);
         for Machine { before, fsync_ms_p50, fsync_ms_p99, load } in &self.machine {
             let (p50, p99) = (number(*fsync_ms_p50), number(*fsync_ms_p99));
             let _ = writeln!(notes, "machine before {before}: fdatasync p50 {p50} ms, p99 {p99} ms; load {load}");
         }
         for missing in &self.missing {
-            let _ = writeln!(notes, "not measured: {missing}");
+            // The rest can be a long answer of a server. The JSON has all of it.
+            let first_line: String = missing.lines().next().unwrap_or_default().chars().take(MAX_REASON_CHARS).collect();
+            let _ = writeln!(notes, "not measured: {first_line}");
+        }
+        for exceeded in &self.exceeded {
+            let _ = writeln!(notes, "above the limit of CI: {exceeded}");
         }
         notes
+    }
+
+    /// Replaces the section `results` of a Markdown file with the table and what stands below it.
+    pub(crate) fn write_markdown(&self, path: &Path) -> Result<(), Failure> {
+        let notes = self.notes();
+        let (run, machine) = notes.split_once("\n\n").unwrap_or((&notes, ""));
+        let section =
+            format!("{}\nThis was a {run}. The machine and what was not measured:\n\n```text\n{machine}```\n", self.table());
+        let text = replace_section(&std::fs::read_to_string(path)?, "results", &section)?;
+        Ok(std::fs::write(path, text)?)
     }
 
     /// Writes the report as JSON.
@@ -223,6 +257,14 @@ mod tests {
         assert_eq!(row.target(Target::RatioAtMost(0.5)).is_met(), Some(false));
         assert_eq!(Row::value("memory", vec![40.0, 50.0]).target(Target::ValueAtMost(48.0)).is_met(), Some(true));
         assert_eq!(Row::value("memory", vec![f64::NAN]).target(Target::ValueAtMost(48.0)).is_met(), None);
+    }
+
+    #[test]
+    fn only_the_named_section_is_replaced() {
+        let text = "a\n<!-- results -->\nold\n<!-- end of results -->\nb\n";
+        let replaced = replace_section(text, "results", "new\n").unwrap();
+        assert_eq!(replaced, "a\n<!-- results -->\n\nnew\n\n<!-- end of results -->\nb\n");
+        assert!(replace_section(text, "budgets", "new\n").is_err());
     }
 
     #[test]

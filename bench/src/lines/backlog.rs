@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use sqlx::query_scalar;
+use sqlx::{PgConnection, query_scalar};
 
 use crate::broker::Broker;
 use crate::report::{Row, Target};
@@ -39,25 +39,35 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
 
 async fn publish_backlog(run: &Run, round: usize) -> Result<f64, Failure> {
     let mut database = run.servers.database(DATABASE).await?;
-    execute(&mut database, &backlog(round)).await?;
+    execute(&mut database, &insert(&format!("backlog-{round}"), POINTERS)).await?;
     let returned = async {
         kafka::wait_until_available(&run.servers.bootstrap, TOPIC, RETURN_TIMEOUT).await?;
         let returned = Instant::now();
-        while returned.elapsed() < PUBLISH_TIMEOUT {
-            let waiting: i64 = query_scalar("select count(*) from outbox").fetch_one(&mut database).await?;
-            if waiting == 0 {
-                return Ok(returned.elapsed().as_secs_f64());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Err(Failure(format!("{POINTERS} pointers were not published within {} s", PUBLISH_TIMEOUT.as_secs())))
+        wait_until_published(&mut database, PUBLISH_TIMEOUT).await?;
+        Ok(returned.elapsed().as_secs_f64())
     };
     let (seconds, ()) = tokio::try_join!(returned, run.servers.control("start", "kafka"))?;
     Ok(seconds)
 }
 
-/// Statements that insert verified sessions and their outbox rows, spread over all shards and partitions.
-fn backlog(round: usize) -> String {
+/// Waits until the outbox is empty.
+pub(super) async fn wait_until_published(database: &mut PgConnection, limit: Duration) -> Result<(), Failure> {
+    let began = Instant::now();
+    loop {
+        let waiting: i64 = query_scalar("select count(*) from outbox").fetch_one(&mut *database).await?;
+        if waiting == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > limit {
+            return Err(Failure(format!("{waiting} pointers were not published within {} s", limit.as_secs())));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A statement that inserts verified sessions and their outbox rows, spread over all shards and partitions. No other
+/// call has the same `name`.
+pub(super) fn insert(name: &str, pointers: usize) -> String {
     let tenant = tenant_name(0);
     format!(
         "with verified as (
@@ -66,8 +76,8 @@ fn backlog(round: usize) -> String {
                  part_hashes, url_seconds, session_seconds, verified_at, integrity, pointer)
              select gen_random_uuid(), '{tenant}', 'bench', 'verified', 3, now(), now(), now() + interval '1 hour',
                  now() + interval '1 day', '{TOPIC}', 'application/octet-stream', 1024, 'none', 'size', 'bench',
-                 'backlog-{round}-' || n, 'single', 'none', 900, 3600, now(), 'size', '{{\"kfs_lfs\":1}}'
-             from generate_series(1, {POINTERS}) n
+                 '{name}-' || n, 'single', 'none', 900, 3600, now(), 'size', '{{\"kfs_lfs\":1}}'
+             from generate_series(1, {pointers}) n
              returning id)
          insert into outbox (session_id, shard, topic, partition, value, headers, created_at, next_try_at)
          select id, row_number() over () % (select shards from deployment), '{TOPIC}', row_number() over () % {PARTITIONS},
