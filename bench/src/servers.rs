@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection, raw_sql};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, query_scalar, raw_sql};
 use tokio::process::Command;
 
 use crate::Failure;
@@ -150,6 +150,12 @@ impl Servers {
         // The server processes read the setting before their next statement, but the signal takes a moment.
         tokio::time::sleep(Duration::from_millis(500)).await;
         Ok(())
+    }
+
+    /// How many bytes PostgreSQL has written to its log so far, of all databases.
+    pub(crate) async fn wal_bytes(&self) -> Result<f64, Failure> {
+        let position = "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float8";
+        Ok(query_scalar(position).fetch_one(&mut self.database("postgres").await?).await?)
     }
 
     /// A command of the broker on this database. The kernel kills it if this process ends first.

@@ -21,11 +21,11 @@ fn clients(url: &str, tokens: &[String], payload: &Payload, clients: usize) -> V
     (0..clients).map(|_| Uploads::new(BrokerClient::new(&[url], &tokens[..1]), payload)).collect()
 }
 
-/// Whole uploads per second, and the CPU time of one.
+/// Whole uploads per second, and the CPU time and the WAL of one.
 pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
     let (plan, payload, tokens) = (run.plan, Payload::random(SMALL_BYTES), run.servers.tokens.clone());
     for (number, target) in CLIENTS {
-        let (mut uploads, mut cpu_ms, mut puts) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut uploads, mut cpu_ms, mut wal_kib, mut puts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let url = run.main_broker().await?.url().to_owned();
         let mut uploading = clients(&url, &tokens, &payload, number);
         let mut putting: Vec<_> = (0..number).map(|_| DirectPuts::new(&run.servers, &payload)).collect();
@@ -33,17 +33,19 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
             let found;
             (found, putting) = load::run(putting, plan.sample).await?;
             puts.push(found.per_second());
-            let broker = run.main_broker().await?;
-            let cpu = broker.cpu()?;
+            let (wal, cpu) = (run.servers.wal_bytes().await?, run.main_broker().await?.cpu()?);
             let found;
             (found, uploading) = load::run(uploading, plan.sample).await?;
             uploads.push(found.per_second());
-            cpu_ms.push(milliseconds(broker.cpu()?.saturating_sub(cpu)) / found.count() as f64);
+            let cpu = run.main_broker().await?.cpu()?.saturating_sub(cpu);
+            cpu_ms.push(milliseconds(cpu) / found.count() as f64);
+            wal_kib.push((run.servers.wal_bytes().await? - wal) / 1024.0 / found.count() as f64);
         }
         let clients = counted(number, "client");
         let row = Row::ratio(format!("open + PUT 1 KiB + complete, {clients}, 1/s"), "direct PUT, 1/s", uploads, puts);
         run.rows.push(row.target(Target::RatioAtLeast(target)));
         run.rows.push(Row::value(format!("broker CPU for one upload, {clients}, ms"), cpu_ms).target(CPU_MS));
+        run.rows.push(Row::value(format!("WAL of PostgreSQL for one upload, {clients}, KiB"), wal_kib));
     }
     Ok(())
 }
