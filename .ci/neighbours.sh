@@ -2,6 +2,7 @@
 # Starts real servers of PostgreSQL, Kafka and S3 for the tests, each on a free port of 127.0.0.1.
 # `run` and the checks source this file. A developer can call it directly:
 #   bash .ci/neighbours.sh up DIRECTORY postgres kafka minio|versitygw   (then: . DIRECTORY/env)
+#   bash .ci/neighbours.sh stop|start DIRECTORY kafka                     (start: again, with the same port and data)
 #   bash .ci/neighbours.sh down DIRECTORY
 # $NEIGHBOURS holds the data, log and pid file of each server. $NEIGHBOURS/env exports the variables by which the tests find them.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,6 +43,9 @@ wait_until_ready() {
     echo "$name is ready (pid $pid)"
 }
 
+# fsync is off for speed: a test need not survive a power loss. The benchmark sets other options.
+POSTGRES_OPTIONS=(-c fsync=off -c full_page_writes=off)
+
 # PostgreSQL refuses to run as root. So as root, start it as the user postgres or nobody.
 start_postgres() {
     local bin data=$NEIGHBOURS/postgres port run_as=()
@@ -56,12 +60,14 @@ start_postgres() {
     echo lfs >"$data/password"
     (cd "$data" && "${run_as[@]}" "$bin/initdb" -D "$data/data" -U lfs -A scram-sha-256 --pwfile=password -E UTF8 --no-locale) \
         >"$NEIGHBOURS/initdb.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/initdb.log" >&2; return 1; }
-    # fsync is off for speed: a test need not survive a power loss.
     start_server postgres "${run_as[@]}" "$bin/postgres" -D "$data/data" -c listen_addresses=127.0.0.1 -c "port=$port" \
-        -c "unix_socket_directories=$data" -c fsync=off -c full_page_writes=off -c max_connections=400
+        -c "unix_socket_directories=$data" -c max_connections=400 "${POSTGRES_OPTIONS[@]}"
     wait_until_ready postgres 30 "$bin/pg_isready" -h 127.0.0.1 -p "$port" || return
     export_env LFS_TEST_DATABASE_URL "postgres://lfs:lfs@127.0.0.1:$port/postgres"
 }
+
+# A small heap and a quick start: the tests need little of Kafka.
+JAVA=(java -Xmx320m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp "$KAFKA_HOME/*")
 
 # One node that is broker and controller. It does not create topics automatically, as in most clusters. On a second port the
 # user `limited` may do everything except write to topics whose name begins with `refused-`.
@@ -93,14 +99,20 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
 PROPERTIES
-    local java=(java -Xmx320m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp "$KAFKA_HOME/*")
-    "${java[@]}" kafka.tools.StorageTool format -t AAAAAAAAAAAAAAAAAAAAAQ -c "$config" \
+    "${JAVA[@]}" kafka.tools.StorageTool format -t AAAAAAAAAAAAAAAAAAAAAQ -c "$config" \
         >"$NEIGHBOURS/kafka-format.log" 2>&1 || { tail -n 20 "$NEIGHBOURS/kafka-format.log" >&2; return 1; }
-    start_server kafka "${java[@]}" kafka.Kafka "$config"
-    wait_until_ready kafka 60 "${java[@]}" org.apache.kafka.tools.AclCommand --bootstrap-server "127.0.0.1:$port" --add \
-        --allow-principal User:limited --operation Describe --topic refused- --resource-pattern-type prefixed || return
+    start_kafka_again || return
     export_env LFS_TEST_KAFKA "127.0.0.1:$port"
     export_env LFS_TEST_KAFKA_LIMITED "127.0.0.1:$limited_port"
+}
+
+# Starts Kafka with the port and the data that start_kafka has configured.
+start_kafka_again() {
+    local config=$NEIGHBOURS/kafka/server.properties address
+    address=$(sed -n 's|^advertised.listeners=PLAINTEXT://\([^,]*\),.*|\1|p' "$config")
+    start_server kafka "${JAVA[@]}" kafka.Kafka "$config"
+    wait_until_ready kafka 60 "${JAVA[@]}" org.apache.kafka.tools.AclCommand --bootstrap-server "$address" --add \
+        --allow-principal User:limited --operation Describe --topic refused- --resource-pattern-type prefixed
 }
 
 # export_s3_env FLAVOUR PORT ACCESS_KEY SECRET
@@ -136,33 +148,47 @@ start_versitygw() {
     export_s3_env versitygw "$port" versity-test versity-test-secret
 }
 
-# Stops the started servers by their pids: TERM first, KILL after 10 s. PostgreSQL's signal for a fast shutdown is INT.
+# Sends the signal to stop: TERM, or INT for a fast shutdown of PostgreSQL.
+signal_server() {
+    local signal=TERM
+    [ "$1" != postgres ] || signal=INT
+    kill "-$signal" "$(<"$NEIGHBOURS/$1.pid")" 2>/dev/null || true
+}
+
+# Stops a server by its pid, and kills it after 10 s.
+stop_server() {
+    local pid
+    signal_server "$1"
+    pid=$(<"$NEIGHBOURS/$1.pid")
+    for _ in {1..100}; do
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -KILL "$pid" 2>/dev/null || true
+    rm -f "$NEIGHBOURS/$1.pid"
+}
+
+# Stops all started servers: first signals all, because they stop at the same time.
 stop_all() {
-    local file pid signal
+    local file
     for file in "$NEIGHBOURS"/*.pid; do
-        [ -e "$file" ] || continue
-        signal=TERM
-        [ "$(basename "$file")" != postgres.pid ] || signal=INT
-        kill "-$signal" "$(<"$file")" 2>/dev/null || true
+        [ ! -e "$file" ] || signal_server "$(basename "$file" .pid)"
     done
     for file in "$NEIGHBOURS"/*.pid; do
-        [ -e "$file" ] || continue
-        pid=$(<"$file")
-        for _ in {1..100}; do
-            kill -0 "$pid" 2>/dev/null || break
-            sleep 0.1
-        done
-        kill -KILL "$pid" 2>/dev/null || true
-        rm -f "$file"
+        [ ! -e "$file" ] || stop_server "$(basename "$file" .pid)"
     done
     return 0
 }
 
 main() {
-    local command=${1:?up or down} server
+    local command=${1:?up, stop, start or down} server
     NEIGHBOURS=$(mkdir -p "${2:?a directory}" && cd "$2" && pwd) || exit
     shift 2
-    [ "$command" != down ] || { stop_all; exit; }
+    case $command in
+        down) stop_all; exit ;;
+        stop) stop_server "${1:?a server}"; exit ;;
+        start) "start_${1:?kafka}_again"; exit ;;
+    esac
     for server in "$@"; do
         [ "$server" = postgres ] || bash "$here/tools.sh" "$server" || exit
         "start_$server" || exit

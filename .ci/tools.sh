@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the named tools into $LFS_CI_TOOLS. Skips tools that are already installed.
-#   bash .ci/tools.sh debian|kafka|minio|versitygw|toxiproxy|openapi|lint|schemathesis|deny|cyclonedx ...
+#   bash .ci/tools.sh debian|kafka|minio|mc|versitygw|toxiproxy|openapi|lint|schemathesis|deny|cyclonedx ...
 # Each tool's directory name contains the version. The directory is renamed into place last, so it is never incomplete.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -37,6 +37,7 @@ go_install() {
 }
 
 install_minio() { go_install "$MINIO_HOME" "github.com/minio/minio@$MINIO_VERSION"; }
+install_mc() { go_install "$MC_HOME" "github.com/minio/mc@$MC_VERSION"; }
 install_versitygw() { go_install "$VERSITYGW_HOME" "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"; }
 install_toxiproxy() { go_install "$TOXIPROXY_HOME" "github.com/Shopify/toxiproxy/v2/cmd/server@$TOXIPROXY_VERSION"; }
 

@@ -1,0 +1,220 @@
+//! Counts, which do not depend on the clock: statements and transactions on PostgreSQL, and requests to Kafka. And what a broker
+//! costs that nobody asks anything.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::try_join_all;
+use sqlx::{PgConnection, query_as, query_scalar};
+
+use super::backlog;
+use crate::budgets::{self, Budget};
+use crate::clients::{BrokerClient, Opened, Payload, SMALL_BYTES, Uploads};
+use crate::kafka::{RequestLog, Requests};
+use crate::report::{Row, Target, counted};
+use crate::servers::execute;
+use crate::{Failure, MAIN_DATABASE, Run, load};
+
+/// How many operations are counted. What the workers do meanwhile is subtracted.
+const OPENS: usize = 200;
+const COMPLETES: usize = 100;
+/// How many uploads are made to count the requests to Kafka.
+const KAFKA_UPLOADS: usize = 50;
+const CONCURRENT_CLIENTS: usize = 32;
+/// How many pointers are published at once to count what the relay does for a batch: several batches for each shard.
+const POINTERS: usize = 8000;
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
+/// The request of Kafka that ends a transaction, so there is one for each batch.
+const END_OF_BATCH: &str = "END_TXN";
+const IDLE_CPU: Target = Target::ValueAtMost(0.5);
+/// A broker that has just served requests still closes connections and commits offsets.
+const QUIET_BEFORE: Duration = Duration::from_secs(2);
+
+/// What PostgreSQL has counted so far.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    statements: f64,
+    /// Transactions that wrote something: each one is a commit on the disk.
+    writes: f64,
+    at: Instant,
+}
+
+/// Counts for each second of an idle broker.
+#[derive(Debug, Clone, Copy)]
+struct Idle {
+    statements: f64,
+    writes: f64,
+}
+
+/// All counts.
+pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
+    run.main_broker().await?;
+    let mut database = run.servers.database("postgres").await?;
+    execute(&mut database, "create extension if not exists pg_stat_statements").await?;
+    let log = RequestLog {
+        bootstrap: run.servers.bootstrap.clone(),
+        path: run.servers.dir.join("kafka.log"),
+        class_path: std::env::var("LFS_BENCH_KAFKA_CLASSES").unwrap_or_default(),
+    };
+    run.servers.track_statements(true).await?;
+    log.set("DEBUG").await?;
+    let counted = measure_all(run, &mut database, &log).await;
+    log.set("INFO").await?;
+    run.servers.track_statements(false).await?;
+    counted
+}
+
+async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLog) -> Result<(), Failure> {
+    let idle = measure_idle(run, database).await?;
+    let payload = Payload::random(SMALL_BYTES);
+    let mut opened = measure_opens(run, database, idle, &payload).await?;
+    opened.truncate(COMPLETES);
+    let url = run.main_broker().await?.url().to_owned();
+    let mut client = BrokerClient::new(&[&url], &run.servers.tokens[..1]);
+    for opened in &opened {
+        client.put(opened, &payload).await?;
+    }
+    measure_completes(run, database, log, idle, &mut client, &opened).await?;
+    measure_kafka(run, log).await
+}
+
+/// What an open costs, without and with a key. Returns the uploads that were opened without one.
+async fn measure_opens(
+    run: &mut Run,
+    database: &mut PgConnection,
+    idle: Idle,
+    payload: &Payload,
+) -> Result<Vec<Opened>, Failure> {
+    let url = run.main_broker().await?.url().to_owned();
+    let mut client = BrokerClient::new(&[&url], &run.servers.tokens[..1]);
+    // The statements of the first request on each connection are prepared, and its caches are filled.
+    client.upload(payload).await?;
+    let mut without_key = Vec::new();
+    for (statements, writes, with_key) in
+        [(budgets::OPEN, Some(budgets::OPEN_WRITES), false), (budgets::OPEN_WITH_KEY, None, true)]
+    {
+        let (before, mut opened) = (Counted::now(database).await?, Vec::new());
+        for _ in 0..OPENS {
+            opened.push(client.open(payload, with_key).await?);
+        }
+        let found = before.until_now(database, idle, OPENS).await?;
+        run.rows.push(statements.row(found.statements));
+        run.rows.extend(writes.map(|writes: Budget| writes.row(found.writes)));
+        if !with_key {
+            without_key = opened;
+        }
+    }
+    Ok(without_key)
+}
+
+/// What a complete costs: what the relay does for a batch, and what remains of a complete whose upload is a batch of its own.
+async fn measure_completes(
+    run: &mut Run,
+    database: &mut PgConnection,
+    log: &RequestLog,
+    idle: Idle,
+    client: &mut BrokerClient,
+    opened: &[Opened],
+) -> Result<(), Failure> {
+    let (before, position) = (Counted::now(database).await?, log.position()?);
+    for opened in opened {
+        client.complete(opened).await?;
+    }
+    let batches = log.settled_since(position).await?.of(END_OF_BATCH);
+    let complete = before.until_now(database, idle, opened.len()).await?;
+    let batch = measure_relay(run, database, log, idle).await?;
+    let share = batch * batches as f64 / opened.len() as f64;
+    run.rows.push(budgets::COMPLETE.row((complete.statements - share).max(0.0)));
+    run.rows.push(budgets::RELAY.row(batch));
+    run.rows.push(budgets::COMPLETE_WRITES.row(complete.writes));
+    Ok(())
+}
+
+/// Statements of the relay for one batch, while it publishes many pointers that no request waits for.
+async fn measure_relay(run: &Run, database: &mut PgConnection, log: &RequestLog, idle: Idle) -> Result<f64, Failure> {
+    let mut main = run.servers.database(MAIN_DATABASE).await?;
+    // The statements of this connection do not count.
+    execute(&mut main, "set pg_stat_statements.track = 'none'").await?;
+    let (before, position) = (Counted::now(database).await?, log.position()?);
+    execute(&mut main, &backlog::insert("counts", POINTERS)).await?;
+    backlog::wait_until_published(&mut main, PUBLISH_TIMEOUT).await?;
+    let batches = log.settled_since(position).await?.of(END_OF_BATCH);
+    if batches == 0 {
+        return Err(Failure(format!("Kafka logged no {END_OF_BATCH} of the broker")));
+    }
+    Ok(before.until_now(database, idle, batches).await?.statements)
+}
+
+/// What a broker costs that nobody asks anything, on PostgreSQL and in CPU time.
+async fn measure_idle(run: &mut Run, database: &mut PgConnection) -> Result<Idle, Failure> {
+    let time = Duration::from_secs(if run.plan.is_full { 60 } else { 15 });
+    let broker = run.main_broker().await?;
+    tokio::time::sleep(QUIET_BEFORE).await;
+    let (before, transactions, cpu) = (Counted::now(database).await?, transactions(database).await?, broker.cpu()?);
+    tokio::time::sleep(time).await;
+    let (cpu, seconds) = (broker.cpu()?.saturating_sub(cpu), before.at.elapsed().as_secs_f64());
+    let transactions = (self::transactions(database).await? - transactions) as f64;
+    let none = Idle { statements: 0.0, writes: 0.0 };
+    let found = before.until_now(database, none, 1).await?;
+    let minute = |count: f64| count * 60.0 / seconds;
+    run.rows.push(budgets::IDLE.row(minute(transactions)));
+    run.rows.push(Row::value("idle: statements on PostgreSQL in a minute", vec![minute(found.statements)]));
+    let percent = cpu.as_secs_f64() * 100.0 / seconds;
+    run.rows.push(Row::value("idle: broker CPU, % of a core", vec![percent]).target(IDLE_CPU));
+    Ok(Idle { statements: found.statements / seconds, writes: found.writes / seconds })
+}
+
+/// The transactions of the broker's database. A server process reports them at most once a second.
+async fn transactions(database: &mut PgConnection) -> Result<i64, Failure> {
+    let count = "select xact_commit + xact_rollback from pg_stat_database where datname = 'main'";
+    Ok(query_scalar(count).fetch_one(database).await?)
+}
+
+impl Counted {
+    async fn now(database: &mut PgConnection) -> Result<Self, Failure> {
+        // The next transaction number of the server: only a transaction that writes takes one, and this query does not.
+        let counts = "select coalesce(sum(calls), 0)::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+             from pg_stat_statements where dbid = (select oid from pg_database where datname = 'main')";
+        let (statements, writes): (i64, i64) = query_as(counts).fetch_one(database).await?;
+        Ok(Self { statements: statements as f64, writes: writes as f64, at: Instant::now() })
+    }
+
+    /// What each of `operations` has cost since this count, without the work of the idle broker.
+    async fn until_now(&self, database: &mut PgConnection, idle: Idle, operations: usize) -> Result<Idle, Failure> {
+        let now = Self::now(database).await?;
+        let seconds = (now.at - self.at).as_secs_f64();
+        let each = |count: f64, idle: f64| (count - idle * seconds).max(0.0) / operations as f64;
+        Ok(Idle {
+            statements: each(now.statements - self.statements, idle.statements),
+            writes: each(now.writes - self.writes, idle.writes),
+        })
+    }
+}
+
+/// Requests to Kafka for one upload, alone and under load.
+async fn measure_kafka(run: &mut Run, log: &RequestLog) -> Result<(), Failure> {
+    let (tokens, payload) = (run.servers.tokens.clone(), Payload::random(SMALL_BYTES));
+    let url = run.main_broker().await?.url().to_owned();
+    for clients in [1, CONCURRENT_CLIENTS] {
+        let each = KAFKA_UPLOADS.div_ceil(clients);
+        let position = log.position()?;
+        let uploading = (0..clients).map(|_| {
+            let mut uploads = Uploads::new(BrokerClient::new(&[&url], &tokens[..1]), &payload);
+            async move { load::repeat(&mut uploads, each).await }
+        });
+        try_join_all(uploading).await?;
+        add_kafka_rows(run, clients, (each * clients) as f64, &log.settled_since(position).await?);
+    }
+    Ok(())
+}
+
+fn add_kafka_rows(run: &mut Run, clients: usize, uploads: f64, requests: &Requests) {
+    let total = requests.total() as f64 / uploads;
+    let name = counted(clients, "client");
+    run.rows.push(match clients {
+        1 => budgets::KAFKA.row(total),
+        _ => Row::value(format!("requests to Kafka for one upload, {name}"), vec![total]),
+    });
+    for (request, count) in requests.by_name() {
+        run.rows.push(Row::value(format!("of these {request}, {name}"), vec![count as f64 / uploads]));
+    }
+}
