@@ -14,6 +14,7 @@
 //! if the database fails in any way, the owner drops its shards and takes them over again: fence, read the marker,
 //! compare it with the database, apply the outcome.
 
+mod error;
 mod isolation;
 mod outcome;
 mod stall;
@@ -33,6 +34,7 @@ use crate::kafka::{self, Kafka, Record, RecordRejection, ShardProducer};
 use crate::notify::{ChangeNotifier, Others};
 use crate::restore_check::{KafkaAhead, RestoreCheck};
 use crate::store::{self, Claim, ClaimRequest, Deployment, OutboxRow, Renewal, RenewalRequest, ShardLease, Store};
+pub(crate) use error::Error;
 use isolation::Isolation;
 
 /// The most pointers in one transaction. 500 take 7 ms (median); more would only lose more work when one aborts.
@@ -100,43 +102,6 @@ struct FencedShard {
     takeover_started_at: Instant,
     /// The last batch number that this relay read or wrote.
     last_batch: i64,
-}
-
-/// Why a shard cannot be published now.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
-    #[error("{0}")]
-    Store(#[from] store::Error),
-    #[error("{0}")]
-    Kafka(#[from] kafka::Error),
-    #[error("another relay has taken over the shard")]
-    ShardLost,
-    /// Sending could publish pointers twice: Kafka has records that the database does not know.
-    #[error(
-        "kafka holds batch {marker} of shard {shard}, but the last batch in the database is {last_batch}: the database was \
-         restored from a backup; nothing of this shard is published until `lfs-broker audit --fix` has reconciled them"
-    )]
-    KafkaAhead { shard: i32, marker: i64, last_batch: i64 },
-    /// Like `KafkaAhead`, but the batch numbers are equal.
-    #[error(
-        "kafka holds {unfinished} pointers of batch {batch} of shard {shard} whose uploads are unfinished in the database: the \
-         database was restored from a backup; nothing of this shard is published until `lfs-broker audit --fix` has \
-         reconciled them"
-    )]
-    UnfinishedInDatabase { shard: i32, batch: i64, unfinished: i64 },
-    /// The shard is not as this relay left it, so no batch was claimed.
-    #[error(
-        "the last batch of shard {shard} is {found}{} in the database, but {known} in this relay, which left no row claimed: \
-         PostgreSQL lost commits (a restore, a failover), or another program wrote to it",
-        if *has_claimed_rows { " and has claimed rows" } else { "" }
-    )]
-    ShardChanged { shard: i32, known: i64, found: i64, has_claimed_rows: bool },
-    /// Kafka holds records of sessions that are no longer verified in the database.
-    #[error(
-        "kafka holds {published} pointers of batch {batch} of shard {shard}, but the database recorded {written} of them: \
-         PostgreSQL lost commits (a restore, a failover)"
-    )]
-    PublishedNotRecorded { shard: i32, batch: i64, published: usize, written: usize },
 }
 
 impl Relay {

@@ -223,7 +223,7 @@ mod tests {
             shards.extend(messages.shards);
             payloads += 1;
         }
-        assert_eq!((sessions.len(), shards.len(), payloads), (1000, 1024, 6));
+        assert_eq!((sessions.len(), shards.len(), payloads), (1000, 1024, 5));
     }
 
     #[test]
