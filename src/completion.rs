@@ -26,12 +26,13 @@ use uuid::Uuid;
 use crate::failpoint;
 use crate::notify::ChangeNotifier;
 use crate::objects::{self, Objects};
-use crate::session::{Session, SessionError, State};
+use crate::session::{Object, Session, SessionError, State};
 use crate::store::{self, Store, Transition};
 use object::CompletionError;
 pub(crate) use parts::{missing_part_numbers, uploaded_parts};
 pub(crate) use recheck::still_verified;
 pub(crate) use tasks::Tasks;
+use unclaimed::Unclaimed;
 
 /// How long a lease lasts without renewal.
 #[derive(Debug, Clone)]
@@ -87,16 +88,20 @@ impl CompletionWorker {
         let (sender, receiver) = oneshot::channel();
         let (worker, by) = (self.clone(), by.to_owned());
         self.tasks.spawn(async move {
-            if let Some(saved) = worker.verify_unclaimed(&session, &by).await {
-                let _ = sender.send(saved.map(|session| Ok(Started::Verified(Box::new(session)))));
-                drop(permit);
-                return;
-            }
+            let found = match worker.verify_unclaimed(&session, &by).await {
+                Unclaimed::Saved(saved) => {
+                    let _ = sender.send(saved.map(|session| Ok(Started::Verified(Box::new(session)))));
+                    drop(permit);
+                    return;
+                }
+                Unclaimed::Found(found) => Some(found),
+                Unclaimed::Unknown => None,
+            };
             // A claimed session is completed even if the caller no longer listens.
             match worker.claim(session, &by).await {
                 ClaimOutcome::Claimed(session) => {
                     let _ = sender.send(Ok(Ok(Started::Claimed)));
-                    worker.process(*session).await;
+                    worker.process(*session, found).await;
                 }
                 ClaimOutcome::Refused(error) => drop(sender.send(Ok(Err(error)))),
                 ClaimOutcome::Unknown(session, error) => {
@@ -130,7 +135,7 @@ impl CompletionWorker {
     /// The database did not confirm the claim, but may have stored it. If it did, the session is completed.
     async fn recover_claim(&self, claimed: Session) {
         match self.retry_until_lease_ends(|| self.store.session(claimed.id)).await {
-            Ok(Some(session)) if session.state == claimed.state => self.process(session).await,
+            Ok(Some(session)) if session.state == claimed.state => self.process(session, None).await,
             Ok(_) => {}
             Err(error) => {
                 let id = claimed.id;
@@ -139,15 +144,16 @@ impl CompletionWorker {
         }
     }
 
-    /// Completes a session that was just claimed, and renews its lease meanwhile.
-    async fn process(&self, session: Session) {
+    /// Completes a session that was just claimed, and renews its lease meanwhile. `found` is what a HEAD of the object found
+    /// just before the claim.
+    async fn process(&self, session: Session, found: Option<Result<Option<Object>, objects::Error>>) {
         let State::Completing { lease, must_read } = session.state.clone() else { return };
         let id = session.id;
         let by = if must_read { "verifier" } else { "broker" };
         let result = async {
             match must_read {
                 true => self.read_back(session.clone()).await,
-                false => self.check_object(session.clone(), lease.attempt).await,
+                false => self.check_object(session.clone(), lease.attempt, found).await,
             }
         };
         let result = tokio::select! {

@@ -29,14 +29,26 @@ pub(super) enum CompletionError {
 }
 
 impl CompletionWorker {
-    /// Checks the object with a HEAD, after joining its parts.
-    pub(super) async fn check_object(&self, session: Session, attempt: i32) -> Result<Session, CompletionError> {
+    /// Checks the object with a HEAD, after joining its parts. For a single PUT, `found` is the answer to that HEAD if it was
+    /// sent before the claim.
+    pub(super) async fn check_object(
+        &self,
+        session: Session,
+        attempt: i32,
+        found: Option<Result<Option<Object>, objects::Error>>,
+    ) -> Result<Session, CompletionError> {
         let hashes: Vec<(u32, Sha256)> = match session.spec.layout.has_part_hashes() {
             true => self.store.part_hashes(session.id).await?,
             false => Vec::new(),
         };
         let found = match session.spec.layout {
-            Layout::Single => self.objects.head(&ObjectLocation::of(&session), None).await?.ok_or(SessionError::ObjectMissing)?,
+            Layout::Single => {
+                let found = match found {
+                    Some(found) => found,
+                    None => self.objects.head(&ObjectLocation::of(&session), None).await,
+                };
+                found?.ok_or(SessionError::ObjectMissing)?
+            }
             Layout::Multipart { part_count, .. } => {
                 let found = self.complete_multipart(&session, attempt, part_count, &hashes).await?;
                 self.abort_stray_uploads(&session, attempt).await?;

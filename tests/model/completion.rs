@@ -187,8 +187,9 @@ impl Completion {
             actions.extend(system.cleanup.map(|_| Action::CrashSweeper));
         }
         if system.faults_left > 0 {
-            let waits_for_s3 =
-                |task: &Task| !matches!(task.step, Step::Claiming | Step::Found(_) | Step::Decided(_) | Step::Releasing);
+            let waits_for_s3 = |task: &Task| {
+                !matches!(task.step, Step::Claiming | Step::ClaimingFor(_) | Step::Found(_) | Step::Decided(_) | Step::Releasing)
+            };
             for (number, _) in tasks().filter(|(_, task)| waits_for_s3(task)) {
                 actions.extend([Action::NoResponse(number), Action::Refuse(number)]);
             }
@@ -215,10 +216,14 @@ impl Completion {
         let step = match task.step {
             Step::Looking => match system.object {
                 Some(bytes) if self.layout == Layout::Single && bytes != Bytes::Wrong => Step::Found(Verdict::Good(bytes)),
-                Some(Bytes::Wrong) if !self.design.claims_what_is_not_verified => Step::Found(Verdict::Wrong),
                 None if !self.design.claims_what_is_not_verified => Step::Found(Verdict::Wrong),
-                _ => Step::Claiming,
+                None => Step::ClaimingFor(Verdict::Missing),
+                Some(_) if self.layout == Layout::ReadBack => Step::ClaimingFor(Verdict::MustRead),
+                Some(bytes) => Step::ClaimingFor(verdict_of(bytes)),
             },
+            Step::ClaimingFor(verdict) => {
+                return system.claim(task).map(|claimed| Task { step: Step::Decided(verdict), ..claimed });
+            }
             Step::Found(verdict) => {
                 let is_unchanged = task.is_current && system.session == SessionState::Open;
                 if is_unchanged || !self.design.checks_version_unclaimed {

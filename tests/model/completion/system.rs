@@ -103,6 +103,8 @@ pub(super) enum Step {
     Found(Verdict),
     /// The task has read the row, but has not written the claim yet.
     Claiming,
+    /// The same, after a HEAD whose verdict needs a claim.
+    ClaimingFor(Verdict),
     Head,
     List,
     /// S3 has listed these bytes.
@@ -162,7 +164,8 @@ pub(super) enum CleanupStep {
 impl SystemState {
     /// Whether a task has the lease and renews it.
     pub(super) fn is_worked_on(&self, lease: Lease) -> bool {
-        let has_claimed = |task: &&Task| !matches!(task.step, Step::Looking | Step::Found(_) | Step::Claiming);
+        let has_claimed =
+            |task: &&Task| !matches!(task.step, Step::Looking | Step::Found(_) | Step::Claiming | Step::ClaimingFor(_));
         self.tasks.iter().flatten().filter(has_claimed).any(|task| task.attempt == lease.attempt)
     }
 
