@@ -90,7 +90,7 @@ impl CompletionWorker {
         self.tasks.spawn(async move {
             let found = match worker.verify_unclaimed(&session, &by).await {
                 Unclaimed::Saved(saved) => {
-                    let _ = sender.send(saved.map(|session| Ok(Started::Verified(Box::new(session)))));
+                    let _ = sender.send(saved.map(|session| Ok(Started::Verified(session))));
                     drop(permit);
                     return;
                 }

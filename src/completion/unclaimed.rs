@@ -17,7 +17,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_millis(250);
 /// What a HEAD without a claim has led to.
 pub(super) enum Unclaimed {
     /// The object is as declared, and this is the result of saving that.
-    Saved(Result<Session, store::Error>),
+    Saved(Result<Box<Session>, store::Error>),
     /// Only a claim may act on this answer of S3: the object is missing or not as declared, or must be read.
     Found(Result<Option<Object>, objects::Error>),
     /// S3 was not asked, or did not answer in time.
@@ -41,7 +41,7 @@ impl CompletionWorker {
         let claimed = session.clone().claim(self.owner, claimed_at, claimed_at);
         match claimed.and_then(|claimed| claimed.verify(&found, &[], now)) {
             Ok(verified) if matches!(verified.state, State::Verified(_)) => {
-                Unclaimed::Saved(self.save_unclaimed(verified, claimed_at, by).await)
+                Unclaimed::Saved(self.save_unclaimed(verified, claimed_at, by).await.map(Box::new))
             }
             _ => Unclaimed::Found(Ok(Some(found))),
         }

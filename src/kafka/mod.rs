@@ -16,6 +16,7 @@ mod check;
 mod client;
 mod configs;
 mod consumer;
+mod delivery;
 mod marker;
 mod partitioner;
 #[cfg(test)]

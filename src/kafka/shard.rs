@@ -4,16 +4,15 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use rdkafka::Timestamp;
 use rdkafka::error::{KafkaError, RDKafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::future_producer::Delivery as DeliveryReport;
 use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer};
 use uuid::Uuid;
 
 use crate::failpoint::{self, InjectedError};
 
 use super::client::{self, Context};
+use super::delivery::{commit, delivered, delivery_report};
 use super::{Delivery, Error, Kafka, MARKER_TOPIC, Marker, Record, RecordMetadata, drop_blocking, run_blocking};
 
 /// The limit for one call of a transaction step. librdkafka continues in the background, so the call can be repeated.
@@ -159,7 +158,7 @@ impl ShardProducer {
         }
         // After a commit attempt, a successful abort proves nothing: librdkafka may have sent the commit, lost the response
         // and started a new epoch. Only the marker shows whether the transaction was committed.
-        self.step(|producer| producer.commit_transaction(STEP_TIMEOUT)).await.map_err(|error| self.step_failure(&error))?;
+        self.step(|producer| commit(producer, STEP_TIMEOUT)).await.map_err(|error| self.step_failure(&error))?;
         failpoint::reach("relay.committed").await?;
         Ok(sent.into_iter().flatten().collect())
     }
@@ -476,43 +475,7 @@ fn is_fencing_code(code: RDKafkaErrorCode) -> bool {
     matches!(code, Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
 }
 
-/// Awaits the acknowledgements of records that were enqueued. A commit that has to wait for one takes 100 ms.
-async fn delivered(
-    records: impl Iterator<Item = &Record>,
-    enqueued: Vec<Result<DeliveryFuture, KafkaError>>,
-    sent_ms: i64,
-) -> Vec<Result<RecordMetadata, KafkaError>> {
-    let mut results = Vec::with_capacity(enqueued.len());
-    for (record, delivery) in records.zip(enqueued) {
-        results.push(delivery_report(delivery).await.map(|report| RecordMetadata {
-            upload_id: record.upload_id,
-            partition: report.partition,
-            offset: report.offset,
-            timestamp_ms: timestamp(report.timestamp, sent_ms),
-        }));
-    }
-    results
-}
-
-async fn delivery_report(delivery: Result<DeliveryFuture, KafkaError>) -> Result<DeliveryReport, KafkaError> {
-    match delivery?.await {
-        Ok(Ok(report)) => Ok(report),
-        Ok(Err((error, _))) => Err(error),
-        Err(_) => Err(KafkaError::Canceled),
-    }
-}
-
 pub(super) fn now_ms() -> i64 {
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_millis()).unwrap_or(i64::MAX)
-}
-
-/// The timestamp that consumers see: the broker's with `message.timestamp.type=LogAppendTime`, otherwise the one sent.
-fn timestamp(reported: Timestamp, sent_ms: i64) -> i64 {
-    const DAY_MS: i64 = 86_400_000;
-    match reported {
-        // librdkafka's mock cluster reports the timestamp 1234 but stores the one that was sent.
-        Timestamp::LogAppendTime(at_ms) if at_ms >= sent_ms - DAY_MS => at_ms,
-        _ => sent_ms,
-    }
 }

@@ -14,7 +14,10 @@ use super::Error;
 const MAX_GROUP_CALLS: usize = 64;
 
 /// The waiting calls of each tenant that has a statement under way.
-pub(super) struct GroupCommit<C, R>(Arc<Mutex<HashMap<String, Vec<Waiting<C, R>>>>>);
+pub(super) struct GroupCommit<C, R>(Arc<Mutex<Queues<C, R>>>);
+
+/// The waiting calls by tenant.
+type Queues<C, R> = HashMap<String, Vec<Waiting<C, R>>>;
 
 struct Waiting<C, R> {
     call: C,
@@ -69,7 +72,7 @@ impl<C: Send + 'static, R: Send + 'static> GroupCommit<C, R> {
         answered.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<String, Vec<Waiting<C, R>>>> {
+    fn waiting(&self) -> MutexGuard<'_, Queues<C, R>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -417,13 +417,7 @@ impl Model for Completion {
             Action::CrashCreation(creation) => system.creations[creation] = None,
             Action::CrashSweeper => system.cleanup = None,
             Action::NoResponse(number) => system.lose_response(number),
-            Action::Refuse(number) => {
-                system.lose_response(number);
-                system.tasks[number] = system.tasks[number].map(|task| match task.step {
-                    Step::Claiming => task,
-                    _ => Task { step: Step::Decided(Verdict::Missing), ..task },
-                });
-            }
+            Action::Refuse(number) => system.refuse(number),
             Action::ExpireUnverified(number) => {
                 let task = system.tasks[number].take()?;
                 if task.is_current && matches!(system.session, SessionState::Completing { .. }) {
@@ -511,21 +505,26 @@ impl Model for Completion {
             ));
         }
         if self.layout == Layout::Single {
-            properties.extend([
-                Property::sometimes("two tasks find the object without a claim", |_, system: &SystemState| {
-                    system.tasks.iter().flatten().filter(|task| matches!(task.step, Step::Found(_))).count() == 2
-                }),
-                Property::sometimes(
-                    "a session fails while a task without a claim looks at its object",
-                    |_, system: &SystemState| {
-                        let has_found = |task: &Task| matches!(task.step, Step::Found(_));
-                        matches!(system.session, SessionState::Failed(..)) && system.tasks.iter().flatten().any(has_found)
-                    },
-                ),
-            ]);
+            properties.extend(unclaimed_properties());
         }
         properties
     }
+}
+
+/// What a completion without a claim can meet.
+fn unclaimed_properties() -> [Property<Completion>; 2] {
+    [
+        Property::sometimes("two tasks find the object without a claim", |_, system: &SystemState| {
+            system.tasks.iter().flatten().filter(|task| has_found(task)).count() == 2
+        }),
+        Property::sometimes("a session fails while a task without a claim looks at its object", |_, system: &SystemState| {
+            matches!(system.session, SessionState::Failed(..)) && system.tasks.iter().flatten().any(has_found)
+        }),
+    ]
+}
+
+fn has_found(task: &Task) -> bool {
+    matches!(task.step, Step::Found(_))
 }
 
 fn has_failed(system: &SystemState, failure_kind: Failure) -> bool {

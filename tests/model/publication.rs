@@ -551,13 +551,7 @@ impl Model for Publication {
                         system.numbered.retain(|numbered| *numbered != pointer);
                     }
                     Action::LeaseEnds => system.shard.is_free = true,
-                    Action::GiveBack(replica) => {
-                        system.shard.owner = Owner::None;
-                        match system.relays[replica].step {
-                            Step::Ready => system.set_step(replica, Step::Idle),
-                            _ => system.relays[replica].has_lost_lease = true,
-                        }
-                    }
+                    Action::GiveBack(replica) => system.give_back(replica),
                     Action::NoResponse(replica) => self.fail(&mut system, replica),
                     Action::Refuse(replica, refused) => {
                         system.abort_transaction(replica, |claims| Step::Deferring(claims, refused))

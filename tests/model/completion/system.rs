@@ -282,6 +282,15 @@ impl SystemState {
         };
     }
 
+    /// S3 refuses a task permanently. Before the claim this only leads to the claim.
+    pub(super) fn refuse(&mut self, number: usize) {
+        self.lose_response(number);
+        self.tasks[number] = self.tasks[number].map(|task| match task.step {
+            Step::Claiming => task,
+            _ => Task { step: Step::Decided(Verdict::Missing), ..task },
+        });
+    }
+
     /// S3 does not answer a task. A join may still be executed at any later time.
     pub(super) fn lose_response(&mut self, number: usize) {
         let Some(task) = &mut self.tasks[number] else { return };

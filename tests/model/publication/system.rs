@@ -178,6 +178,15 @@ impl SystemState {
         })
     }
 
+    /// A live owner gives the shard back: another replica has joined.
+    pub(super) fn give_back(&mut self, replica: usize) {
+        self.shard.owner = Owner::None;
+        match self.relays[replica].step {
+            Step::Ready => self.set_step(replica, Step::Idle),
+            _ => self.relays[replica].has_lost_lease = true,
+        }
+    }
+
     /// Acquires the shard's lease: other relays no longer know its epoch.
     pub(super) fn acquire_shard(&mut self, replica: usize) {
         self.shard = Shard { owner: Owner::Replica(replica), is_free: false, ..self.shard };
