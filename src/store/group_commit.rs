@@ -1,7 +1,7 @@
 //! Group commit: calls of one tenant that arrive while a statement of that tenant is under way go together in the next one.
 //!
 //! All calls that open or end an upload change the tenant's quota row, so they wait for each other's commit. Together they
-//! wait for one commit. A lone call waits for nobody. A group is of one tenant, so no tenant waits for another's calls.
+//! wait for one commit. A lone call does not wait. A group is of one tenant, so no tenant waits for another's calls.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -99,7 +99,7 @@ impl<C: Send + 'static, R: Send + 'static> Queue<C, R> {
 }
 
 impl<C: Send + 'static, R: Send + 'static> Drop for Queue<C, R> {
-    /// After a panic nobody serves the queue, so its callers get an error.
+    /// After a panic no task serves the queue, so its callers get an error.
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.groups.waiting().remove(&self.tenant);

@@ -1,5 +1,5 @@
 //! Counts, which do not depend on the clock: statements and transactions on PostgreSQL, and requests to Kafka. And what a broker
-//! costs that nobody asks anything.
+//! costs while it is idle.
 
 use std::time::{Duration, Instant};
 
@@ -144,7 +144,7 @@ async fn measure_relay(run: &Run, database: &mut PgConnection, log: &RequestLog,
     Ok(before.until_now(database, idle, batches).await?.statements)
 }
 
-/// What a broker costs that nobody asks anything, on PostgreSQL and in CPU time.
+/// What a broker costs while it is idle, on PostgreSQL and in CPU time.
 async fn measure_idle(run: &mut Run, database: &mut PgConnection) -> Result<Idle, Failure> {
     let time = Duration::from_secs(if run.plan.is_full { 60 } else { 15 });
     let broker = run.main_broker().await?;
