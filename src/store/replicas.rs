@@ -85,13 +85,13 @@ impl Store {
                own as (
                    select shard, until <= $2 as has_expired, shard = any($4) as is_running,
                           row_number() over (order by shard = any($4) desc, shard) as place
-                   from (select shard, until from relay_shards where owner = $1 order by shard for update) locked),
+                   from (select shard, until from relay_shards where owner = $1 order by shard for no key update) locked),
                free as (
                    select shard from relay_shards
                    where (owner is null or until <= $2) and owner is distinct from $1
                    order by shard
                    limit (select greatest(shards - (select count(*) from own), 0) from share)
-                   for update skip locked),
+                   for no key update skip locked),
                change as (
                    select shard, place <= shards as is_in_share, is_running or place <= shards as is_kept, has_expired as is_new
                    from own, share
