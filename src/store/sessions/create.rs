@@ -186,7 +186,9 @@ impl Store {
         let inserted = query!(
             r#"with opening as materialized (
                  select o.*, o.policy is not distinct from (select t.policy from topics t where t.topic = o.topic) as has_current_policy,
-                     exists (select from idempotency_keys k where k.tenant = $1 and k.subject = o.subject and k.key = o.key) as key_exists
+                     -- Not `exists`: PostgreSQL would rather hash all keys of the tenant than look up a hundred.
+                     coalesce((select true from idempotency_keys k where k.tenant = $1 and k.subject = o.subject and k.key = o.key
+                         limit 1), false) as key_exists
                  from jsonb_to_recordset($2::jsonb) as o(
                      id uuid, subject text, created_at timestamptz, expires_at timestamptz, expires_latest_at timestamptz,
                      topic text, record_key bytea, record_partition int, record_headers jsonb, traceparent text,
