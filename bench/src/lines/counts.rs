@@ -25,9 +25,14 @@ const POINTERS: usize = 8000;
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
 /// The request of Kafka that ends a transaction, so there is one for each batch.
 const END_OF_BATCH: &str = "END_TXN";
+/// How long a server process may take to report its counts.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(20);
 const IDLE_CPU: Target = Target::ValueAtMost(0.5);
-/// A broker that has just served requests still closes connections and commits offsets.
-const QUIET_BEFORE: Duration = Duration::from_secs(2);
+/// A server process of PostgreSQL reports the transactions that it counted within 10 s after its last statement. Those of the
+/// start must not count as those of an idle broker.
+const QUIET_BEFORE: Duration = Duration::from_secs(12);
+/// So many keys are stored when opens with a key are counted: PostgreSQL plans otherwise for a table that is small.
+const STORED_KEYS: usize = 20_000;
 
 /// What PostgreSQL has counted so far.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +41,14 @@ struct Counted {
     /// Transactions that wrote something: each one is a commit on the disk.
     writes: f64,
     at: Instant,
+}
+
+/// What PostgreSQL has counted on the tables that grow with every upload.
+#[derive(Debug, Clone, Copy)]
+struct TableScans {
+    /// Rows that full scans have read.
+    rows: i64,
+    stored_keys: i64,
 }
 
 /// Counts for each second of an idle broker.
@@ -66,7 +79,11 @@ pub(crate) async fn measure(run: &mut Run) -> Result<(), Failure> {
 async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLog) -> Result<(), Failure> {
     let idle = measure_idle(run, database).await?;
     let payload = Payload::random(SMALL_BYTES);
-    let mut opened = measure_opens(run, database, idle, &payload).await?;
+    let mut main = run.servers.database(MAIN_DATABASE).await?;
+    // The statement of this connection does not count.
+    execute(&mut main, "set pg_stat_statements.track = 'none'").await?;
+    let scans = TableScans::now(&mut main).await?;
+    let mut opened = measure_opens(run, database, &mut main, idle, &payload).await?;
     opened.truncate(COMPLETES);
     let url = run.main_broker().await?.url().to_owned();
     let mut client = BrokerClient::new(&[&url], &run.servers.tokens[..1]);
@@ -74,6 +91,8 @@ async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLo
         client.put(opened, &payload).await?;
     }
     measure_completes(run, database, log, idle, &mut client, &opened).await?;
+    let rows = scans.rows_since_for_keys(&mut main, STORED_KEYS + OPENS).await?;
+    run.rows.push(budgets::FULL_SCANS.row(rows));
     measure_kafka(run, log).await
 }
 
@@ -81,6 +100,7 @@ async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLo
 async fn measure_opens(
     run: &mut Run,
     database: &mut PgConnection,
+    main: &mut PgConnection,
     idle: Idle,
     payload: &Payload,
 ) -> Result<Vec<Opened>, Failure> {
@@ -92,6 +112,11 @@ async fn measure_opens(
     for (statements, writes, with_key) in
         [(budgets::OPEN, Some(budgets::OPEN_WRITES), false), (budgets::OPEN_WITH_KEY, None, true)]
     {
+        if with_key {
+            store_keys(main).await?;
+            // The first open after that is planned again.
+            client.open(payload, with_key).await?;
+        }
         let (before, mut opened) = (Counted::now(database).await?, Vec::new());
         for _ in 0..OPENS {
             opened.push(client.open(payload, with_key).await?);
@@ -104,6 +129,17 @@ async fn measure_opens(
         }
     }
     Ok(without_key)
+}
+
+/// Stores keys of the tenant whose uploads are counted.
+async fn store_keys(main: &mut PgConnection) -> Result<(), Failure> {
+    let insert = format!(
+        "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
+         select tenant, subject, 'stored-' || number, sha256(''), id, created_at
+         from (select * from upload_sessions order by created_at desc limit 1) newest, generate_series(1, {STORED_KEYS}) number"
+    );
+    execute(main, &insert).await?;
+    execute(main, "analyze idempotency_keys").await
 }
 
 /// What a complete costs: what the relay does for a batch, and what remains of a complete whose upload is a batch of its own.
@@ -167,6 +203,29 @@ async fn measure_idle(run: &mut Run, database: &mut PgConnection) -> Result<Idle
 async fn transactions(database: &mut PgConnection) -> Result<i64, Failure> {
     let count = "select xact_commit + xact_rollback from pg_stat_database where datname = 'main'";
     Ok(query_scalar(count).fetch_one(database).await?)
+}
+
+impl TableScans {
+    async fn now(main: &mut PgConnection) -> Result<Self, Failure> {
+        let sums = "select coalesce(sum(seq_tup_read), 0)::bigint, coalesce(sum(n_tup_ins) filter (where relname = 'idempotency_keys'), 0)::bigint
+             from pg_stat_user_tables where relname in ('upload_sessions', 'upload_history', 'upload_parts', 'idempotency_keys')";
+        let (rows, stored_keys) = query_as(sums).fetch_one(main).await?;
+        Ok(Self { rows, stored_keys })
+    }
+
+    /// The rows that full scans have read since these counts, for each open with a key. `keys` were stored since. A server process reports its counts within
+    /// 10 s after its last statement, so this waits until all keys are counted.
+    async fn rows_since_for_keys(&self, main: &mut PgConnection, keys: usize) -> Result<f64, Failure> {
+        let began = Instant::now();
+        while began.elapsed() < REPORT_TIMEOUT {
+            let now = Self::now(main).await?;
+            if now.stored_keys - self.stored_keys >= keys as i64 {
+                return Ok((now.rows - self.rows) as f64 / OPENS as f64);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Err(Failure(format!("PostgreSQL did not count {keys} new keys within {} s", REPORT_TIMEOUT.as_secs())))
+    }
 }
 
 impl Counted {
