@@ -11,6 +11,7 @@ use rdkafka::producer::{FutureRecord, Producer as _};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
+use super::producer::send;
 use super::{Delivery, Error, Kafka, MARKER_TOPIC, Settings, client, drop_blocking, run_blocking};
 
 /// The limit for one step of the check. A Kafka that takes longer would delay every upload.
@@ -149,12 +150,7 @@ fn write_probe_record(settings: &Settings, id: &str, partition: Option<i32>) -> 
         let Some(partition) = partition else { return Ok(()) };
         // A record without a value is a tombstone.
         let record = FutureRecord::<str, [u8]>::to(MARKER_TOPIC).partition(partition).key(id);
-        let sent = producer.send_result(record).map_err(|(error, _)| error)?;
-        match tokio::runtime::Handle::current().block_on(sent) {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err((error, _))) => Err(error),
-            Err(_) => Err(KafkaError::Canceled),
-        }
+        send(&producer, record)?.blocking_recv().unwrap_or(Err(KafkaError::Canceled)).map(drop)
     };
     let written = match transactional_id {
         Some(_) => producer

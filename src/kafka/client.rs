@@ -7,10 +7,11 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::FutureProducer;
+use rdkafka::producer::BaseProducer;
 use rdkafka::statistics::Statistics;
 use tracing::{debug, warn};
 
+use super::producer::{PolledProducer, poll_on_a_thread};
 use super::{Error, Settings};
 
 /// Properties that this broker sets, because delivery depends on them. `connect` rejects settings that contain one.
@@ -141,7 +142,7 @@ fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig 
 }
 
 /// An idempotent producer. With an id it is transactional.
-pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> Result<FutureProducer<Context>, Error> {
+pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> Result<PolledProducer, Error> {
     let mut config = config(settings, &PRODUCER_DEFAULTS);
     config.remove("group.id");
     config
@@ -154,7 +155,8 @@ pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> R
     if let Some(id) = transactional_id {
         config.set("transactional.id", id);
     }
-    config.create_with_context(Context).map_err(Error::settings)
+    let producer: BaseProducer<Context> = config.create_with_context(Context).map_err(Error::settings)?;
+    Ok(poll_on_a_thread(producer, |producer, timeout| producer.poll(timeout)))
 }
 
 /// A client for queries only. It is a consumer, because only consumers can ask for a topic without creating it.

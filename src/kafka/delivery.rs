@@ -5,14 +5,15 @@ use std::time::{Duration, Instant};
 use rdkafka::Timestamp;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::future_producer::Delivery as DeliveryReport;
-use rdkafka::producer::{DeliveryFuture, FutureProducer, Producer as _};
+use rdkafka::producer::{BaseProducer, Producer as _};
 
 use super::client::Context;
+use super::producer::Acknowledgement;
 use super::{Record, RecordMetadata};
 
 /// Commits once librdkafka counts no record as in flight. The count falls a moment after the acknowledgement is passed on, and
 /// a commit that still counts one waits in steps of 100 ms.
-pub(super) fn commit(producer: &FutureProducer<Context>, timeout: Duration) -> Result<(), KafkaError> {
+pub(super) fn commit(producer: &BaseProducer<Context>, timeout: Duration) -> Result<(), KafkaError> {
     let deadline = Instant::now() + Duration::from_millis(100);
     while producer.in_flight_count() > 0 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_micros(100));
@@ -23,7 +24,7 @@ pub(super) fn commit(producer: &FutureProducer<Context>, timeout: Duration) -> R
 /// Awaits the acknowledgements of records that were enqueued.
 pub(super) async fn delivered(
     records: impl Iterator<Item = &Record>,
-    enqueued: Vec<Result<DeliveryFuture, KafkaError>>,
+    enqueued: Vec<Result<Acknowledgement, KafkaError>>,
     sent_ms: i64,
 ) -> Vec<Result<RecordMetadata, KafkaError>> {
     let mut results = Vec::with_capacity(enqueued.len());
@@ -38,12 +39,8 @@ pub(super) async fn delivered(
     results
 }
 
-pub(super) async fn delivery_report(delivery: Result<DeliveryFuture, KafkaError>) -> Result<DeliveryReport, KafkaError> {
-    match delivery?.await {
-        Ok(Ok(report)) => Ok(report),
-        Ok(Err((error, _))) => Err(error),
-        Err(_) => Err(KafkaError::Canceled),
-    }
+pub(super) async fn delivery_report(delivery: Result<Acknowledgement, KafkaError>) -> Result<DeliveryReport, KafkaError> {
+    delivery?.await.unwrap_or(Err(KafkaError::Canceled))
 }
 
 /// The timestamp that consumers see: the broker's with `message.timestamp.type=LogAppendTime`, otherwise the one sent.

@@ -4,7 +4,7 @@
 //! topic, a new owner of a shard sees which pointers the previous owner published.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::BaseConsumer;
@@ -19,6 +19,7 @@ mod consumer;
 mod delivery;
 mod marker;
 mod partitioner;
+mod producer;
 #[cfg(test)]
 mod real_kafka_tests;
 mod scan;
@@ -312,20 +313,12 @@ impl Kafka {
 }
 
 fn metadata_client(settings: &Settings) -> Result<MetadataClient, Error> {
-    let client = Arc::new(client::metadata_client(settings, false)?);
-    spawn_events_thread(Arc::downgrade(&client));
-    Ok(client)
-}
-
-/// Polls librdkafka's event queue. Without this thread, its logs and errors would pile up while Kafka is down.
-fn spawn_events_thread(client: Weak<BaseConsumer<Context>>) {
-    std::thread::spawn(move || {
-        while let Some(client) = client.upgrade() {
-            if let Some(Err(error)) = client.poll(Duration::from_millis(200)) {
-                tracing::debug!("kafka connection: {error}");
-            }
+    let client = client::metadata_client(settings, false)?;
+    Ok(producer::poll_on_a_thread(client, |client, timeout| {
+        if let Some(Err(error)) = client.poll(timeout) {
+            tracing::debug!("kafka connection: {error}");
         }
-    });
+    }))
 }
 
 /// Runs a call that blocks on Kafka, on a thread where blocking is allowed.

@@ -101,7 +101,7 @@ async fn an_aborted_batch_publishes_nothing_and_keeps_the_last_marker() {
                 producer.begin_transaction().unwrap();
                 let value = serde_json::to_vec(&Marker { batch, published: Vec::new() }).unwrap();
                 let record = FutureRecord::to(super::MARKER_TOPIC).partition(1).key(&id).payload(&value);
-                let delivery = producer.send_result(record).unwrap();
+                let delivery = super::producer::send(&producer, record).unwrap();
                 tokio::runtime::Handle::current().block_on(delivery).unwrap().unwrap();
                 producer.abort_transaction(super::REQUEST_TIMEOUT).unwrap();
             }
@@ -147,10 +147,10 @@ async fn a_transaction_left_open_is_aborted_by_the_next_owner() {
         producer.init_transactions(super::REQUEST_TIMEOUT * 10).unwrap();
         producer.begin_transaction().unwrap();
         let record = FutureRecord::<(), _>::to(&left.topic).payload(&left.value);
-        drop(producer.send_result(record).unwrap());
+        drop(super::producer::send(&producer, record).unwrap());
         let value = serde_json::to_vec(&Marker { batch: 1, published: Vec::new() }).unwrap();
         let marker = FutureRecord::to(super::MARKER_TOPIC).partition(3).key(&id_of_dead).payload(&value);
-        drop(producer.send_result(marker).unwrap());
+        drop(super::producer::send(&producer, marker).unwrap());
         producer.flush(super::REQUEST_TIMEOUT * 5).unwrap();
         producer
     })
@@ -181,7 +181,7 @@ async fn reading_the_last_marker_waits_for_an_open_transaction_of_another_produc
         producer.init_transactions(super::REQUEST_TIMEOUT * 10).unwrap();
         producer.begin_transaction().unwrap();
         let record = FutureRecord::to(super::MARKER_TOPIC).partition(partition).key(&other_id).payload("{}");
-        drop(producer.send_result(record).unwrap());
+        drop(super::producer::send(&producer, record).unwrap());
         producer.flush(super::REQUEST_TIMEOUT * 5).unwrap();
         producer
     })

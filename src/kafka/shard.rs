@@ -6,13 +6,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rdkafka::error::{KafkaError, RDKafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer};
+use rdkafka::producer::{BaseProducer, FutureRecord, Producer};
 use uuid::Uuid;
 
 use crate::failpoint::{self, InjectedError};
 
 use super::client::{self, Context};
 use super::delivery::{commit, delivered, delivery_report};
+use super::producer::{Acknowledgement, PolledProducer, send};
 use super::{Delivery, Error, Kafka, MARKER_TOPIC, Marker, Record, RecordMetadata, drop_blocking, run_blocking};
 
 /// The limit for one call of a transaction step. librdkafka continues in the background, so the call can be repeated.
@@ -77,7 +78,7 @@ impl From<InjectedError> for PublishError {
 pub struct ShardProducer {
     kafka: Kafka,
     /// `None` only during drop.
-    producer: Option<FutureProducer<Context>>,
+    producer: Option<PolledProducer>,
     transactional_id: String,
     marker_partition: i32,
     /// Set while a batch is running. It stays set if the batch was not awaited or its outcome is unknown.
@@ -220,7 +221,7 @@ impl ShardProducer {
         outcomes.into_iter().map(|outcome| outcome.expect("the loop handles every record")).collect()
     }
 
-    fn enqueue(&self, record: &Record, timestamp_ms: i64) -> Result<DeliveryFuture, KafkaError> {
+    fn enqueue(&self, record: &Record, timestamp_ms: i64) -> Result<Acknowledgement, KafkaError> {
         let headers = OwnedHeaders::new_with_capacity(record.headers.len());
         let headers =
             record.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
@@ -232,17 +233,17 @@ impl ShardProducer {
             timestamp: Some(timestamp_ms),
             headers: Some(headers),
         };
-        self.producer().send_result(message).map_err(|(error, _)| error)
+        send(self.producer(), message)
     }
 
-    fn enqueue_marker(&self, marker: &Marker, timestamp_ms: i64) -> Result<DeliveryFuture, KafkaError> {
+    fn enqueue_marker(&self, marker: &Marker, timestamp_ms: i64) -> Result<Acknowledgement, KafkaError> {
         let value = serde_json::to_vec(marker).expect("a marker has no map and no float, so it always serializes");
         let record = FutureRecord::to(MARKER_TOPIC)
             .partition(self.marker_partition)
             .key(&self.transactional_id)
             .payload(&value)
             .timestamp(timestamp_ms);
-        self.producer().send_result(record).map_err(|(error, _)| error)
+        send(self.producer(), record)
     }
 
     /// The failure of a batch whose marker was not written, although no record is the cause.
@@ -369,7 +370,7 @@ impl ShardProducer {
     /// Runs one blocking step of a transaction, and repeats it while the error is retriable.
     async fn step<F>(&self, call: F) -> Result<(), KafkaError>
     where
-        F: Fn(&FutureProducer<Context>) -> Result<(), KafkaError> + Send + 'static,
+        F: Fn(&BaseProducer<Context>) -> Result<(), KafkaError> + Send + 'static,
     {
         let producer = self.producer().clone();
         let deadline = Instant::now() + TOTAL_STEP_TIMEOUT;
@@ -414,7 +415,7 @@ impl ShardProducer {
         })
     }
 
-    fn producer(&self) -> &FutureProducer<Context> {
+    fn producer(&self) -> &PolledProducer {
         self.producer.as_ref().expect("only drop takes the producer")
     }
 }

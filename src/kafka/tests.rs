@@ -384,7 +384,7 @@ async fn a_record_in_the_marker_topic_that_is_not_a_marker_is_skipped() {
     for value in [Some(&b"{\"kfs_lfs\":1}"[..]), Some(&b"garbage"[..]), None] {
         let mut garbage = rdkafka::producer::FutureRecord::<str, [u8]>::to(super::MARKER_TOPIC).partition(0).key(id);
         garbage.payload = value;
-        other_producer.send_result(garbage).unwrap().await.unwrap().unwrap();
+        super::producer::send(&other_producer, garbage).unwrap().await.unwrap().unwrap();
     }
     assert_eq!(producer.last_marker().await.unwrap(), Some(super::Marker { batch: 1, published: listed(&published) }));
     let published = producer.publish(2, &[record("videos", None)]).await.unwrap();
