@@ -16,6 +16,8 @@ use crate::servers::Servers;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longer than the broker's own grace period of 20 s.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// The unit of CPU times in /proc on Linux.
+const TICK: Duration = Duration::from_millis(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A process of `lfs-broker serve`.
@@ -75,15 +77,15 @@ impl Broker {
         Ok(())
     }
 
-    /// The CPU time that its threads have used. A thread that has exited no longer counts, but the broker's threads stay.
+    /// The CPU time that it has used, in steps of 10 ms.
     pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
-        let mut nanoseconds = 0;
-        for thread in std::fs::read_dir(format!("/proc/{}/task", self.pid))? {
-            // The thread may exit before its file is read.
-            let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) else { continue };
-            nanoseconds += text.split(' ').next().and_then(|number| number.parse::<u64>().ok()).unwrap_or_default();
-        }
-        Ok(Duration::from_nanos(nanoseconds))
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
+        // The name of the program, in parentheses, may contain spaces. utime and stime are the 12th and 13th field after it: see
+        // proc_pid_stat(5).
+        let fields = stat.rsplit_once(") ").map(|(_, fields)| fields).unwrap_or_default().split(' ');
+        let ticks: Vec<u64> = fields.skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
+        let [user, system] = ticks[..] else { return Err(Failure(format!("process {} has no CPU times", self.pid))) };
+        Ok(TICK * u32::try_from(user + system).unwrap_or(u32::MAX))
     }
 
     /// The memory that it has now, in MiB.

@@ -1,12 +1,12 @@
 //! Bytes that can be read several times: a file or memory, split into parts and hashed before the upload.
 //!
-//! At most one chunk of a file is in memory.
+//! Only a few chunks of a file are in memory.
 
 use std::fs;
-use std::io::{self, SeekFrom};
+use std::io::{self, Read as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream};
@@ -19,6 +19,8 @@ use crate::progress::{AttemptCounter, HashCallback};
 
 /// The bytes of one read. It is large, so that the switch to the blocking pool costs little in comparison.
 const CHUNK_BYTES: usize = 512 << 10;
+/// How many chunks wait for the thread that hashes parts.
+const MAX_QUEUED_CHUNKS: usize = 8;
 
 /// The part size for `size` bytes: the requested size or the broker's default, increased until 10,000 parts are enough.
 pub(crate) fn part_size(size: u64, requested: Option<u64>) -> u64 {
@@ -132,42 +134,75 @@ impl Source {
     }
 }
 
+/// Reads all bytes once. A second thread hashes the parts after the first one meanwhile. The first part needs no thread: when it
+/// ends, its hash is that of the whole so far.
 fn hash_reader(
-    mut reader: impl io::Read,
+    reader: impl io::Read,
     part_size: u64,
     stopped: &AtomicBool,
     on_progress: Option<&HashCallback>,
 ) -> io::Result<Hashes> {
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let (mut whole, mut part) = (sha2::Sha256::new(), sha2::Sha256::new());
-    let (mut size, mut left, mut parts) = (0, part_size, Vec::new());
+    std::thread::scope(|scope| {
+        let (later_chunks, received) = mpsc::sync_channel(MAX_QUEUED_CHUNKS);
+        let later_parts = scope.spawn(move || hash_parts(received, part_size));
+        let (size, whole, first_part) = hash_whole(reader, part_size, &later_chunks, stopped, on_progress)?;
+        drop(later_chunks);
+        let later_parts = later_parts.join().map_err(|_| io::Error::other("the thread that hashes the parts panicked"))?;
+        Ok(Hashes { size, part_size, whole, parts: std::iter::once(first_part).chain(later_parts).collect() })
+    })
+}
+
+/// The number of bytes, the hash of all of them, and the hash of the first part. Sends the chunks of all other parts; no chunk
+/// extends over the end of a part.
+fn hash_whole(
+    mut reader: impl io::Read,
+    part_size: u64,
+    later_chunks: &mpsc::SyncSender<Bytes>,
+    stopped: &AtomicBool,
+    on_progress: Option<&HashCallback>,
+) -> io::Result<(u64, Sha256, Sha256)> {
+    let (mut size, mut whole, mut first_part) = (0, sha2::Sha256::new(), None);
     loop {
-        let max_bytes = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-        let read = match reader.read(&mut chunk[..max_bytes]) {
-            Ok(0) => break,
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
+        let max_bytes = (part_size - size % part_size).min(CHUNK_BYTES as u64);
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        let read = reader.by_ref().take(max_bytes).read_to_end(&mut chunk)?;
         if stopped.load(Ordering::Relaxed) {
             return Err(io::Error::new(io::ErrorKind::Interrupted, "the upload was cancelled"));
         }
-        whole.update(&chunk[..read]);
-        part.update(&chunk[..read]);
+        if read == 0 {
+            break;
+        }
+        if size == part_size {
+            first_part = Some(whole.clone());
+        }
         size += read as u64;
+        whole.update(&chunk);
+        if first_part.is_some() {
+            later_chunks.send(chunk.into()).map_err(io::Error::other)?;
+        }
         if let Some(on_progress) = on_progress {
             on_progress(size);
         }
-        left -= read as u64;
-        if left == 0 {
+    }
+    let first_part = first_part.unwrap_or_else(|| whole.clone());
+    Ok((size, Sha256(whole.finalize().into()), Sha256(first_part.finalize().into())))
+}
+
+/// The hashes of the parts to which these chunks belong, in order.
+fn hash_parts(chunks: mpsc::Receiver<Bytes>, part_size: u64) -> Vec<Sha256> {
+    let (mut part, mut hashed, mut parts) = (sha2::Sha256::new(), 0, Vec::new());
+    for chunk in chunks {
+        part.update(&chunk);
+        hashed += chunk.len() as u64;
+        if hashed == part_size {
             parts.push(Sha256(part.finalize_reset().into()));
-            left = part_size;
+            hashed = 0;
         }
     }
-    if left < part_size || parts.is_empty() {
+    if hashed > 0 {
         parts.push(Sha256(part.finalize().into()));
     }
-    Ok(Hashes { size, part_size, whole: Sha256(whole.finalize().into()), parts })
+    parts
 }
 
 fn unexpected_end(found: u64, expected: u64) -> io::Error {

@@ -136,7 +136,7 @@ async fn store_keys(main: &mut PgConnection) -> Result<(), Failure> {
     let insert = format!(
         "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
          select tenant, subject, 'stored-' || number, sha256(''), id, created_at
-         from (select * from upload_sessions order by created_at desc limit 1) newest, generate_series(1, {STORED_KEYS}) number"
+         from (select * from upload_sessions where version > 0 order by created_at desc, id desc limit 1) newest, generate_series(1, {STORED_KEYS}) number"
     );
     execute(main, &insert).await?;
     execute(main, "analyze idempotency_keys").await
