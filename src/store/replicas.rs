@@ -109,9 +109,8 @@ impl Store {
                       exists (select from own_replica where since = $2) as "has_joined!",
                       coalesce(bool_or(is_new), false) as "has_acquired!",
                       coalesce(bool_or(not is_kept), false) as "has_given_back!",
-                      exists (select from changed where is_in_share and (
-                          exists (select from outbox where outbox.shard = changed.shard and batch is null)
-                          or exists (select from outbox where outbox.shard = changed.shard and batch is not null)))
+                      coalesce(bool_or(is_in_share and (
+                          select number from outbox where outbox.shard = changed.shard order by number limit 1) is not null), false)
                           as "has_outbox_rows!",
                       exists (select from upload_sessions where state = 'completing' and lease_until <= $2)
                           as "has_expired_lease!",

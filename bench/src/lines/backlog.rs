@@ -68,6 +68,11 @@ pub(super) async fn wait_until_published(database: &mut PgConnection, limit: Dur
 /// A statement that inserts verified sessions and their outbox rows, spread over all shards and partitions. No other
 /// call has the same `name`.
 pub(super) fn insert(name: &str, pointers: usize) -> String {
+    insert_into(name, pointers, "row_number() over () % (select shards from deployment)")
+}
+
+/// [`insert`] with an SQL expression for the shard.
+pub(super) fn insert_into(name: &str, pointers: usize, shard: &str) -> String {
     let tenant = tenant_name(0);
     format!(
         "with verified as (
@@ -80,7 +85,7 @@ pub(super) fn insert(name: &str, pointers: usize) -> String {
              from generate_series(1, {pointers}) n
              returning id)
          insert into outbox (session_id, shard, topic, partition, value, headers, created_at, next_try_at)
-         select id, row_number() over () % (select shards from deployment), '{TOPIC}', row_number() over () % {PARTITIONS},
+         select id, {shard}, '{TOPIC}', row_number() over () % {PARTITIONS},
              rpad('{{\"kfs_lfs\":1,', 300, ' ') || '}}', jsonb_build_array(jsonb_build_array('lfs-upload-id', id)), now(), now()
          from verified"
     )

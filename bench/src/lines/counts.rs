@@ -31,8 +31,10 @@ const IDLE_CPU: Target = Target::ValueAtMost(0.5);
 /// A server process of PostgreSQL reports the transactions that it counted within 10 s after its last statement. Those of the
 /// start must not count as those of an idle broker.
 const QUIET_BEFORE: Duration = Duration::from_secs(12);
-/// So many keys are stored when opens with a key are counted: PostgreSQL plans otherwise for a table that is small.
-const STORED_KEYS: usize = 20_000;
+/// So many keys and pointers are stored beside those that are counted: PostgreSQL plans otherwise for a small table.
+const STORED_ROWS: usize = 20_000;
+/// No deployment of the benchmark has this shard.
+const OTHER_SHARD: usize = 99;
 
 /// What PostgreSQL has counted so far.
 #[derive(Debug, Clone, Copy)]
@@ -80,8 +82,8 @@ async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLo
     let idle = measure_idle(run, database).await?;
     let payload = Payload::random(SMALL_BYTES);
     let mut main = run.servers.database(MAIN_DATABASE).await?;
-    // The statement of this connection does not count.
-    execute(&mut main, "set pg_stat_statements.track = 'none'").await?;
+    // The statements of this connection do not count, and it makes no full scan.
+    execute(&mut main, "set pg_stat_statements.track = 'none'; set enable_seqscan = off").await?;
     let scans = TableScans::now(&mut main).await?;
     let mut opened = measure_opens(run, database, &mut main, idle, &payload).await?;
     opened.truncate(COMPLETES);
@@ -90,9 +92,7 @@ async fn measure_all(run: &mut Run, database: &mut PgConnection, log: &RequestLo
     for opened in &opened {
         client.put(opened, &payload).await?;
     }
-    measure_completes(run, database, log, idle, &mut client, &opened).await?;
-    let rows = scans.rows_since_for_keys(&mut main, STORED_KEYS + OPENS).await?;
-    run.rows.push(budgets::FULL_SCANS.row(rows));
+    measure_completes(run, (database, &mut main), scans, log, idle, &mut client, &opened).await?;
     measure_kafka(run, log).await
 }
 
@@ -136,27 +136,39 @@ async fn store_keys(main: &mut PgConnection) -> Result<(), Failure> {
     let insert = format!(
         "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
          select tenant, subject, 'stored-' || number, sha256(''), id, created_at
-         from (select * from upload_sessions where version > 0 order by created_at desc, id desc limit 1) newest, generate_series(1, {STORED_KEYS}) number"
+         from (select * from upload_sessions where version > 0 order by created_at desc, id desc limit 1) newest, generate_series(1, {STORED_ROWS}) number"
     );
     execute(main, &insert).await?;
     execute(main, "analyze idempotency_keys").await
 }
 
+/// Stores pointers of a shard that no broker owns: a backlog beside the shards whose statements are counted.
+async fn store_pointers(main: &mut PgConnection) -> Result<(), Failure> {
+    execute(main, &backlog::insert_into("other-shard", STORED_ROWS, &OTHER_SHARD.to_string())).await?;
+    execute(main, "analyze outbox").await
+}
+
 /// What a complete costs: what the relay does for a batch, and what remains of a complete whose upload is a batch of its own.
 async fn measure_completes(
     run: &mut Run,
-    database: &mut PgConnection,
+    databases: (&mut PgConnection, &mut PgConnection),
+    scans: TableScans,
     log: &RequestLog,
     idle: Idle,
     client: &mut BrokerClient,
     opened: &[Opened],
 ) -> Result<(), Failure> {
+    let (database, main) = databases;
+    store_pointers(main).await?;
     let (before, position) = (Counted::now(database).await?, log.position()?);
     for opened in opened {
         client.complete(opened).await?;
     }
     let batches = log.settled_since(position).await?.of(END_OF_BATCH);
     let complete = before.until_now(database, idle, opened.len()).await?;
+    execute(main, &format!("delete from outbox where shard = {OTHER_SHARD}")).await?;
+    let rows = scans.rows_since_for_keys(main, STORED_ROWS + OPENS).await?;
+    run.rows.push(budgets::FULL_SCANS.row(rows));
     let batch = measure_relay(run, database, log, idle).await?;
     let share = batch * batches as f64 / opened.len() as f64;
     run.rows.push(budgets::COMPLETE.row((complete.statements - share).max(0.0)));
@@ -208,7 +220,7 @@ async fn transactions(database: &mut PgConnection) -> Result<i64, Failure> {
 impl TableScans {
     async fn now(main: &mut PgConnection) -> Result<Self, Failure> {
         let sums = "select coalesce(sum(seq_tup_read), 0)::bigint, coalesce(sum(n_tup_ins) filter (where relname = 'idempotency_keys'), 0)::bigint
-             from pg_stat_user_tables where relname in ('upload_sessions', 'upload_history', 'upload_parts', 'idempotency_keys')";
+             from pg_stat_user_tables where relname in ('upload_sessions', 'upload_history', 'upload_parts', 'idempotency_keys', 'outbox')";
         let (rows, stored_keys) = query_as(sums).fetch_one(main).await?;
         Ok(Self { rows, stored_keys })
     }

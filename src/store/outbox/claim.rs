@@ -74,43 +74,42 @@ impl Store {
             ClaimedRow,
             r#"with request as (
                    select * from unnest($1::int[], $2::uuid[], $3::bigint[], $4::bigint[]) as r(shard, owner, epoch, known_batch)),
-               leased as (
+               -- Each search is ordered as its index is. An `exists` could scan the rows of all other shards.
+               found as materialized (
                    select request.*, lease.last_batch,
-                          exists (select from outbox where shard = request.shard and batch is not null) as has_claimed,
-                          exists (select from outbox where shard = request.shard and batch is null) as has_unclaimed,
-                          exists (select from outbox where shard = request.shard and batch is null and error is null)
-                              or exists (select from outbox where shard = request.shard and batch is null
-                                                            and error is not null and next_try_at <= $5) as has_due
+                       (select batch from outbox where shard = request.shard and batch is not null order by batch limit 1) as claimed_batch,
+                       (select number from outbox where shard = request.shard and batch is null and error is null
+                        order by number limit 1) as fresh_number,
+                       (select next_try_at from outbox where shard = request.shard and batch is null and error is not null
+                        order by next_try_at limit 1) as next_retry_at
                    from request join relay_shards lease using (shard, owner, epoch)),
+               leased as (
+                   select *, claimed_batch is not null as has_claimed, fresh_number is not null or next_retry_at is not null as has_unclaimed,
+                       coalesce(fresh_number is not null or next_retry_at <= $5, false) as has_due from found),
                locked as (
                    select lease.shard, lease.last_batch from leased join relay_shards lease using (shard, owner, epoch)
                    where leased.known_batch = leased.last_batch and leased.has_due and not leased.has_claimed
                    for update of lease skip locked),
                due as (
-                   select leased.shard, leased.known_batch + 1 as batch, due.number
-                   from leased join locked on locked.shard = leased.shard and locked.last_batch = leased.known_batch
-                   cross join lateral (
+                   select leased.shard, leased.known_batch + 1 as batch, array(
                        select number from (
                            (select fresh.number, false as refused from outbox fresh
                             where fresh.shard = leased.shard and fresh.batch is null and fresh.error is null
-                              and not exists (
-                                  select from outbox earlier
-                                  where earlier.shard = leased.shard and earlier.error is not null
-                                    and earlier.ordering = fresh.ordering and earlier.number < fresh.number)
+                              and not exists (select from outbox earlier where earlier.shard = leased.shard and earlier.error is not null
+                                                  and earlier.ordering = fresh.ordering and earlier.number < fresh.number)
                             order by fresh.number limit $6)
                            union all
                            (select retried.number, true from outbox retried
                             where retried.shard = leased.shard and retried.batch is null and retried.error is not null
                               and retried.next_try_at <= $5
-                              and not exists (
-                                  select from outbox earlier
-                                  where earlier.shard = leased.shard and earlier.error is not null
-                                    and earlier.ordering = retried.ordering and earlier.number < retried.number)
+                              and not exists (select from outbox earlier where earlier.shard = leased.shard and earlier.error is not null
+                                                  and earlier.ordering = retried.ordering and earlier.number < retried.number)
                             order by retried.next_try_at limit least($6, $7))) candidate
-                       order by refused, number limit $6) due),
+                       order by refused, number limit $6) as numbers
+                   from leased join locked on locked.shard = leased.shard and locked.last_batch = leased.known_batch),
                claimed as (
-                   update outbox set batch = due.batch, attempts = attempts + 1 from due where outbox.number = due.number
-                   returning outbox.*),
+                   update outbox set batch = due.batch, attempts = attempts + 1 from due
+                   where outbox.shard = due.shard and outbox.number = any(due.numbers) returning outbox.*),
                numbered as (
                    update relay_shards set last_batch = claimed.batch
                    from (select distinct shard, batch from claimed) claimed where relay_shards.shard = claimed.shard)
@@ -118,10 +117,10 @@ impl Store {
                       coalesce(locked.last_batch, leased.last_batch) as last_batch,
                       coalesce(leased.has_claimed, false) as "has_claimed_rows!",
                       coalesce(leased.has_unclaimed, false) as "has_unclaimed_rows!",
-                      coalesce(leased.has_due and locked.shard is null, false) as "is_busy!",
-                      claimed.session_id as "session_id?", claimed.topic as "topic?",
-                      claimed.partition, claimed.key, claimed.value as "value?",
-                      claimed.headers as "headers?: Json<Vec<(String, String)>>", claimed.attempts as "attempts?", claimed.batch
+                      coalesce(leased.has_due and locked.shard is null, false) as "is_busy!", claimed.batch,
+                      claimed.session_id as "session_id?", claimed.topic as "topic?", claimed.partition, claimed.key,
+                      claimed.value as "value?", claimed.headers as "headers?: Json<Vec<(String, String)>>",
+                      claimed.attempts as "attempts?"
                from request left join leased using (shard) left join locked using (shard) left join claimed using (shard)
                order by request.shard, claimed.number"#,
             &shards,
