@@ -11,7 +11,7 @@ use rdkafka::producer::{FutureRecord, Producer as _};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
-use super::producer::send;
+use super::producer::{self, send};
 use super::{Delivery, Error, Kafka, MARKER_TOPIC, Settings, client, drop_blocking, run_blocking};
 
 /// The limit for one step of the check. A Kafka that takes longer would delay every upload.
@@ -145,7 +145,7 @@ impl Kafka {
 /// Writes the record of the check. Blocks.
 fn write_probe_record(settings: &Settings, id: &str, partition: Option<i32>) -> Result<(), CheckError> {
     let transactional_id = (settings.delivery == Delivery::ExactlyOnce).then_some(id);
-    let producer = client::producer(settings, transactional_id)?;
+    let producer = producer::connect(settings, transactional_id)?;
     let record = || {
         let Some(partition) = partition else { return Ok(()) };
         // A record without a value is a tombstone.

@@ -7,11 +7,9 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::BaseProducer;
 use rdkafka::statistics::Statistics;
 use tracing::{debug, warn};
 
-use super::producer::{PolledProducer, poll_on_a_thread};
 use super::{Error, Settings};
 
 /// Properties that this broker sets, because delivery depends on them. `connect` rejects settings that contain one.
@@ -50,15 +48,6 @@ const DEFAULTS: [(&str, &str, &str); 8] = [
     ("socket.keepalive.enable", "", "true"),
     // A new partition is used within ten seconds. `partition_count` has the same delay.
     ("topic.metadata.refresh.interval.ms", "", "10000"),
-];
-
-/// The same for producers. Waiting for more records would only add latency, because the relay sends whole batches.
-const PRODUCER_DEFAULTS: [(&str, &str, &str); 5] = [
-    ("linger.ms", "queue.buffering.max.ms", "0"),
-    ("message.timeout.ms", "delivery.timeout.ms", "10000"),
-    ("request.timeout.ms", "", "10000"),
-    ("topic.metadata.propagation.max.ms", "", "2000"),
-    ("transaction.timeout.ms", "", "60000"),
 ];
 
 /// Sends librdkafka's logs to `tracing`. Without it, librdkafka writes to stderr.
@@ -127,7 +116,7 @@ pub(super) fn bootstrap_addresses(text: &str) -> Vec<String> {
     text.split(',').map(without_protocol).collect()
 }
 
-fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig {
+pub(super) fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig {
     let mut config = ClientConfig::new();
     for (key, alias, value) in DEFAULTS.iter().chain(defaults) {
         if !settings.properties.contains_key(*alias) {
@@ -139,24 +128,6 @@ fn config(settings: &Settings, defaults: &[(&str, &str, &str)]) -> ClientConfig 
     }
     config.set("bootstrap.servers", &settings.bootstrap_servers);
     config
-}
-
-/// An idempotent producer. With an id it is transactional.
-pub(super) fn producer(settings: &Settings, transactional_id: Option<&str>) -> Result<PolledProducer, Error> {
-    let mut config = config(settings, &PRODUCER_DEFAULTS);
-    config.remove("group.id");
-    config
-        .set("acks", "all")
-        .set("enable.idempotence", "true")
-        // The same as Java's default partitioner, so a key gets the same partition from every producer.
-        .set("partitioner", "murmur2_random")
-        // A deleted topic stays deleted, even if the Kafka cluster creates topics on first use.
-        .set("allow.auto.create.topics", "false");
-    if let Some(id) = transactional_id {
-        config.set("transactional.id", id);
-    }
-    let producer: BaseProducer<Context> = config.create_with_context(Context).map_err(Error::settings)?;
-    Ok(poll_on_a_thread(producer, |producer, timeout| producer.poll(timeout)))
 }
 
 /// A client for queries only. It is a consumer, because only consumers can ask for a topic without creating it.

@@ -211,7 +211,7 @@ impl Kafka {
     pub fn connect(settings: &Settings) -> Result<Self, Error> {
         client::check(&settings.properties)?;
         // Creating a producer checks its settings now, and not only at the first publish.
-        drop(client::producer(settings, None)?);
+        drop(producer::connect(settings, None)?);
         let metadata_client = metadata_client(settings)?;
         Ok(Self(Arc::new(Inner {
             settings: settings.clone(),

@@ -13,7 +13,18 @@ use rdkafka::producer::future_producer::Delivery as DeliveryReport;
 use rdkafka::producer::{BaseProducer, BaseRecord, FutureRecord, ProducerContext};
 use tokio::sync::oneshot;
 
-use super::client::Context;
+use super::client::{self, Context};
+use super::{Error, Settings};
+
+/// Defaults that an operator may change, beside those of all clients. Waiting for more records would only add latency, because
+/// the relay sends whole batches.
+const DEFAULTS: [(&str, &str, &str); 5] = [
+    ("linger.ms", "queue.buffering.max.ms", "0"),
+    ("message.timeout.ms", "delivery.timeout.ms", "10000"),
+    ("request.timeout.ms", "", "10000"),
+    ("topic.metadata.propagation.max.ms", "", "2000"),
+    ("transaction.timeout.ms", "", "60000"),
+];
 
 /// How long one call polls for events. An event is handled at once. A client that was dropped is destroyed after at most this
 /// time.
@@ -38,6 +49,24 @@ impl ProducerContext for Context {
         // This fails if nobody waits for the acknowledgement any more.
         let _ = acknowledge.send(report);
     }
+}
+
+/// An idempotent producer. With an id it is transactional.
+pub(super) fn connect(settings: &Settings, transactional_id: Option<&str>) -> Result<PolledProducer, Error> {
+    let mut config = client::config(settings, &DEFAULTS);
+    config.remove("group.id");
+    config
+        .set("acks", "all")
+        .set("enable.idempotence", "true")
+        // The same as Java's default partitioner, so a key gets the same partition from every producer.
+        .set("partitioner", "murmur2_random")
+        // A deleted topic stays deleted, even if the Kafka cluster creates topics on first use.
+        .set("allow.auto.create.topics", "false");
+    if let Some(id) = transactional_id {
+        config.set("transactional.id", id);
+    }
+    let producer: BaseProducer<Context> = config.create_with_context(Context).map_err(Error::settings)?;
+    Ok(poll_on_a_thread(producer, |producer, timeout| producer.poll(timeout)))
 }
 
 /// Starts the thread that polls a client until its last owner drops it. Without the thread, no acknowledgement is passed on, and

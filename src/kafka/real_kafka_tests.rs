@@ -10,7 +10,7 @@ use rdkafka::producer::{FutureRecord, Producer};
 use uuid::Uuid;
 
 use super::tests::{listed, read, record, settings};
-use super::{Delivery, Kafka, Marker, PublishError, Record, Settings, client};
+use super::{Delivery, Kafka, Marker, PublishError, Record, Settings};
 
 fn server() -> String {
     std::env::var("LFS_TEST_KAFKA").expect("LFS_TEST_KAFKA names a real Kafka, as HOST:PORT")
@@ -95,7 +95,7 @@ async fn an_aborted_batch_publishes_nothing_and_keeps_the_last_marker() {
     tokio::task::spawn_blocking({
         let id = id.clone();
         move || {
-            let producer = client::producer(&settings, Some(&id)).unwrap();
+            let producer = super::producer::connect(&settings, Some(&id)).unwrap();
             producer.init_transactions(super::REQUEST_TIMEOUT * 10).unwrap();
             for batch in 100..400 {
                 producer.begin_transaction().unwrap();
@@ -143,7 +143,7 @@ async fn a_transaction_left_open_is_aborted_by_the_next_owner() {
     let (settings, left, id_of_dead) = (kafka.settings().clone(), pointer(&topic), id.clone());
     // A record and its marker are acknowledged but never committed, as after a kill -9.
     let dead = tokio::task::spawn_blocking(move || {
-        let producer = client::producer(&settings, Some(&id_of_dead)).unwrap();
+        let producer = super::producer::connect(&settings, Some(&id_of_dead)).unwrap();
         producer.init_transactions(super::REQUEST_TIMEOUT * 10).unwrap();
         producer.begin_transaction().unwrap();
         let record = FutureRecord::<(), _>::to(&left.topic).payload(&left.value);
@@ -177,7 +177,7 @@ async fn reading_the_last_marker_waits_for_an_open_transaction_of_another_produc
     let partition = 0;
     let (settings, other_id) = (kafka.settings().clone(), format!("{id}.other"));
     let other = tokio::task::spawn_blocking(move || {
-        let producer = client::producer(&settings, Some(&other_id)).unwrap();
+        let producer = super::producer::connect(&settings, Some(&other_id)).unwrap();
         producer.init_transactions(super::REQUEST_TIMEOUT * 10).unwrap();
         producer.begin_transaction().unwrap();
         let record = FutureRecord::to(super::MARKER_TOPIC).partition(partition).key(&other_id).payload("{}");

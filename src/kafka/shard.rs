@@ -11,9 +11,9 @@ use uuid::Uuid;
 
 use crate::failpoint::{self, InjectedError};
 
-use super::client::{self, Context};
+use super::client::Context;
 use super::delivery::{commit, delivered, delivery_report};
-use super::producer::{Acknowledgement, PolledProducer, send};
+use super::producer::{self, Acknowledgement, PolledProducer, send};
 use super::{Delivery, Error, Kafka, MARKER_TOPIC, Marker, Record, RecordMetadata, drop_blocking, run_blocking};
 
 /// The limit for one call of a transaction step. librdkafka continues in the background, so the call can be repeated.
@@ -92,7 +92,7 @@ impl ShardProducer {
         let settings = kafka.settings().clone();
         let id = (kafka.delivery() == Delivery::ExactlyOnce).then(|| transactional_id.to_owned());
         let producer = run_blocking(move || {
-            let producer = client::producer(&settings, id.as_deref())?;
+            let producer = producer::connect(&settings, id.as_deref())?;
             if id.is_some() {
                 producer.init_transactions(STEP_TIMEOUT).map_err(|error| Error::from_kafka(&error))?;
             }

@@ -380,7 +380,7 @@ async fn a_record_in_the_marker_topic_that_is_not_a_marker_is_skipped() {
     let id = "lfs-broker.test.0";
     let producer = kafka.open_producer(id, 0).await.unwrap();
     let published = producer.publish(1, &[record("videos", None)]).await.unwrap();
-    let other_producer = super::client::producer(kafka.settings(), None).unwrap();
+    let other_producer = super::producer::connect(kafka.settings(), None).unwrap();
     for value in [Some(&b"{\"kfs_lfs\":1}"[..]), Some(&b"garbage"[..]), None] {
         let mut garbage = rdkafka::producer::FutureRecord::<str, [u8]>::to(super::MARKER_TOPIC).partition(0).key(id);
         garbage.payload = value;
