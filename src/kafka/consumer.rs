@@ -7,6 +7,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
+use tokio::sync::oneshot;
 
 use super::client::{self, Context};
 use super::{Error, Settings, drop_blocking, run_blocking};
@@ -17,6 +18,9 @@ const POLL_TIMEOUT: Duration = Duration::from_millis(500);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// The limit for topic metadata, watermarks and committed offsets.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long leaving the group may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where to start if the group has no committed offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,11 +132,17 @@ impl TopicConsumer {
         .await
     }
 
-    /// Leaves the group, so that other members get the partitions at once, without waiting for the session timeout.
+    /// Leaves the group, so that other members get the partitions at once, without waiting for the session timeout. If Kafka does
+    /// not answer within [`CLOSE_TIMEOUT`], the group waits for that timeout.
     pub async fn close(mut self) {
         if let Some(consumer) = self.consumer.take() {
-            // Dropping the consumer leaves the group and waits for Kafka's response, so it blocks.
-            let _ = tokio::task::spawn_blocking(move || drop(consumer)).await;
+            let (closed, answer) = oneshot::channel();
+            // Dropping the consumer waits for Kafka without a limit. A thread of the runtime would then delay the end of the process.
+            std::thread::spawn(move || {
+                drop(consumer);
+                let _ = closed.send(());
+            });
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, answer).await;
         }
     }
 
