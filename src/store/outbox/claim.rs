@@ -90,7 +90,7 @@ impl Store {
                    select lease.shard, lease.last_batch from leased join relay_shards lease using (shard, owner, epoch)
                    where leased.known_batch = leased.last_batch and leased.has_due and not leased.has_claimed
                    for update of lease skip locked),
-               due as (
+               due as materialized (
                    select leased.shard, leased.known_batch + 1 as batch, array(
                        select number from (
                            (select fresh.number, false as refused from outbox fresh
