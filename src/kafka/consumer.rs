@@ -7,7 +7,6 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
-use tokio::sync::oneshot;
 
 use super::client::{self, Context};
 use super::{Error, Settings, drop_blocking, run_blocking};
@@ -133,16 +132,11 @@ impl TopicConsumer {
     }
 
     /// Leaves the group, so that other members get the partitions at once, without waiting for the session timeout. If Kafka does
-    /// not answer within [`CLOSE_TIMEOUT`], the group waits for that timeout.
+    /// not answer within 10 s, the group waits for that timeout.
     pub async fn close(mut self) {
         if let Some(consumer) = self.consumer.take() {
-            let (closed, answer) = oneshot::channel();
-            // Dropping the consumer waits for Kafka without a limit. A thread of the runtime would then delay the end of the process.
-            std::thread::spawn(move || {
-                drop(consumer);
-                let _ = closed.send(());
-            });
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, answer).await;
+            // Dropping the consumer leaves the group, and waits for Kafka's response without a limit.
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, drop_blocking(consumer)).await;
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use uuid::Uuid;
 
 mod check;
@@ -211,7 +211,7 @@ impl Kafka {
     pub fn connect(settings: &Settings) -> Result<Self, Error> {
         client::check(&settings.properties)?;
         // Creating a producer checks its settings now, and not only at the first publish.
-        drop(producer::connect(settings, None)?);
+        drop(producer::create(settings, None)?);
         let metadata_client = metadata_client(settings)?;
         Ok(Self(Arc::new(Inner {
             settings: settings.clone(),
@@ -334,7 +334,14 @@ where
     }
 }
 
-/// Drops a client on a thread of its own: librdkafka joins its threads when a client is destroyed, which blocks.
-fn drop_blocking<T: Send + 'static>(client: T) {
-    std::thread::spawn(move || drop(client));
+/// Drops a client on a thread of its own: librdkafka joins its threads when a client is destroyed, which blocks. A caller may
+/// wait for the end. A thread of the runtime would delay the end of the process if Kafka does not answer.
+fn drop_blocking<T: Send + 'static>(client: T) -> oneshot::Receiver<()> {
+    let (dropped, is_dropped) = oneshot::channel();
+    std::thread::spawn(move || {
+        drop(client);
+        // An error means that no caller waits.
+        let _ = dropped.send(());
+    });
+    is_dropped
 }

@@ -46,13 +46,18 @@ impl ProducerContext for Context {
             }
             Err((error, _)) => Err(error.clone()),
         };
-        // This fails if nobody waits for the acknowledgement any more.
+        // An error means that the receiver was dropped.
         let _ = acknowledge.send(report);
     }
 }
 
-/// An idempotent producer. With an id it is transactional.
+/// An idempotent producer, polled by a thread of its own. With an id it is transactional.
 pub(super) fn connect(settings: &Settings, transactional_id: Option<&str>) -> Result<PolledProducer, Error> {
+    Ok(poll_on_a_thread(create(settings, transactional_id)?, |producer, timeout| producer.poll(timeout)))
+}
+
+/// The producer of [`connect`] before it is polled. Creating it checks its settings.
+pub(super) fn create(settings: &Settings, transactional_id: Option<&str>) -> Result<BaseProducer<Context>, Error> {
     let mut config = client::config(settings, &DEFAULTS);
     config.remove("group.id");
     config
@@ -65,8 +70,7 @@ pub(super) fn connect(settings: &Settings, transactional_id: Option<&str>) -> Re
     if let Some(id) = transactional_id {
         config.set("transactional.id", id);
     }
-    let producer: BaseProducer<Context> = config.create_with_context(Context).map_err(Error::settings)?;
-    Ok(poll_on_a_thread(producer, |producer, timeout| producer.poll(timeout)))
+    config.create_with_context(Context).map_err(Error::settings)
 }
 
 /// Starts the thread that polls a client until its last owner drops it. Without the thread, no acknowledgement is passed on, and
