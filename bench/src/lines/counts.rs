@@ -136,7 +136,8 @@ async fn store_keys(main: &mut PgConnection) -> Result<(), Failure> {
     let insert = format!(
         "insert into idempotency_keys (tenant, subject, key, request_sha256, session_id, created_at)
          select tenant, subject, 'stored-' || number, sha256(''), id, created_at
-         from (select * from upload_sessions where version > 0 order by created_at desc, id desc limit 1) newest, generate_series(1, {STORED_ROWS}) number"
+         from (select * from upload_sessions where version > 0 order by created_at desc, id desc limit 1) newest,
+             generate_series(1, {STORED_ROWS}) number"
     );
     execute(main, &insert).await?;
     execute(main, "analyze idempotency_keys").await
@@ -169,7 +170,7 @@ async fn measure_completes(
     execute(main, &format!("delete from outbox where shard = {OTHER_SHARD}")).await?;
     let rows = scans.rows_since_for_keys(main, STORED_ROWS + OPENS).await?;
     run.rows.push(budgets::FULL_SCANS.row(rows));
-    let batch = measure_relay(run, database, log, idle).await?;
+    let batch = measure_relay(database, main, log, idle).await?;
     let share = batch * batches as f64 / opened.len() as f64;
     run.rows.push(budgets::COMPLETE.row((complete.statements - share).max(0.0)));
     run.rows.push(budgets::RELAY.row(batch));
@@ -178,13 +179,15 @@ async fn measure_completes(
 }
 
 /// Statements of the relay for one batch, while it publishes many pointers that no request waits for.
-async fn measure_relay(run: &Run, database: &mut PgConnection, log: &RequestLog, idle: Idle) -> Result<f64, Failure> {
-    let mut main = run.servers.database(MAIN_DATABASE).await?;
-    // The statements of this connection do not count.
-    execute(&mut main, "set pg_stat_statements.track = 'none'").await?;
+async fn measure_relay(
+    database: &mut PgConnection,
+    main: &mut PgConnection,
+    log: &RequestLog,
+    idle: Idle,
+) -> Result<f64, Failure> {
     let (before, position) = (Counted::now(database).await?, log.position()?);
-    execute(&mut main, &backlog::insert("counts", POINTERS)).await?;
-    backlog::wait_until_published(&mut main, PUBLISH_TIMEOUT).await?;
+    execute(main, &backlog::insert("counts", POINTERS)).await?;
+    backlog::wait_until_published(main, PUBLISH_TIMEOUT).await?;
     let batches = log.settled_since(position).await?.of(END_OF_BATCH);
     if batches == 0 {
         return Err(Failure(format!("Kafka logged no {END_OF_BATCH} of the broker")));
